@@ -1,0 +1,44 @@
+# What `cmake --install` lays down.
+#
+#     --component pnn        the C library: include/pnn, lib/libpnn.so, lib/libpnn.a and find_package(pnn) -> pnn::pnn,
+#                            pnn::pnn_static
+#     --component torch_pnn  the operators for C++ programs: lib/ and find_package(torch_pnn) -> torch_pnn::torch_pnn
+#     --component python     the operators as the Python wheel carries them: torch_pnn/lib, torch_pnn/share/cmake
+
+if(NOT PNN_INSTALL_PYTHON)
+  set(installed pnn_static)
+  if(PNN_SHARED)
+    list(APPEND installed pnn)
+  endif()
+  install(TARGETS ${installed} EXPORT pnnTargets COMPONENT pnn)
+  install(DIRECTORY csrc/include/pnn DESTINATION ${CMAKE_INSTALL_INCLUDEDIR} COMPONENT pnn FILES_MATCHING PATTERN "*.h")
+  install(EXPORT pnnTargets NAMESPACE pnn:: DESTINATION ${CMAKE_INSTALL_LIBDIR}/cmake/pnn COMPONENT pnn)
+  configure_package_config_file(cmake/pnnConfig.cmake.in ${PROJECT_BINARY_DIR}/pnnConfig.cmake
+    INSTALL_DESTINATION ${CMAKE_INSTALL_LIBDIR}/cmake/pnn)
+  write_basic_package_version_file(${PROJECT_BINARY_DIR}/pnnConfigVersion.cmake COMPATIBILITY SameMinorVersion)
+  install(FILES ${PROJECT_BINARY_DIR}/pnnConfig.cmake ${PROJECT_BINARY_DIR}/pnnConfigVersion.cmake LICENSE
+    DESTINATION ${CMAKE_INSTALL_LIBDIR}/cmake/pnn COMPONENT pnn)
+endif()
+
+if(PNN_TORCH)
+  set(operators torch_pnn_ops)
+  if(PNN_AUTOGRAD)
+    list(APPEND operators torch_pnn_autograd)
+  endif()
+  write_basic_package_version_file(${PROJECT_BINARY_DIR}/torch_pnnConfigVersion.cmake COMPATIBILITY SameMinorVersion)
+
+  function(install_operators component library_dir package_dir)
+    install(TARGETS ${operators} LIBRARY DESTINATION ${library_dir} COMPONENT ${component})
+    set(TORCH_PNN_LIBRARY_DIR ${library_dir})
+    configure_package_config_file(cmake/torch_pnnConfig.cmake.in ${PROJECT_BINARY_DIR}/${component}/torch_pnnConfig.cmake
+      INSTALL_DESTINATION ${package_dir} PATH_VARS TORCH_PNN_LIBRARY_DIR)
+    install(FILES ${PROJECT_BINARY_DIR}/${component}/torch_pnnConfig.cmake
+                  ${PROJECT_BINARY_DIR}/torch_pnnConfigVersion.cmake
+      DESTINATION ${package_dir} COMPONENT ${component})
+  endfunction()
+  if(NOT PNN_INSTALL_PYTHON)
+    install_operators(torch_pnn ${CMAKE_INSTALL_LIBDIR} ${CMAKE_INSTALL_LIBDIR}/cmake/torch_pnn)
+  else()
+    install_operators(python torch_pnn/lib torch_pnn/share/cmake/torch_pnn)
+  endif()
+endif()
