@@ -1,0 +1,230 @@
+"""What stands in where a compiled part is missing: kernels on the plain-PyTorch reference, derivatives, autocast.
+
+`register_kernels` covers every device that has no kernel of ours (mps, xpu, cuda without its half of the library, and
+the CPU where the library could not be loaded): one registration, at the dispatch key that PyTorch asks last, so a
+device's own kernel takes over as soon as it is registered. `register_derivatives` covers a PyTorch that none of the
+compiled autograd libraries fits.
+"""
+
+from __future__ import annotations
+
+import threading
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ._fakes import suggest_memory_format
+
+__all__ = ["register_derivatives", "register_kernels"]
+
+_OPERATORS = (
+    "perturb_conv2d",
+    "_perturb_conv2d_backward",
+    "perturb_norm_conv2d",
+    "_perturb_norm_conv2d_backward",
+    "perturbation_mask",
+)
+_AUTOCAST_DEVICES = ("cpu", "cuda")
+
+
+class _Once:
+    """Warns once for each device."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._told: set[str] = set()
+
+    def tell(self, device: str) -> None:
+        with self._lock:
+            if device in self._told:
+                return
+            self._told.add(device)
+        warnings.warn(
+            f"torch_pnn has no kernels for the device {device!r} here, so its operators run there on the plain-PyTorch "
+            f"reference: the same results, slower and with more memory",
+            RuntimeWarning,
+            stacklevel=4,
+        )
+
+
+def _in_format_of(result: Tensor, input: Tensor) -> Tensor:
+    """The result with the strides that the shape function promised."""
+    expected = torch.empty(result.shape, device="meta", memory_format=suggest_memory_format(input))
+    if result.stride() == expected.stride():
+        return result
+    return torch.empty(
+        result.shape, dtype=result.dtype, device=result.device, memory_format=suggest_memory_format(input)
+    ).copy_(result)
+
+
+def _check_tensors(name: str, tensors: Sequence[Any]) -> None:
+    """Refuses layouts and mixed devices, which the reference would fail on with a message about something else."""
+    given = [tensor for tensor in tensors if isinstance(tensor, Tensor)]
+    for tensor in given:
+        if tensor.layout != torch.strided or tensor.is_quantized:
+            kind = "quantized" if tensor.is_quantized else str(tensor.layout).removeprefix("torch.")
+            raise RuntimeError(
+                f"torch_pnn::{name}: a tensor of shape {list(tensor.shape)} is {kind}, it should be dense (strided)"
+            )
+        if tensor.device != given[0].device:
+            raise RuntimeError(
+                f"torch_pnn::{name}: a tensor of shape {list(tensor.shape)} is on {tensor.device}, it should be on "
+                f"{given[0].device} like the first"
+            )
+
+
+def _kernel(name: str, silent: str | None, once: _Once) -> Callable[..., Any]:
+    def kernel(*args: Any, **kwargs: Any) -> Any:
+        from . import reference
+
+        _check_tensors(name, [*args, *kwargs.values()])
+        device = args[0].device.type
+        if device != silent:
+            once.tell(device)
+        try:
+            result = reference.OPERATORS[name](*args, **kwargs)
+        except RuntimeError as error:
+            if str(error).startswith("torch_pnn::") or isinstance(error, torch.OutOfMemoryError):
+                raise
+            raise RuntimeError(f"torch_pnn::{name}: {error}") from error
+        if name == "perturbation_mask":
+            return result
+        if name == "perturb_conv2d":
+            return _in_format_of(result, args[0])
+        if name == "perturb_norm_conv2d":
+            return _in_format_of(result[0], args[0]), *result[1:]
+        grad_input = result[0] if result[0].dim() != 4 else _in_format_of(result[0], args[1])
+        return grad_input, *(gradient.contiguous() for gradient in result[1:])
+
+    kernel.__name__ = name
+    return kernel
+
+
+def register_kernels(library: torch.library.Library, *, with_cpu: bool) -> None:
+    """Registers kernels on the reference for every device without kernels of its own.
+
+    Args:
+        library: the fragment of the operators' namespace to register in.
+        with_cpu: whether the CPU is one of them; then the functions that ask the library about itself are given too.
+    """
+    once = _Once()
+    for name in _OPERATORS:
+        library.impl(name, _kernel(name, "cpu" if with_cpu else None, once), "CompositeExplicitAutograd")
+    if with_cpu:
+        library.impl("_isa_name", lambda: "none", "CompositeExplicitAutograd")
+        library.impl("_library_version", lambda: "none", "CompositeExplicitAutograd")
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Derivatives and autocast, where no compiled autograd library fits
+# --------------------------------------------------------------------------------------------------------------------
+
+
+def _save(saved: Sequence[int]) -> Callable[..., None]:
+    """A setup function that keeps the inputs at these positions as tensors and the rest as they are."""
+
+    def setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        extra: tuple[Tensor, ...] = ()
+        if isinstance(output, tuple):
+            extra = output[1:]
+            ctx.mark_non_differentiable(*extra)
+            ctx.set_materialize_grads(False)
+        ctx.options = [None if i in saved else value for i, value in enumerate(inputs)]
+        ctx.save_for_backward(*(inputs[i] for i in saved), *extra)
+
+    return setup
+
+
+def _restore(ctx: Any, saved: Sequence[int]) -> tuple[list[Any], tuple[Tensor, ...]]:
+    inputs = list(ctx.options)
+    for i, tensor in zip(saved, ctx.saved_tensors):
+        inputs[i] = tensor
+    return inputs, ctx.saved_tensors[len(saved) :]
+
+
+def _through_reference(ctx: Any, name: str, inputs: list[Any], grad: Tensor) -> tuple[Tensor | None, ...]:
+    """The gradients as differentiable functions of the inputs, for derivatives of derivatives."""
+    from . import reference
+
+    output = reference.OPERATORS[name](*inputs)
+    output = output[0] if isinstance(output, tuple) else output
+    wanted = [i for i, needed in enumerate(ctx.needs_input_grad) if needed]
+    found = torch.autograd.grad(output, [inputs[i] for i in wanted], grad, create_graph=True, allow_unused=True)
+    gradients: list[Tensor | None] = [None] * len(inputs)
+    for i, gradient in zip(wanted, found):
+        gradients[i] = gradient
+    return tuple(gradients)
+
+
+_PLAIN_SAVED = (0, 1, 2, 3, 4)  # input, weight, bias, mask, seed
+_NORM_SAVED = (0, 1, 2, 3, 4, 5, 6, 7, 8)  # input, weight, bias, gamma, beta, running mean and variance, mask, seed
+
+
+def _plain_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    inputs, _ = _restore(ctx, _PLAIN_SAVED)
+    if torch.is_grad_enabled():
+        return _through_reference(ctx, "perturb_conv2d", inputs, grad)
+    input, weight, _bias, mask, seed, *options = inputs
+    needs = ctx.needs_input_grad
+    asked = [bool(needs[i]) for i in (0, 1, 2, 3)]
+    result = torch.ops.torch_pnn._perturb_conv2d_backward(grad, input, weight, mask, seed, *options, asked)
+    gradients: list[Tensor | None] = [None] * len(inputs)
+    for i in range(4):
+        gradients[i] = result[i] if asked[i] else None
+    return tuple(gradients)
+
+
+def _norm_backward(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
+    inputs, (mean, variance) = _restore(ctx, _NORM_SAVED)
+    if grad is None:
+        return (None,) * len(inputs)
+    if torch.is_grad_enabled():
+        return _through_reference(ctx, "perturb_norm_conv2d", inputs, grad)
+    input, weight, _bias, gamma, beta, _mean, _variance, mask, seed, *options = inputs
+    needs = ctx.needs_input_grad
+    positions = (0, 1, 2, 3, 4, 7)
+    asked = [bool(needs[i]) for i in positions]
+    result = torch.ops.torch_pnn._perturb_norm_conv2d_backward(
+        grad, input, weight, gamma, beta, mean, variance, mask, seed, *options, asked
+    )
+    gradients: list[Tensor | None] = [None] * len(inputs)
+    for position, wanted, gradient in zip(positions, asked, result):
+        gradients[position] = gradient if wanted else None
+    return tuple(gradients)
+
+
+def _autocast_kernel(name: str, device: str, key: str) -> Callable[..., Any]:
+    """Casts weight and bias, the arguments at 1 and 2, to the type that autocast has for the device; nothing else."""
+
+    def cast(tensor: Tensor | None) -> Tensor | None:
+        eligible = isinstance(tensor, Tensor) and tensor.is_floating_point() and tensor.dtype != torch.float64
+        if not eligible or tensor.device.type != device:
+            return tensor
+        return tensor.to(torch.get_autocast_dtype(device))
+
+    def kernel(*args: Any, **kwargs: Any) -> Any:
+        arguments = list(args)
+        arguments[1:3] = [cast(tensor) for tensor in arguments[1:3]]
+        if "bias" in kwargs:
+            kwargs["bias"] = cast(kwargs["bias"])
+        with torch._C._ExcludeDispatchKeyGuard(torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, key))):
+            return getattr(torch.ops.torch_pnn, name)(*arguments, **kwargs)
+
+    return kernel
+
+
+def register_derivatives(library: torch.library.Library) -> None:
+    """Registers gradients and autocast from Python."""
+    torch.library.register_autograd(
+        "torch_pnn::perturb_conv2d", _plain_backward, setup_context=_save(_PLAIN_SAVED), lib=library
+    )
+    torch.library.register_autograd(
+        "torch_pnn::perturb_norm_conv2d", _norm_backward, setup_context=_save(_NORM_SAVED), lib=library
+    )
+    for device in _AUTOCAST_DEVICES:
+        key = f"Autocast{device.upper()}"
+        for name in ("perturb_conv2d", "perturb_norm_conv2d"):
+            library.impl(name, _autocast_kernel(name, device, key), key)
