@@ -1,0 +1,449 @@
+/*
+ * backward.c - the gradients of weight, bias and normalisation (one sum over pixels), then of input and masks (one
+ * product with a fused epilogue). Response maps are computed again from x in cache; nothing of their size is stored.
+ *
+ * Sums over pixels:  G[t,k] = sum g*c,  h[t] = sum g, with c the forward product's operand (a, or a - mean), in the
+ *                    order of chunks.c. Without normalisation dV = G and dbias = h.
+ * Normalisation:     S1 = V'h, S2 = V'G (per map, in double), dgamma = r*S2, dbeta = S1, dV = alpha*G + h*beta.
+ * Input and masks:   da = (V*alpha)'g - alpha*S1/n - alpha*r^2*S2/n * c   (the last two only with the batch's moments),
+ *                    d = activation'(u)*da,  dx = sum over m of d,  dN = level * sum over the batch of d.
+ */
+#include <string.h>
+
+#include "internal.h"
+
+/* ---- sums over pixels ---- */
+
+#define MAP_BLOCK 32    /* response maps in a chunk's panel: 32 x 512 floats are 64 KiB */
+#define OUTPUT_BLOCK 16 /* gradient rows beside it */
+
+typedef struct sums {
+  const pnn_problem *problem;
+  pnn_chunks chunks;
+  int64_t map_blocks, output_cuts, output_rows; /* per group; output rows of an item */
+  bool products;                                /* G is wanted, not h alone */
+  const void *mean;
+  char *maps_part, *outputs_part; /* [parts][T][K/G], [parts][T] */
+  char *scratch;
+  int64_t scratch_bytes;
+} sums;
+
+typedef struct sums_scratch {
+  char *maps, *outputs, *totals, *mask, *channels, *tile;
+} sums_scratch;
+
+static int64_t round_up(int64_t x, int64_t to) { return (x + to - 1) / to * to; }
+
+static sums_scratch sums_take(const sums *s, pnn_arena *arena) {
+  const pnn_problem *p = s->problem;
+  const pnn_kernels *kernels = p->kernels;
+  sums_scratch t = {NULL, NULL, NULL, NULL, NULL, NULL};
+  t.outputs = pnn_arena_take(arena, round_up(OUTPUT_BLOCK, kernels->dot_rows) * PNN_CHUNK, p->real_size);
+  t.totals = pnn_arena_take(arena, OUTPUT_BLOCK, p->real_size);
+  if (!s->products) return t;
+  t.maps = pnn_arena_take(arena, round_up(MAP_BLOCK, kernels->dot_columns) * PNN_CHUNK, p->real_size);
+  t.mask = pnn_arena_take(arena, pnn_mask_rows(p, MAP_BLOCK) * s->chunks.pixels, p->real_size);
+  if (p->masks > 1)
+    t.channels = pnn_arena_take(arena, pnn_response_channels(p, MAP_BLOCK) * PNN_CHUNK, p->real_size);
+  t.tile = pnn_arena_take(arena, kernels->dot_rows * kernels->dot_columns, p->real_size);
+  return t;
+}
+
+static void add_reals(const pnn_problem *p, void *to, const void *from, int64_t count) {
+  p->kernels->accumulate(to, from, count);
+}
+
+/* G[t0.., k0..] += outputs * maps' over one chunk, tile by tile. */
+static void sums_products(const sums *s, const sums_scratch *t, int64_t columns, char *into, int64_t outputs,
+                          int64_t maps) {
+  const pnn_problem *p = s->problem;
+  const pnn_kernels *kernels = p->kernels;
+  const int64_t size = p->real_size, ld = p->group_maps;
+  for (int64_t i = 0; i < outputs; i += kernels->dot_rows)
+    for (int64_t j = 0; j < maps; j += kernels->dot_columns) {
+      kernels->dot(columns, t->outputs + i * PNN_CHUNK * size, PNN_CHUNK, t->maps + j * PNN_CHUNK * size, PNN_CHUNK,
+                   t->tile);
+      const int64_t rows = PNN_MIN(kernels->dot_rows, outputs - i), width = PNN_MIN(kernels->dot_columns, maps - j);
+      for (int64_t r = 0; r < rows; r++)
+        add_reals(p, into + ((i + r) * ld + j) * size, t->tile + r * kernels->dot_columns * size, width);
+    }
+}
+
+static void sums_item(void *sums_, int32_t worker, int64_t item) {
+  const sums *s = sums_;
+  const pnn_problem *p = s->problem;
+  const int64_t size = p->real_size;
+  const int64_t cut = item % s->output_cuts, map_block = item / s->output_cuts % s->map_blocks;
+  const int64_t part = item / s->output_cuts / s->map_blocks % s->chunks.parts;
+  const int64_t group = item / s->output_cuts / s->map_blocks / s->chunks.parts;
+  pnn_arena own = {.base = s->scratch + worker * s->scratch_bytes};
+  const sums_scratch t = sums_take(s, &own);
+  const int64_t k = map_block * MAP_BLOCK, k0 = group * p->group_maps + k;
+  const int64_t maps = s->products ? PNN_MIN(MAP_BLOCK, p->group_maps - k) : 0;
+  const int64_t t_first = group * p->group_outputs + cut * s->output_rows;
+  const int64_t t_end = PNN_MIN(t_first + s->output_rows, (group + 1) * p->group_outputs);
+  const pnn_response response = {.problem = p, .mask = t.mask, .mask_ld = s->chunks.pixels, .mask_k0 = k0,
+                                 .mean = s->mean, .channels = t.channels};
+  char *products = s->maps_part ? s->maps_part + part * p->outputs * p->group_maps * size : NULL;
+  char *totals = s->outputs_part + part * p->outputs * size;
+  for (int64_t o = t_first; o < t_end; o++) {
+    if (maps) memset(products + (o * p->group_maps + k) * size, 0, (size_t)(maps * size));
+    if (map_block == 0) memset(totals + o * size, 0, (size_t)size);
+  }
+  if (maps) { /* rows that a last tile reads beyond the block's end */
+    const int64_t rows = round_up(maps, p->kernels->dot_columns);
+    memset(t.maps + maps * PNN_CHUNK * size, 0, (size_t)((rows - maps) * PNN_CHUNK * size));
+  }
+  pnn_columns columns;
+  pnn_range range, made = {.pixel = -1};
+  int64_t chunk, end;
+  for (pnn_chunks_part(&s->chunks, part, &chunk, &end); chunk < end; chunk++) {
+    int64_t first;
+    const int64_t count = pnn_chunk_locate(p, &s->chunks, chunk, &range, &first);
+    if (range.pixel != made.pixel) {
+      made = range;
+      if (maps) pnn_mask_panel(p, k0, maps, &made, t.mask, s->chunks.pixels);
+    }
+    pnn_columns_set(&columns, &made, first, count);
+    if (maps) {
+      pnn_response_perturbed(&response, &columns, k0, maps, t.maps, PNN_CHUNK);
+      pnn_response_activate(&response, &columns, k0, maps, t.maps, PNN_CHUNK);
+    }
+    for (int64_t o = t_first; o < t_end; o += OUTPUT_BLOCK) {
+      const int64_t rows = PNN_MIN(OUTPUT_BLOCK, t_end - o), padded = round_up(rows, p->kernels->dot_rows);
+      pnn_columns_load(p, &columns, &p->grad_output, o, rows, t.outputs, PNN_CHUNK);
+      memset(t.outputs + rows * PNN_CHUNK * size, 0, (size_t)((padded - rows) * PNN_CHUNK * size));
+      if (maps) sums_products(s, &t, columns.padded, products + (o * p->group_maps + k) * size, rows, maps);
+      if (map_block == 0) {
+        p->kernels->sum(columns.padded, t.outputs, PNN_CHUNK, rows, t.totals);
+        add_reals(p, totals + o * size, t.totals, rows);
+      }
+    }
+  }
+}
+
+/* The parts' tree, left in part 0. */
+static void join_parts(const sums *s, char *parts, int64_t count) {
+  const int64_t bytes = count * s->problem->real_size;
+  if (s->chunks.count == 0) memset(parts, 0, (size_t)bytes);
+  if (s->chunks.parts > 1) add_reals(s->problem, parts, parts + bytes, count);
+  if (s->chunks.parts > 3) add_reals(s->problem, parts + 2 * bytes, parts + 3 * bytes, count);
+  if (s->chunks.parts > 2) add_reals(s->problem, parts, parts + 2 * bytes, count);
+}
+
+static sums sums_prepare(const pnn_problem *p, const pnn_host *host, bool products, pnn_arena *arena) {
+  sums s = {.problem = p, .chunks = pnn_chunks_make(p), .products = products};
+  s.map_blocks = products ? PNN_MAX((p->group_maps + MAP_BLOCK - 1) / MAP_BLOCK, 1) : 1;
+  /* Outputs are split only where parts and maps leave threads idle: each split computes the response maps again. */
+  const int64_t wanted = 2 * (int64_t)(host ? host->threads : 1);
+  const int64_t have = p->groups * s.chunks.parts * s.map_blocks;
+  s.output_cuts = PNN_MAX(1, PNN_MIN((wanted + have - 1) / have, p->group_outputs / OUTPUT_BLOCK));
+  s.output_rows = round_up((p->group_outputs + s.output_cuts - 1) / s.output_cuts, OUTPUT_BLOCK);
+  s.outputs_part = pnn_arena_take(arena, s.chunks.parts * p->outputs, p->real_size);
+  if (products) {
+    int64_t count;
+    if (__builtin_mul_overflow(s.chunks.parts * p->outputs, p->group_maps, &count)) count = INT64_MAX;
+    s.maps_part = pnn_arena_take(arena, count, p->real_size);
+  }
+  return s;
+}
+
+static int64_t sums_items(const sums *s) {
+  return s->chunks.count ? s->problem->groups * s->chunks.parts * s->map_blocks * s->output_cuts : 0;
+}
+
+static void sums_scratch_prepare(sums *s, const pnn_host *host, pnn_arena *arena) {
+  pnn_arena one = {.base = NULL};
+  sums_take(s, &one);
+  s->scratch_bytes = (int64_t)one.used;
+  s->scratch = pnn_arena_take(arena, pnn_workers(host, sums_items(s)), s->scratch_bytes);
+  arena->overflow |= one.overflow;
+}
+
+static void sums_run(sums *s, const pnn_host *host) {
+  pnn_parallel(host, sums_items(s), sums_item, s);
+  join_parts(s, s->outputs_part, s->problem->outputs);
+  if (s->products) join_parts(s, s->maps_part, s->problem->outputs * s->problem->group_maps);
+}
+
+/* ---- input and masks ---- */
+
+#define INPUT_MAPS 64 /* response maps at a time, at least one channel's */
+
+typedef struct inputs {
+  const pnn_problem *problem;
+  pnn_deal deal;
+  pnn_packing packing;
+  int64_t block; /* response maps at a time: whole channels */
+  int64_t rows;  /* of a block, in whole tiles */
+  bool masks;    /* grad_mask is wanted: an item takes all groups and the whole batch */
+  const void *packed;
+  const void *mean, *offset, *slope; /* [K] reals; offset and slope NULL where da is not affine in c */
+  char *scratch;
+  int64_t scratch_bytes;
+} inputs;
+
+typedef struct inputs_scratch {
+  char *gradient, *d, *u, *c, *mask, *channels, *mask_gradient;
+} inputs_scratch;
+
+static inputs_scratch inputs_take(const inputs *in, pnn_arena *arena) {
+  const pnn_problem *p = in->problem;
+  const int64_t size = p->real_size;
+  inputs_scratch s = {NULL, NULL, NULL, NULL, NULL, NULL, NULL};
+  s.gradient = pnn_arena_take(arena, p->group_outputs * PNN_PANEL, size);
+  s.d = pnn_arena_take(arena, in->rows * PNN_PANEL, size);
+  s.u = pnn_arena_take(arena, in->block * PNN_PANEL, size);
+  if (in->slope) s.c = pnn_arena_take(arena, in->block * PNN_PANEL, size);
+  s.mask = pnn_arena_take(arena, pnn_mask_rows(p, p->group_maps) * in->deal.pixels, size);
+  if (p->masks > 1) s.channels = pnn_arena_take(arena, pnn_response_channels(p, in->block) * PNN_PANEL, size);
+  if (in->masks) s.mask_gradient = pnn_arena_take(arena, pnn_mask_rows(p, p->maps) * in->deal.pixels, size);
+  return s;
+}
+
+/* From da to d, and on to the gradients of the block's channels and masks. */
+static void inputs_block(const inputs *in, const inputs_scratch *s, const pnn_response *response,
+                         const pnn_columns *columns, int64_t k0, int64_t maps) {
+  const pnn_problem *p = in->problem;
+  const pnn_kernels *kernels = p->kernels;
+  const int64_t size = p->real_size;
+  pnn_response_perturbed(response, columns, k0, maps, s->u, PNN_PANEL);
+  if (in->slope) {
+    memcpy(s->c, s->u, (size_t)(maps * PNN_PANEL * size));
+    pnn_response_activate(response, columns, k0, maps, s->c, PNN_PANEL);
+    kernels->affine(s->d, PNN_PANEL, s->c, PNN_PANEL, (const char *)in->offset + k0 * size,
+                    (const char *)in->slope + k0 * size, maps, columns->padded);
+  }
+  kernels->activate_grad[p->activation](s->d, PNN_PANEL, s->u, PNN_PANEL, maps, columns->padded);
+  if (in->masks)
+    for (int64_t r = 0; r < maps; r++) {
+      const int64_t row = p->shared ? (k0 + r) % p->masks : k0 + r;
+      for (int64_t i = 0; i < columns->segments; i++) {
+        const pnn_segment *g = &columns->segment[i];
+        add_reals(p, s->mask_gradient + (row * in->deal.pixels + g->pixel - columns->range->pixel) * size,
+                  s->d + (r * PNN_PANEL + g->column) * size, g->columns);
+      }
+    }
+  if (!p->grad_input.data) return;
+  const int64_t channels = maps / p->masks;
+  for (int64_t c = 0; c < channels && p->masks > 1; c++) {
+    char *first = s->d + c * p->masks * PNN_PANEL * size;
+    for (int64_t m = 1; m < p->masks; m++) add_reals(p, first, first + m * PNN_PANEL * size, columns->columns);
+  }
+  pnn_columns_store(p, columns, &p->grad_input, k0 / p->masks, channels, s->d, p->masks * PNN_PANEL);
+}
+
+static void inputs_group(const inputs *in, const inputs_scratch *s, int64_t group, const pnn_range *range,
+                         int64_t column, int64_t end) {
+  const pnn_problem *p = in->problem;
+  const pnn_kernels *kernels = p->kernels;
+  const int64_t size = p->real_size, k_first = group * p->group_maps;
+  const pnn_response response = {.problem = p, .mask = s->mask, .mask_ld = in->deal.pixels, .mask_k0 = k_first,
+                                 .mean = in->mean, .channels = s->channels};
+  pnn_mask_panel(p, k_first, p->group_maps, range, s->mask, in->deal.pixels);
+  pnn_columns columns;
+  for (; column < end; column += PNN_PANEL) {
+    pnn_columns_set(&columns, range, column, PNN_MIN(PNN_PANEL, end - column));
+    pnn_columns_load(p, &columns, &p->grad_output, group * p->group_outputs, p->group_outputs, s->gradient, PNN_PANEL);
+    for (int64_t block = 0; block < in->packing.blocks; block++) {
+      const int64_t k = block * in->block, maps = PNN_MIN(in->block, p->group_maps - k);
+      const int64_t tiles = (maps + kernels->tile_rows - 1) / kernels->tile_rows;
+      memset(s->d, 0, (size_t)(tiles * kernels->tile_rows * PNN_PANEL * size));
+      for (int64_t tile = 0; tile < tiles; tile++) {
+        const void *a = pnn_packing_tile(p, &in->packing, in->packed, group, block, tile, 0);
+        for (int64_t j = 0; j < columns.columns; j += kernels->tile_columns)
+          kernels->product(p->group_outputs, a, s->gradient + j * size, PNN_PANEL,
+                           s->d + (tile * kernels->tile_rows * PNN_PANEL + j) * size, PNN_PANEL);
+      }
+      inputs_block(in, s, &response, &columns, k_first + k, maps);
+    }
+  }
+}
+
+static void inputs_item(void *inputs_, int32_t worker, int64_t item) {
+  const inputs *in = inputs_;
+  const pnn_problem *p = in->problem;
+  const int64_t pieces = in->deal.ranges * in->deal.cuts;
+  pnn_range range;
+  int64_t column, end;
+  pnn_deal_piece(p, &in->deal, item % pieces, &range, &column, &end);
+  pnn_arena own = {.base = in->scratch + worker * in->scratch_bytes};
+  const inputs_scratch s = inputs_take(in, &own);
+  if (!in->masks) {
+    if (column < end) inputs_group(in, &s, item / pieces, &range, column, end);
+    return;
+  }
+  memset(s.mask_gradient, 0, (size_t)(pnn_mask_rows(p, p->maps) * in->deal.pixels * p->real_size));
+  for (int64_t group = 0; group < p->groups; group++) inputs_group(in, &s, group, &range, column, end);
+  pnn_mask_grad_store(p, &range, s.mask_gradient, in->deal.pixels);
+}
+
+static inputs inputs_prepare(const pnn_problem *p, const pnn_host *host, bool affine, pnn_arena *arena) {
+  inputs in = {.problem = p, .masks = p->grad_mask.data != NULL};
+  in.block = PNN_MIN(p->masks * PNN_MAX(1, INPUT_MAPS / p->masks), p->group_maps);
+  in.packing = pnn_packing_backward(p, in.block);
+  in.rows = in.packing.block_tiles * p->kernels->tile_rows;
+  in.deal = pnn_deal_columns(p, host, in.masks ? p->maps : pnn_mask_rows(p, p->group_maps), in.masks ? 1 : p->groups,
+                             in.masks);
+  in.packed = pnn_arena_take(arena, pnn_packing_size(p, &in.packing), p->real_size);
+  if (affine) {
+    in.offset = pnn_arena_take(arena, p->maps, p->real_size);
+    in.slope = pnn_arena_take(arena, p->maps, p->real_size);
+  }
+  return in;
+}
+
+static int64_t inputs_items(const inputs *in) {
+  return in->deal.ranges * in->deal.cuts * (in->masks ? 1 : in->problem->groups);
+}
+
+/* `affine` as given to inputs_prepare: while counting, the pointers are all NULL. */
+static void inputs_scratch_prepare(inputs *in, const pnn_host *host, bool affine, pnn_arena *arena) {
+  pnn_arena one = {.base = NULL};
+  inputs shape = *in;
+  static const char present;
+  shape.slope = affine ? &present : NULL;
+  inputs_take(&shape, &one);
+  in->scratch_bytes = (int64_t)one.used;
+  in->scratch = pnn_arena_take(arena, pnn_workers(host, inputs_items(in)), in->scratch_bytes);
+  arena->overflow |= one.overflow;
+}
+
+/* ---- pixels that a stride leaves out ---- */
+
+typedef struct zeros {
+  const pnn_tensor *tensor;
+} zeros;
+
+static void zeros_item(void *zeros_, int32_t worker, int64_t item) {
+  (void)worker;
+  const pnn_tensor *t = ((const zeros *)zeros_)->tensor;
+  const int64_t size = pnn_dtype_size(t->dtype), a = item / t->size[1], b = item % t->size[1];
+  for (int64_t i = 0; i < t->size[2]; i++) {
+    char *row = (char *)t->data + (a * t->stride[0] + b * t->stride[1] + i * t->stride[2]) * size;
+    if (t->stride[3] == 1)
+      memset(row, 0, (size_t)(t->size[3] * size));
+    else
+      for (int64_t j = 0; j < t->size[3]; j++) memset(row + j * t->stride[3] * size, 0, (size_t)size);
+  }
+}
+
+/* An output that the products will not write in full: cleared first. */
+static void clear(const pnn_problem *p, const pnn_host *host, const pnn_tensor *tensor) {
+  if (!tensor->data) return;
+  if (p->stride[0] == 1 && p->stride[1] == 1 && p->batch > 0) return;
+  zeros z = {tensor};
+  if (tensor->size[2] > 0 && tensor->size[3] > 0) pnn_parallel(host, tensor->size[0] * tensor->size[1], zeros_item, &z);
+}
+
+/* ---- the pass ---- */
+
+typedef struct algebra {
+  double *s1, *s2, *h; /* [K], [K], [T] */
+} algebra;
+
+static void normalisation_sums(const pnn_problem *p, const sums *s, const void *weights, algebra *a) {
+  for (int64_t k = 0; k < p->maps; k++) a->s1[k] = a->s2[k] = 0;
+  for (int64_t t = 0; t < p->outputs; t++) {
+    const int64_t base = t / p->group_outputs * p->group_maps;
+    const double h = pnn_real_get(p, s->outputs_part, t);
+    a->h[t] = h;
+    for (int64_t k = 0; k < p->group_maps; k++) {
+      const double v = pnn_real_get(p, weights, t * p->group_maps + k);
+      a->s1[base + k] += v * h;
+      if (s->products) a->s2[base + k] += v * pnn_real_get(p, s->maps_part, t * p->group_maps + k);
+    }
+  }
+}
+
+/* dV, row by row; `row` is scratch for K/G doubles. */
+static void weight_store(const pnn_problem *p, const sums *s, const pnn_norm *norm, double *row) {
+  pnn_tensor out = p->params->grad_weight;
+  char *const data = out.data;
+  const int64_t columns = p->group_maps, step = p->outputs > 1 ? out.stride[0] : 0;
+  out.stride[0] = columns > 1 ? out.stride[1] : 1;
+  for (int64_t t = 0; t < p->outputs; t++) {
+    const int64_t base = t / p->group_outputs * columns;
+    for (int64_t k = 0; k < columns; k++) {
+      row[k] = pnn_real_get(p, s->maps_part, t * columns + k);
+      if (norm)
+        row[k] = norm->scale[base + k] * row[k] + pnn_real_get(p, s->outputs_part, t) * norm->beta[base + k];
+    }
+    out.data = data + t * step * pnn_dtype_size(out.dtype);
+    pnn_vector_store(&out, columns, row);
+  }
+}
+
+void pnn_backward_pass(const pnn_problem *problem, const pnn_host *host, pnn_arena *arena, bool run) {
+  const pnn_problem *p = problem;
+  const pnn_params *params = p->params;
+  const bool want_inputs = params->grad_input.data || params->grad_mask.data;
+  const bool affine = p->training && want_inputs;
+  const bool want_products = params->grad_weight.data || affine || (p->norm && params->grad_norm_weight.data);
+  const bool want_sums = want_products || params->grad_bias.data || (p->norm && params->grad_norm_bias.data);
+
+  void *weights = pnn_arena_take(arena, p->outputs * p->group_maps, p->real_size);
+  double *row = pnn_arena_take(arena, PNN_MAX(p->group_maps, p->outputs), 8);
+  pnn_norm norm = {NULL, NULL, NULL, NULL, NULL, NULL, NULL};
+  algebra a = {NULL, NULL, NULL};
+  if (p->norm) {
+    pnn_norm_plan(p, arena, &norm);
+    a.s1 = pnn_arena_take(arena, p->maps, 8);
+    a.s2 = pnn_arena_take(arena, p->maps, 8);
+    a.h = pnn_arena_take(arena, p->outputs, 8);
+  }
+  sums s;
+  inputs in;
+  if (want_sums) s = sums_prepare(p, host, want_products, arena);
+  if (want_inputs) in = inputs_prepare(p, host, affine, arena);
+  /* One after the other, the two share their workers' scratch. */
+  pnn_arena sums_arena = *arena;
+  if (want_sums) sums_scratch_prepare(&s, host, &sums_arena);
+  if (want_inputs) inputs_scratch_prepare(&in, host, affine, arena);
+  arena->used = PNN_MAX(arena->used, sums_arena.used);
+  arena->overflow |= sums_arena.overflow;
+  if (!run) return;
+
+  pnn_weights_load(p, weights);
+  const int64_t n = p->batch * p->pixels;
+  if (p->norm) {
+    pnn_vector_load(&params->mean, p->maps, 0, norm.mean);
+    pnn_vector_load(&params->variance, p->maps, 0, norm.variance);
+    pnn_norm_fill(p, &norm);
+  }
+  if (want_sums) {
+    s.mean = norm.mean_reals;
+    sums_run(&s, host);
+    for (int64_t t = 0; t < p->outputs; t++) row[t] = pnn_real_get(p, s.outputs_part, t);
+    pnn_vector_store(&params->grad_bias, p->outputs, row);
+    if (p->norm) {
+      normalisation_sums(p, &s, weights, &a);
+      pnn_vector_store(&params->grad_norm_bias, p->maps, a.s1);
+      if (params->grad_norm_weight.data) {
+        /* dgamma = r * S2, in place of gamma, which is not read again. */
+        for (int64_t k = 0; k < p->maps; k++) norm.gamma[k] = norm.inverse[k] * a.s2[k];
+        pnn_vector_store(&params->grad_norm_weight, p->maps, norm.gamma);
+      }
+    }
+    if (params->grad_weight.data) weight_store(p, &s, p->norm ? &norm : NULL, row);
+  }
+  if (!want_inputs) return;
+  clear(p, host, &params->grad_input);
+  clear(p, host, &params->grad_mask);
+  if (n == 0) return;
+  if (affine) {
+    for (int64_t k = 0; k < p->maps; k++) {
+      const double alpha = norm.scale[k], r = norm.inverse[k];
+      norm.gamma[k] = -alpha * a.s1[k] / (double)n;
+      norm.beta[k] = -alpha * r * r * a.s2[k] / (double)n;
+    }
+    pnn_reals_store(p, p->maps, norm.gamma, (void *)(uintptr_t)in.offset);
+    pnn_reals_store(p, p->maps, norm.beta, (void *)(uintptr_t)in.slope);
+  }
+  if (p->norm) {
+    pnn_weights_scale(p, weights, norm.scale);
+    in.mean = norm.mean_reals;
+  }
+  pnn_packing_fill(p, &in.packing, weights, (void *)(uintptr_t)in.packed);
+  pnn_parallel(host, inputs_items(&in), inputs_item, &in);
+}

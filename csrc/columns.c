@@ -1,0 +1,123 @@
+/*
+ * columns.c - which pixels are a panel's columns, and moving them between tensors and panels.
+ *
+ * A panel may span several images, so that small images (7x7, 4x4) leave no lanes idle. Where a tensor's pixels stand
+ * at one constant step, whole rows and images move in one call.
+ */
+#include <string.h>
+
+#include "internal.h"
+
+void pnn_columns_set(pnn_columns *columns, const pnn_range *range, int64_t first, int64_t count) {
+  columns->range = range;
+  columns->columns = count;
+  columns->padded = (count + PNN_PAD - 1) / PNN_PAD * PNN_PAD;
+  columns->segments = 0;
+  int64_t image = first / range->pixels, pixel = first % range->pixels;
+  for (int64_t column = 0; column < count;) {
+    const int64_t run = PNN_MIN(range->pixels - pixel, count - column);
+    columns->segment[columns->segments++] = (pnn_segment){
+        .column = column, .columns = run, .image = image, .pixel = range->pixel + pixel};
+    column += run;
+    pixel = 0;
+    image++;
+  }
+}
+
+typedef struct mover {
+  const pnn_problem *problem;
+  const pnn_view *view;
+  int64_t channel, rows, ld;
+  char *panel;
+  bool to_panel;
+} mover;
+
+static void move(const mover *m, int64_t offset, int64_t column, int64_t count, int64_t step) {
+  char *data = m->view->data + (offset + m->channel * m->view->channel) * m->view->element;
+  char *panel = m->panel + column * m->problem->real_size;
+  if (m->to_panel)
+    m->problem->kernels->load[m->view->dtype](panel, m->ld, data, m->rows, m->view->channel, count, step);
+  else
+    m->problem->kernels->store[m->view->dtype](data, m->view->channel, step, panel, m->ld, m->rows, count);
+}
+
+static void move_all(const mover *m, const pnn_columns *columns) {
+  const pnn_view *v = m->view;
+  const int64_t width = m->problem->out_width, pixels = m->problem->pixels;
+  const bool rows_join = m->problem->out_height == 1 || v->row == width * v->column;
+  const bool one_pixel = pixels == 1;
+  const int64_t step = one_pixel ? v->batch : width == 1 ? v->row : v->column;
+  const bool step_holds = one_pixel || width == 1 || rows_join;
+  if (columns->range->pixels == pixels && step_holds && v->batch == pixels * step) {
+    const pnn_segment *s = &columns->segment[0];
+    move(m, s->image * v->batch + s->pixel * step, 0, columns->columns, step);
+    return;
+  }
+  for (int64_t i = 0; i < columns->segments; i++) {
+    const pnn_segment *s = &columns->segment[i];
+    const int64_t image = s->image * v->batch;
+    if (step_holds) {
+      move(m, image + s->pixel * step, s->column, s->columns, step);
+      continue;
+    }
+    int64_t pixel = s->pixel, column = s->column;
+    const int64_t end = s->pixel + s->columns;
+    while (pixel < end) {
+      const int64_t row = pixel / width, from = pixel % width;
+      const int64_t count = PNN_MIN(width - from, end - pixel);
+      move(m, image + row * v->row + from * v->column, column, count, v->column);
+      pixel += count;
+      column += count;
+    }
+  }
+}
+
+void pnn_columns_load(const pnn_problem *problem, const pnn_columns *columns, const pnn_view *view, int64_t channel,
+                      int64_t rows, void *panel, int64_t ld) {
+  const mover m = {problem, view, channel, rows, ld, panel, true};
+  move_all(&m, columns);
+  const int64_t padding = columns->padded - columns->columns;
+  if (padding)
+    for (int64_t r = 0; r < rows; r++)
+      memset((char *)panel + (r * ld + columns->columns) * problem->real_size, 0,
+             (size_t)(padding * problem->real_size));
+}
+
+void pnn_columns_store(const pnn_problem *problem, const pnn_columns *columns, const pnn_view *view, int64_t channel,
+                       int64_t rows, const void *panel, int64_t ld) {
+  const mover m = {problem, view, channel, rows, ld, (char *)(uintptr_t)panel, false};
+  move_all(&m, columns);
+}
+
+/* A range's masks should stay in the second-level cache beside the panels. */
+#define MASK_BYTES (256 * 1024)
+
+static int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+pnn_deal pnn_deal_columns(const pnn_problem *problem, const pnn_host *host, int64_t mask_rows, int64_t share,
+                          bool whole_batch) {
+  const int64_t pixels = problem->pixels, images = problem->batch;
+  /* Four pieces a thread even out what the threads lose to other work. */
+  const int64_t wanted = ceil_div(4 * (int64_t)(host ? host->threads : 1), PNN_MAX(share, 1));
+  int64_t most = mask_rows ? MASK_BYTES / problem->real_size / mask_rows : pixels;
+  if (whole_batch || images < wanted) {
+    const int64_t ranges = whole_batch ? wanted : ceil_div(wanted, PNN_MAX(images, 1));
+    most = PNN_MIN(most, ceil_div(pixels, ranges));
+  }
+  most = PNN_MAX(ceil_div(most, PNN_PANEL) * PNN_PANEL, PNN_PANEL);
+  pnn_deal deal = {.ranges = ceil_div(pixels, most)};
+  deal.pixels = deal.ranges ? PNN_MIN(ceil_div(ceil_div(pixels, deal.ranges), PNN_PANEL) * PNN_PANEL, pixels) : 0;
+  deal.ranges = deal.pixels ? ceil_div(pixels, deal.pixels) : 0;
+  deal.cuts = whole_batch || !deal.ranges ? 1 : ceil_div(wanted, deal.ranges);
+  deal.columns = ceil_div(ceil_div(deal.pixels * images, deal.cuts), PNN_PANEL) * PNN_PANEL;
+  return deal;
+}
+
+void pnn_deal_piece(const pnn_problem *problem, const pnn_deal *deal, int64_t i, pnn_range *range, int64_t *first,
+                    int64_t *end) {
+  range->pixel = i / deal->cuts * deal->pixels;
+  range->pixels = PNN_MIN(deal->pixels, problem->pixels - range->pixel);
+  const int64_t total = range->pixels * problem->batch;
+  *first = PNN_MIN(i % deal->cuts * deal->columns, total);
+  *end = PNN_MIN(*first + deal->columns, total);
+}

@@ -1,0 +1,138 @@
+/*
+ * forward.c - y = bias + V * activation(x + level * N), a matrix product with a fused prologue.
+ *
+ * Per piece of columns: make the masks of its pixels once; then, 64 columns at a time, fill a panel of response maps
+ * [up to 256 maps][64] in cache and multiply every tile of packed weights with it; sums wait in [T/G][64] between two
+ * blocks of maps, so that each output stays one chain in ascending k, started at the bias.
+ */
+#include <string.h>
+
+#include "internal.h"
+
+#define MAPS 256 /* response maps in a panel */
+
+typedef struct forward {
+  const pnn_problem *problem;
+  pnn_deal deal;
+  pnn_packing packing;
+  int64_t block; /* response maps in a panel */
+  int64_t sum_rows;
+  void *packed, *bias;
+  const void *mean; /* NULL without normalisation */
+  char *scratch;
+  int64_t scratch_bytes;
+} forward;
+
+typedef struct worker_scratch {
+  char *panel, *sums, *mask, *channels;
+} worker_scratch;
+
+static worker_scratch scratch_take(const forward *f, pnn_arena *arena) {
+  const pnn_problem *p = f->problem;
+  worker_scratch s;
+  s.panel = pnn_arena_take(arena, f->block * PNN_PANEL, p->real_size);
+  s.sums = pnn_arena_take(arena, f->sum_rows * PNN_PANEL, p->real_size);
+  s.mask = pnn_arena_take(arena, pnn_mask_rows(p, p->group_maps) * f->deal.pixels, p->real_size);
+  s.channels = p->masks == 1 ? NULL
+                             : pnn_arena_take(arena, pnn_response_channels(p, f->block) * PNN_PANEL, p->real_size);
+  return s;
+}
+
+static void sums_start(const forward *f, int64_t group, char *sums) {
+  const int64_t size = f->problem->real_size, rows = f->problem->group_outputs;
+  const char *bias = (const char *)f->bias + group * rows * size;
+  for (int64_t t = 0; t < rows; t++)
+    for (int64_t j = 0; j < PNN_PANEL; j++) memcpy(sums + (t * PNN_PANEL + j) * size, bias + t * size, (size_t)size);
+  memset(sums + rows * PNN_PANEL * size, 0, (size_t)((f->sum_rows - rows) * PNN_PANEL * size));
+}
+
+static void forward_item(void *forward_, int32_t worker, int64_t item) {
+  const forward *f = forward_;
+  const pnn_problem *p = f->problem;
+  const pnn_kernels *kernels = p->kernels;
+  const int64_t pieces = f->deal.ranges * f->deal.cuts, group = item / pieces, size = p->real_size;
+  pnn_range range;
+  int64_t column, end;
+  pnn_deal_piece(p, &f->deal, item % pieces, &range, &column, &end);
+  if (column == end) return;
+  pnn_arena own = {.base = f->scratch + worker * f->scratch_bytes};
+  const worker_scratch s = scratch_take(f, &own);
+  const int64_t k_first = group * p->group_maps;
+  const pnn_response response = {.problem = p, .mask = s.mask, .mask_ld = f->deal.pixels, .mask_k0 = k_first,
+                                 .mean = f->mean, .channels = s.channels};
+  pnn_mask_panel(p, k_first, p->group_maps, &range, s.mask, f->deal.pixels);
+  pnn_columns columns;
+  for (; column < end; column += PNN_PANEL) {
+    pnn_columns_set(&columns, &range, column, PNN_MIN(PNN_PANEL, end - column));
+    sums_start(f, group, s.sums);
+    for (int64_t k = 0; k < p->group_maps; k += f->block) {
+      const int64_t depth = PNN_MIN(f->block, p->group_maps - k);
+      pnn_response_perturbed(&response, &columns, k_first + k, depth, s.panel, PNN_PANEL);
+      pnn_response_activate(&response, &columns, k_first + k, depth, s.panel, PNN_PANEL);
+      for (int64_t tile = 0; tile < f->packing.block_tiles; tile++) {
+        const void *a = pnn_packing_tile(p, &f->packing, f->packed, group, 0, tile, k);
+        for (int64_t j = 0; j < columns.columns; j += kernels->tile_columns)
+          kernels->product(depth, a, s.panel + j * size, PNN_PANEL,
+                           s.sums + (tile * kernels->tile_rows * PNN_PANEL + j) * size, PNN_PANEL);
+      }
+    }
+    pnn_columns_store(p, &columns, &p->output, group * p->group_outputs, p->group_outputs, s.sums, PNN_PANEL);
+  }
+}
+
+/* bias + V * beta in double, rounded once; V as given. */
+static void start_values(const pnn_problem *problem, const void *weights, const double *beta, double *start) {
+  pnn_vector_load(&problem->params->bias, problem->outputs, 0, start);
+  if (!beta) return;
+  for (int64_t t = 0; t < problem->outputs; t++) {
+    const double *b = beta + t / problem->group_outputs * problem->group_maps;
+    for (int64_t k = 0; k < problem->group_maps; k++)
+      start[t] += pnn_real_get(problem, weights, t * problem->group_maps + k) * b[k];
+  }
+}
+
+void pnn_forward_pass(const pnn_problem *problem, const pnn_host *host, pnn_arena *arena, bool run) {
+  const pnn_problem *p = problem;
+  forward f = {.problem = p, .packing = pnn_packing_forward(p), .block = PNN_MIN(p->group_maps, MAPS)};
+  f.deal = pnn_deal_columns(p, host, pnn_mask_rows(p, p->group_maps), p->groups, false);
+  f.sum_rows = f.packing.block_tiles * p->kernels->tile_rows;
+  const int64_t items = p->group_outputs ? p->groups * f.deal.ranges * f.deal.cuts : 0;
+
+  void *weights = pnn_arena_take(arena, p->outputs * p->group_maps, p->real_size);
+  f.packed = pnn_arena_take(arena, pnn_packing_size(p, &f.packing), p->real_size);
+  double *start = pnn_arena_take(arena, p->outputs, 8);
+  f.bias = pnn_arena_take(arena, p->outputs, p->real_size);
+  pnn_norm norm;
+  if (p->norm) pnn_norm_plan(p, arena, &norm);
+  /* The moments are done with their scratch before the products begin with theirs. */
+  pnn_arena moments_arena = *arena;
+  pnn_moments_plan moments_plan;
+  if (p->training) moments_plan = pnn_moments_prepare(p, host, &moments_arena);
+  pnn_arena one = {.base = NULL};
+  scratch_take(&f, &one);
+  f.scratch_bytes = (int64_t)one.used;
+  f.scratch = pnn_arena_take(arena, pnn_workers(host, items), f.scratch_bytes);
+  arena->used = PNN_MAX(arena->used, moments_arena.used);
+  arena->overflow |= moments_arena.overflow || one.overflow;
+  if (!run) return;
+
+  pnn_weights_load(p, weights);
+  start_values(p, weights, NULL, start);
+  if (p->norm) {
+    if (p->training) {
+      pnn_moments_run(p, host, &moments_plan, norm.mean, norm.variance);
+      pnn_vector_store(&p->params->mean, p->maps, norm.mean);
+      pnn_vector_store(&p->params->variance, p->maps, norm.variance);
+    } else {
+      pnn_vector_load(&p->params->mean, p->maps, 0, norm.mean);
+      pnn_vector_load(&p->params->variance, p->maps, 0, norm.variance);
+    }
+    pnn_norm_fill(p, &norm);
+    start_values(p, weights, norm.beta, start);
+    pnn_weights_scale(p, weights, norm.scale);
+    f.mean = norm.mean_reals;
+  }
+  pnn_reals_store(p, p->outputs, start, f.bias);
+  pnn_packing_fill(p, &f.packing, weights, f.packed);
+  pnn_parallel(host, items, forward_item, &f);
+}

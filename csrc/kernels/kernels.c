@@ -1,0 +1,493 @@
+/*
+ * kernels.c - every kernel of the table, compiled once per instruction set and precision.
+ *
+ * Written on the vectors of real.h: one source gives the portable, AVX2, AVX-512 and NEON kernels, and each gives the
+ * same bits, since a lane's arithmetic does not depend on the width (simd.h) and the order of every sum is fixed in
+ * the contract (table.h). Only the tile sizes below are chosen per instruction set; they change speed, never bits.
+ */
+#include "real.h"
+
+#include "activations.h"
+#include "philox.h"
+#include "table.h"
+
+/* Tiles of `product`: rows x vectors of accumulators, beside the vectors of B and one broadcast of A. 32 registers
+ * hold 8 x 2; 16 registers hold 6 x 2. */
+#if defined(PNN_ISA_AVX512) || defined(PNN_ISA_NEON)
+#define TILE_ROWS 8
+#else
+#define TILE_ROWS 6
+#endif
+#define TILE_VECTORS 2
+#define TILE_COLUMNS (TILE_VECTORS * VR)
+
+/* Tiles of `dot`: each accumulator is PNN_LANES lanes wide, LANE_VECTORS registers. */
+#define LANE_VECTORS (PNN_LANES / VR)
+#if LANE_VECTORS == 1
+#define DOT_ROWS 4
+#define DOT_COLUMNS 4
+#elif LANE_VECTORS == 2
+#define DOT_ROWS 2
+#define DOT_COLUMNS 2
+#else
+#define DOT_ROWS 1
+#define DOT_COLUMNS 2
+#endif
+
+/* ---- tensors to panels and back ---- */
+
+#if defined(PNN_REAL_F32)
+static inline real from_bfloat16(uint16_t x) {
+  const uint32_t bits = (uint32_t)x << 16;
+  float f;
+  memcpy(&f, &bits, sizeof f);
+  return f;
+}
+
+static inline uint16_t to_bfloat16(float x) {
+  uint32_t bits;
+  memcpy(&bits, &x, sizeof bits);
+  if ((bits & 0x7fffffffu) > 0x7f800000u) return (uint16_t)((bits >> 16) | 0x40u); /* a NaN stays one */
+  return (uint16_t)((bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16);
+}
+
+static inline real from_float16(uint16_t x) {
+  /* The exponent is rebiased by a multiplication, which is exact and handles denormals; 2^112 = 2^(127 - 15). */
+  const uint32_t sign = (uint32_t)(x & 0x8000u) << 16, rest = x & 0x7fffu;
+  uint32_t bits = rest << 13;
+  float f;
+  memcpy(&f, &bits, sizeof f);
+  f *= 0x1p112f;
+  memcpy(&bits, &f, sizeof bits);
+  if (rest >= 0x7c00u) bits = 0x7f800000u | (rest << 13);
+  bits |= sign;
+  memcpy(&f, &bits, sizeof f);
+  return f;
+}
+
+static inline uint16_t to_float16(float x) {
+  uint32_t bits;
+  memcpy(&bits, &x, sizeof bits);
+  const uint16_t sign = (uint16_t)((bits >> 16) & 0x8000u);
+  const uint32_t rest = bits & 0x7fffffffu;
+  if (rest > 0x7f800000u) return (uint16_t)(sign | 0x7e00u);
+  if (rest >= 0x477ff000u) return (uint16_t)(sign | 0x7c00u); /* 65520 and above round to infinity */
+  if (rest < 0x38800000u) {
+    /* Below 2^-14 the result is a multiple of 2^-24: adding 0.5 rounds the sum there to nearest even. */
+    float f;
+    memcpy(&f, &rest, sizeof f);
+    f += 0.5f;
+    uint32_t sum;
+    memcpy(&sum, &f, sizeof sum);
+    return (uint16_t)(sign | (sum - 0x3f000000u));
+  }
+  return (uint16_t)(sign | ((rest + 0xfffu + ((rest >> 13) & 1u) - 0x38000000u) >> 13));
+}
+
+#else
+static inline real from_float(float x) { return (real)x; }
+static inline float to_float(real x) { return (float)x; }
+#endif
+
+static inline real from_real(real x) { return x; }
+static inline real to_real(real x) { return x; }
+
+/* One loop for the case that columns are contiguous, one for contiguous rows (channels-last: a block of 16 x 16 keeps
+ * both sides in cache), one for the rest. */
+#define DEFINE_LOAD(name, type, convert)                                                                               \
+  static void name(void *dst_, int64_t ld, const void *src_, int64_t rows, int64_t row_stride, int64_t columns,        \
+                   int64_t column_stride) {                                                                            \
+    real *dst = dst_;                                                                                                  \
+    const type *src = src_;                                                                                            \
+    if (column_stride == 1) {                                                                                          \
+      for (int64_t r = 0; r < rows; r++) {                                                                             \
+        real *restrict d = dst + r * ld;                                                                               \
+        const type *restrict s = src + r * row_stride;                                                                 \
+        for (int64_t j = 0; j < columns; j++) d[j] = convert(s[j]);                                                    \
+      }                                                                                                                \
+    } else {                                                                                                           \
+      for (int64_t r0 = 0; r0 < rows; r0 += 16) {                                                                      \
+        const int64_t r1 = r0 + 16 < rows ? r0 + 16 : rows;                                                            \
+        for (int64_t j = 0; j < columns; j++)                                                                          \
+          for (int64_t r = r0; r < r1; r++) dst[r * ld + j] = convert(src[r * row_stride + j * column_stride]);        \
+      }                                                                                                                \
+    }                                                                                                                  \
+  }
+
+#define DEFINE_STORE(name, type, convert)                                                                              \
+  static void name(void *dst_, int64_t row_stride, int64_t column_stride, const void *src_, int64_t ld, int64_t rows,  \
+                   int64_t columns) {                                                                                  \
+    type *dst = dst_;                                                                                                  \
+    const real *src = src_;                                                                                            \
+    if (column_stride == 1) {                                                                                          \
+      for (int64_t r = 0; r < rows; r++) {                                                                             \
+        type *restrict d = dst + r * row_stride;                                                                       \
+        const real *restrict s = src + r * ld;                                                                         \
+        for (int64_t j = 0; j < columns; j++) d[j] = convert(s[j]);                                                    \
+      }                                                                                                                \
+    } else {                                                                                                           \
+      for (int64_t r0 = 0; r0 < rows; r0 += 16) {                                                                      \
+        const int64_t r1 = r0 + 16 < rows ? r0 + 16 : rows;                                                            \
+        for (int64_t j = 0; j < columns; j++)                                                                          \
+          for (int64_t r = r0; r < r1; r++) dst[r * row_stride + j * column_stride] = convert(src[r * ld + j]);        \
+      }                                                                                                                \
+    }                                                                                                                  \
+  }
+
+DEFINE_LOAD(load_real, real, from_real)
+DEFINE_STORE(store_real, real, to_real)
+#if defined(PNN_REAL_F32)
+DEFINE_LOAD(load_bfloat16, uint16_t, from_bfloat16)
+DEFINE_LOAD(load_float16, uint16_t, from_float16)
+DEFINE_STORE(store_bfloat16, uint16_t, to_bfloat16)
+DEFINE_STORE(store_float16, uint16_t, to_float16)
+#else
+DEFINE_LOAD(load_float, float, from_float)
+DEFINE_STORE(store_float, float, to_float)
+#endif
+
+/* ---- products ---- */
+
+static void product(int64_t depth, const void *a_, const void *b_, int64_t ldb, void *c_, int64_t ldc) {
+  const real *restrict a = a_;
+  const real *restrict b = b_;
+  real *restrict c = c_;
+  vr sum[TILE_ROWS][TILE_VECTORS];
+#pragma GCC unroll 8
+  for (int i = 0; i < TILE_ROWS; i++)
+#pragma GCC unroll 2
+    for (int v = 0; v < TILE_VECTORS; v++) sum[i][v] = vr_load(c + i * ldc + v * VR);
+  for (int64_t k = 0; k < depth; k++, a += TILE_ROWS, b += ldb) {
+    vr bv[TILE_VECTORS];
+#pragma GCC unroll 2
+    for (int v = 0; v < TILE_VECTORS; v++) bv[v] = vr_load(b + v * VR);
+#pragma GCC unroll 8
+    for (int i = 0; i < TILE_ROWS; i++) {
+      const vr av = vr_set1(a[i]);
+#pragma GCC unroll 2
+      for (int v = 0; v < TILE_VECTORS; v++) sum[i][v] = vr_fma(av, bv[v], sum[i][v]);
+    }
+  }
+#pragma GCC unroll 8
+  for (int i = 0; i < TILE_ROWS; i++)
+#pragma GCC unroll 2
+    for (int v = 0; v < TILE_VECTORS; v++) vr_store(c + i * ldc + v * VR, sum[i][v]);
+}
+
+/* The tree over PNN_LANES partial sums: (i, i+8), (i, i+4), (i, i+2), (0, 1). */
+static inline real lanes_sum(const vr lane[LANE_VECTORS]) {
+  real x[PNN_LANES];
+  memcpy(x, lane, sizeof x);
+  for (int width = PNN_LANES / 2; width > 0; width /= 2)
+    for (int i = 0; i < width; i++) x[i] += x[i + width];
+  return x[0];
+}
+
+static void dot(int64_t columns, const void *a_, int64_t lda, const void *b_, int64_t ldb, void *out_) {
+  const real *restrict a = a_;
+  const real *restrict b = b_;
+  real *restrict out = out_;
+  vr sum[DOT_ROWS][DOT_COLUMNS][LANE_VECTORS];
+  memset(sum, 0, sizeof sum);
+  for (int64_t p = 0; p < columns; p += PNN_LANES) {
+#pragma GCC unroll 8
+    for (int v = 0; v < LANE_VECTORS; v++) {
+      vr bv[DOT_COLUMNS];
+#pragma GCC unroll 4
+      for (int j = 0; j < DOT_COLUMNS; j++) bv[j] = vr_load(b + j * ldb + p + v * VR);
+#pragma GCC unroll 4
+      for (int i = 0; i < DOT_ROWS; i++) {
+        const vr av = vr_load(a + i * lda + p + v * VR);
+#pragma GCC unroll 4
+        for (int j = 0; j < DOT_COLUMNS; j++) sum[i][j][v] = vr_fma(av, bv[j], sum[i][j][v]);
+      }
+    }
+  }
+#pragma GCC unroll 4
+  for (int i = 0; i < DOT_ROWS; i++)
+#pragma GCC unroll 4
+    for (int j = 0; j < DOT_COLUMNS; j++) out[i * DOT_COLUMNS + j] = lanes_sum(sum[i][j]);
+}
+
+static void sum_rows(int64_t columns, const void *a_, int64_t lda, int64_t rows, void *out_) {
+  real *out = out_;
+  for (int64_t r = 0; r < rows; r++) {
+    const real *a = (const real *)a_ + r * lda;
+    vr sum[LANE_VECTORS];
+    memset(sum, 0, sizeof sum);
+    for (int64_t p = 0; p < columns; p += PNN_LANES)
+      for (int v = 0; v < LANE_VECTORS; v++) sum[v] += vr_load(a + p + v * VR);
+    out[r] = lanes_sum(sum);
+  }
+}
+
+/* ---- element by element ---- */
+
+static void perturb(void *a_, int64_t lda, const void *x_, int64_t ldx, const void *mask_, int64_t ldm, int64_t rows,
+                    int64_t columns, int64_t k0, int64_t masks, int32_t shared) {
+  int64_t m = k0 % masks, channel = 0;
+  for (int64_t r = 0; r < rows; r++) {
+    real *a = (real *)a_ + r * lda;
+    const real *x = (const real *)x_ + channel * ldx;
+    const real *mask = (const real *)mask_ + (shared ? m : r) * ldm;
+    for (int64_t j = 0; j < columns; j++) a[j] = x[j] + mask[j];
+    if (++m == masks) m = 0, channel++;
+  }
+}
+
+#define DEFINE_ACTIVATION(suffix, name)                                                                                \
+  static void activate_##name(void *a_, int64_t lda, int64_t rows, int64_t columns) {                                  \
+    for (int64_t r = 0; r < rows; r++) {                                                                               \
+      real *a = (real *)a_ + r * lda;                                                                                  \
+      for (int64_t j = 0; j < columns; j += VR) vr_store(a + j, PNN_ACTIVATE(name)(vr_load(a + j)));                   \
+    }                                                                                                                  \
+  }                                                                                                                    \
+  static void activate_grad_##name(void *d_, int64_t ldd, const void *u_, int64_t ldu, int64_t rows,                   \
+                                   int64_t columns) {                                                                  \
+    for (int64_t r = 0; r < rows; r++) {                                                                               \
+      real *d = (real *)d_ + r * ldd;                                                                                  \
+      const real *u = (const real *)u_ + r * ldu;                                                                      \
+      for (int64_t j = 0; j < columns; j += VR)                                                                        \
+        vr_store(d + j, PNN_ACTIVATE_GRAD(name)(vr_load(u + j), vr_load(d + j)));                                      \
+    }                                                                                                                  \
+  }
+#if defined(PNN_REAL_F32)
+#define PNN_ACTIVATE(name) pnn_##name##_f32
+#define PNN_ACTIVATE_GRAD(name) pnn_##name##_grad_f32
+#else
+#define PNN_ACTIVATE(name) pnn_##name##_f64
+#define PNN_ACTIVATE_GRAD(name) pnn_##name##_grad_f64
+#endif
+PNN_ACTIVATION_LIST(DEFINE_ACTIVATION)
+
+static void center(void *a_, int64_t lda, const void *mean_, int64_t rows, int64_t columns) {
+  for (int64_t r = 0; r < rows; r++) {
+    real *a = (real *)a_ + r * lda;
+    const real mean = ((const real *)mean_)[r];
+    for (int64_t j = 0; j < columns; j++) a[j] -= mean;
+  }
+}
+
+static void affine(void *d_, int64_t ldd, const void *c_, int64_t ldc, const void *offset_, const void *slope_,
+                   int64_t rows, int64_t columns) {
+  for (int64_t r = 0; r < rows; r++) {
+    real *d = (real *)d_ + r * ldd;
+    const real *c = (const real *)c_ + r * ldc;
+    const vr offset = vr_set1(((const real *)offset_)[r]), slope = vr_set1(((const real *)slope_)[r]);
+    for (int64_t j = 0; j < columns; j += VR)
+      vr_store(d + j, vr_fma(slope, vr_load(c + j), vr_load(d + j) + offset));
+  }
+}
+
+static void scale(void *a_, int64_t lda, double factor, int64_t rows, int64_t columns) {
+  const real f = (real)factor;
+  for (int64_t r = 0; r < rows; r++) {
+    real *a = (real *)a_ + r * lda;
+    for (int64_t j = 0; j < columns; j++) a[j] *= f;
+  }
+}
+
+static void accumulate(void *s_, const void *a_, int64_t columns) {
+  real *restrict s = s_;
+  const real *restrict a = a_;
+  for (int64_t j = 0; j < columns; j++) s[j] += a[j];
+}
+
+static void round16(pnn_dtype which, void *a_, int64_t lda, int64_t rows, int64_t columns) {
+#if defined(PNN_REAL_F32)
+  for (int64_t r = 0; r < rows; r++) {
+    real *a = (real *)a_ + r * lda;
+    if (which == PNN_BFLOAT16) {
+      for (int64_t j = 0; j < columns; j++) a[j] = from_bfloat16(to_bfloat16(a[j]));
+    } else {
+      for (int64_t j = 0; j < columns; j++) a[j] = from_float16(to_float16(a[j]));
+    }
+  }
+#else
+  (void)which, (void)a_, (void)lda, (void)rows, (void)columns; /* double products have no 16-bit operands */
+#endif
+}
+
+/* ---- moments ---- */
+
+static void moments_in_double(const real *a, int64_t n, double *mean, double *m2) {
+  double sum = 0, squares = 0;
+  for (int64_t j = 0; j < n; j++) sum += (double)a[j];
+  *mean = sum / (double)n;
+  for (int64_t j = 0; j < n; j++) {
+    const double d = (double)a[j] - *mean;
+    squares += d * d;
+  }
+  *m2 = squares;
+}
+
+/* Sums about a value of the row itself, then about the mean: neither cancels where a map is nearly constant, and what
+ * the rounded mean misses is subtracted exactly. */
+static void moments(void *a_, int64_t n, double *mean, double *m2) {
+  real *a = a_;
+  const int64_t padded = (n + PNN_LANES - 1) / PNN_LANES * PNN_LANES;
+  const real first = a[0];
+  for (int64_t j = n; j < padded; j++) a[j] = first;
+  vr sum[LANE_VECTORS], squares[LANE_VECTORS];
+  memset(sum, 0, sizeof sum);
+  for (int64_t p = 0; p < padded; p += PNN_LANES)
+    for (int v = 0; v < LANE_VECTORS; v++) sum[v] += vr_load(a + p + v * VR) - vr_set1(first);
+  const double about_first = (double)first + (double)lanes_sum(sum) / (double)n;
+  const real center_ = (real)about_first;
+  for (int64_t j = n; j < padded; j++) a[j] = center_;
+  memset(sum, 0, sizeof sum);
+  memset(squares, 0, sizeof squares);
+  for (int64_t p = 0; p < padded; p += PNN_LANES)
+    for (int v = 0; v < LANE_VECTORS; v++) {
+      const vr d = vr_load(a + p + v * VR) - vr_set1(center_);
+      sum[v] += d;
+      squares[v] = vr_fma(d, d, squares[v]);
+    }
+  const double rest = (double)lanes_sum(sum), square = (double)lanes_sum(squares);
+  *mean = (double)center_ + rest / (double)n;
+  *m2 = square - rest * rest / (double)n;
+  if (*m2 < 0) *m2 = 0;
+  /* Infinite or NaN elements, or differences beyond the type's range: take the plain formula's result. */
+  if (!(*m2 <= 1e300)) moments_in_double(a, n, mean, m2);
+}
+
+/* ---- masks ---- */
+
+/* u = 2*byte - 255 over 256, times the level. */
+static inline real lattice(uint32_t byte, real level) {
+  return level * ((real)((int32_t)byte * 2 - 255) * (real)0x1p-8);
+}
+
+static void recipe_uniform(real *dst, int64_t ld, const pnn_recipe *recipe, real level, int64_t k0, int64_t rows,
+                           uint32_t row, uint32_t column, uint32_t step, int64_t columns) {
+  for (int64_t block = k0 / 16; block * 16 < k0 + rows; block++) {
+    const int64_t first = k0 > block * 16 ? k0 - block * 16 : 0;
+    const int64_t last = k0 + rows < block * 16 + 16 ? k0 + rows - block * 16 : 16;
+    for (int64_t j0 = 0; j0 < columns; j0 += PHILOX_LANES) {
+      uint32_t words[4][PHILOX_LANES];
+      for (int j = 0; j < PHILOX_LANES; j++) {
+        words[0][j] = column + (uint32_t)(j0 + j) * step;
+        words[1][j] = row;
+        words[2][j] = (uint32_t)block;
+        words[3][j] = 0;
+      }
+      philox4x32_10(words, recipe->key);
+      const int64_t n = columns - j0 < PHILOX_LANES ? columns - j0 : PHILOX_LANES;
+      for (int64_t i = first; i < last; i++) {
+        const uint32_t *word = words[i / 4];
+        const int shift = (int)(i % 4) * 8;
+        real *d = dst + (block * 16 + i - k0) * ld + j0;
+        for (int64_t j = 0; j < n; j++) d[j] = lattice((word[j] >> shift) & 0xff, level);
+      }
+    }
+  }
+}
+
+static inline uint32_t byte_sum(uint32_t a, uint32_t b) {
+  const uint32_t pairs = (a & 0xff00ffu) + ((a >> 8) & 0xff00ffu) + (b & 0xff00ffu) + ((b >> 8) & 0xff00ffu);
+  return (pairs & 0xffffu) + (pairs >> 16);
+}
+
+static void recipe_normal(real *dst, int64_t ld, const pnn_recipe *recipe, real level, int64_t k0, int64_t rows,
+                          uint32_t row, uint32_t column, uint32_t step, int64_t columns) {
+  /* The sum of eight bytes has mean 1020 and variance 8 * (256^2 - 1) / 12 = 43690. 1/sqrt(43690) to float. */
+  const float inverse_deviation = 0x1.39897ep-8f;
+  for (int64_t block = k0 / 2; block * 2 < k0 + rows; block++) {
+    for (int64_t j0 = 0; j0 < columns; j0 += PHILOX_LANES) {
+      uint32_t words[4][PHILOX_LANES];
+      for (int j = 0; j < PHILOX_LANES; j++) {
+        words[0][j] = column + (uint32_t)(j0 + j) * step;
+        words[1][j] = row;
+        words[2][j] = (uint32_t)block;
+        words[3][j] = 2;
+      }
+      philox4x32_10(words, recipe->key);
+      const int64_t n = columns - j0 < PHILOX_LANES ? columns - j0 : PHILOX_LANES;
+      for (int64_t i = 0; i < 2; i++) {
+        const int64_t k = block * 2 + i;
+        if (k < k0 || k >= k0 + rows) continue;
+        real *d = dst + (k - k0) * ld + j0;
+        for (int64_t j = 0; j < n; j++) {
+          const int32_t sum = (int32_t)byte_sum(words[2 * i][j], words[2 * i + 1][j]);
+          d[j] = level * (real)((float)(sum - 1020) * inverse_deviation);
+        }
+      }
+    }
+  }
+}
+
+/* Cycles per pixel in units of 2^-32, between 2^26 (64 pixels) and 2^30 (4 pixels), minus where bit 2 is set. */
+static inline uint32_t wave_frequency(uint32_t word) {
+  const uint32_t magnitude = ((UINT32_C(1) << 29) + (word >> 3)) >> (word % 4);
+  return word & 4 ? UINT32_C(0) - magnitude : magnitude;
+}
+
+static void recipe_waves(real *dst, int64_t ld, const pnn_recipe *recipe, real level, int64_t k0, int64_t rows,
+                         uint32_t row, uint32_t column, uint32_t step, int64_t columns) {
+  for (int64_t r0 = 0; r0 < rows; r0 += PHILOX_LANES) {
+    uint32_t words[4][PHILOX_LANES];
+    for (int i = 0; i < PHILOX_LANES; i++) {
+      words[0][i] = (uint32_t)(k0 + r0 + i);
+      words[1][i] = 0;
+      words[2][i] = 0;
+      words[3][i] = 1;
+    }
+    philox4x32_10(words, recipe->key);
+    const int64_t n = rows - r0 < PHILOX_LANES ? rows - r0 : PHILOX_LANES;
+    for (int64_t i = 0; i < n; i++) {
+      const uint32_t down = wave_frequency(words[0][i]), across = wave_frequency(words[1][i]);
+      const uint32_t start = down * row + across * column + words[2][i], advance = across * step;
+      real *d = dst + (r0 + i) * ld;
+      for (int64_t j = 0; j < columns; j++) {
+        const uint32_t t = (start + advance * (uint32_t)j) >> 23;
+        d[j] = lattice(t < 256 ? t : 511 - t, level);
+      }
+    }
+  }
+}
+
+static void recipe_fill(void *dst, int64_t ld, const pnn_recipe *recipe, double level, int64_t k0, int64_t rows,
+                        int64_t row, int64_t column, int64_t step, int64_t columns) {
+  /* Coordinates count modulo 2^32, as the generator's counters do. */
+  const uint32_t i = (uint32_t)row, j = (uint32_t)column, s = (uint32_t)step;
+  if (recipe->noise == PNN_NOISE_WAVES)
+    recipe_waves(dst, ld, recipe, (real)level, k0, rows, i, j, s, columns);
+  else if (recipe->noise == PNN_NOISE_NORMAL)
+    recipe_normal(dst, ld, recipe, (real)level, k0, rows, i, j, s, columns);
+  else
+    recipe_uniform(dst, ld, recipe, (real)level, k0, rows, i, j, s, columns);
+}
+
+/* ---- the table ---- */
+
+#define ACTIVATE_ENTRY(suffix, name) [PNN_ACTIVATION_##suffix] = activate_##name,
+#define ACTIVATE_GRAD_ENTRY(suffix, name) [PNN_ACTIVATION_##suffix] = activate_grad_##name,
+
+const pnn_kernels PNN_KERNEL_NAME(pnn_kernels);
+const pnn_kernels PNN_KERNEL_NAME(pnn_kernels) = {
+    .isa = PNN_STRING(PNN_ISA_SUFFIX),
+    .tile_rows = TILE_ROWS,
+    .tile_columns = TILE_COLUMNS,
+    .dot_rows = DOT_ROWS,
+    .dot_columns = DOT_COLUMNS,
+#if defined(PNN_REAL_F32)
+    .load = {[PNN_FLOAT32] = load_real, [PNN_BFLOAT16] = load_bfloat16, [PNN_FLOAT16] = load_float16},
+    .store = {[PNN_FLOAT32] = store_real, [PNN_BFLOAT16] = store_bfloat16, [PNN_FLOAT16] = store_float16},
+#else
+    .load = {[PNN_FLOAT64] = load_real, [PNN_FLOAT32] = load_float},
+    .store = {[PNN_FLOAT64] = store_real, [PNN_FLOAT32] = store_float},
+#endif
+    .product = product,
+    .dot = dot,
+    .sum = sum_rows,
+    .perturb = perturb,
+    .activate = {PNN_ACTIVATION_LIST(ACTIVATE_ENTRY)},
+    .activate_grad = {PNN_ACTIVATION_LIST(ACTIVATE_GRAD_ENTRY)},
+    .center = center,
+    .affine = affine,
+    .scale = scale,
+    .accumulate = accumulate,
+    .round16 = round16,
+    .moments = moments,
+    .recipe = recipe_fill,
+};

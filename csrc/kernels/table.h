@@ -1,0 +1,94 @@
+/*
+ * table.h - the kernels of one instruction set and one precision, as a table of functions.
+ *
+ * The drivers (forward.c, backward.c, moments.c, mask.c) hold the blocking and the threads and know nothing of
+ * instruction sets; everything that touches many elements goes through this table. kernels.c is compiled once per
+ * (instruction set, precision) and fills one table each; a hand-tuned kernel overrides its entry there.
+ *
+ * `real` is float or double, the type that the table computes in. A panel is a matrix of reals in the workspace,
+ * [rows][ld] with ld a multiple of PNN_LANES, its columns being pixels (of one or several images). Columns behind the
+ * last one, up to the next multiple of PNN_LANES, are padding: kernels may read and write them, and what stands there
+ * is finite or harmless. Rows never alias.
+ */
+#ifndef PNN_KERNELS_TABLE_H
+#define PNN_KERNELS_TABLE_H
+
+#include <stdint.h>
+
+#include "../include/pnn/pnn.h"
+
+/* Part of the definition of every sum over pixels (weight gradient, moments): 16 partial sums, column j in number
+ * j mod 16, added as the tree (i, i+8), (i, i+4), (i, i+2), (0, 1). Independent of the vector width. */
+#define PNN_LANES 16
+
+/* Bytes between rows that a tensor kernel walks are given in elements of the tensor. */
+typedef void (*pnn_load_fn)(void *dst, int64_t ld, const void *src, int64_t rows, int64_t row_stride, int64_t columns,
+                            int64_t column_stride);
+typedef void (*pnn_store_fn)(void *dst, int64_t row_stride, int64_t column_stride, const void *src, int64_t ld,
+                             int64_t rows, int64_t columns);
+
+/* What a mask recipe needs to compute any of its values. */
+typedef struct pnn_recipe {
+  pnn_noise noise;
+  uint32_t key[2]; /* the seed: low word, high word */
+} pnn_recipe;
+
+typedef struct pnn_kernels {
+  const char *isa;
+  int32_t tile_rows;    /* of `product`: rows of a packed A */
+  int32_t tile_columns; /* of `product` */
+  int32_t dot_rows;     /* of `dot` */
+  int32_t dot_columns;
+
+  /* dst[r*ld + j] = src[r*row_stride + j*column_stride] as real, exactly; by pnn_dtype. Nothing is padded. */
+  pnn_load_fn load[4];
+  /* The inverse, rounded to nearest even where the tensor's type is narrower. */
+  pnn_store_fn store[4];
+
+  /* C[tile_rows][tile_columns] += A * B, each element one chain of fused multiply-adds in ascending k:
+   *   a: packed [depth][tile_rows];  b: panel rows, [depth][ldb];  c: [tile_rows][ldc]. */
+  void (*product)(int64_t depth, const void *a, const void *b, int64_t ldb, void *c, int64_t ldc);
+
+  /* out[i*dot_columns + j] = sum over columns of a[i][.] * b[j][.] in PNN_LANES partial sums, each a chain of fused
+   * multiply-adds. columns is a multiple of PNN_LANES. */
+  void (*dot)(int64_t columns, const void *a, int64_t lda, const void *b, int64_t ldb, void *out);
+
+  /* out[r] = sum over columns of a[r][.], in the same order as dot with ones. */
+  void (*sum)(int64_t columns, const void *a, int64_t lda, int64_t rows, void *out);
+
+  /* a[r][j] = x[r'][j] + mask[r''][j] for `columns` columns, where row r is response map k0 + r, r' = (k0 + r)/masks -
+   * k0/masks counts channels, and r'' is r, or (k0 + r) mod masks where the masks are shared. a may be x if masks
+   * is 1. */
+  void (*perturb)(void *a, int64_t lda, const void *x, int64_t ldx, const void *mask, int64_t ldm, int64_t rows,
+                  int64_t columns, int64_t k0, int64_t masks, int32_t shared);
+
+  /* a = activation(a), in place over rows x columns (a multiple of PNN_LANES). */
+  void (*activate[PNN_ACTIVATION_COUNT])(void *a, int64_t lda, int64_t rows, int64_t columns);
+  /* d = activation'(u) * d, with PyTorch's selection. */
+  void (*activate_grad[PNN_ACTIVATION_COUNT])(void *d, int64_t ldd, const void *u, int64_t ldu, int64_t rows,
+                                              int64_t columns);
+
+  /* a[r][j] = a[r][j] - mean[r]. */
+  void (*center)(void *a, int64_t lda, const void *mean, int64_t rows, int64_t columns);
+  /* d[r][j] = d[r][j] + offset[r], then fused + slope[r]*c[r][j]. */
+  void (*affine)(void *d, int64_t ldd, const void *c, int64_t ldc, const void *offset, const void *slope, int64_t rows,
+                 int64_t columns);
+  /* a *= factor. */
+  void (*scale)(void *a, int64_t lda, double factor, int64_t rows, int64_t columns);
+  /* s[r] += a[r] for `columns` columns, any number. */
+  void (*accumulate)(void *s, const void *a, int64_t columns);
+  /* Rounds to bfloat16 (which = PNN_BFLOAT16) or float16 and back, in place. */
+  void (*round16)(pnn_dtype which, void *a, int64_t lda, int64_t rows, int64_t columns);
+
+  /* Mean and sum of squared deviations of a row's first n columns, n >= 1. Overwrites the padding. */
+  void (*moments)(void *a, int64_t n, double *mean, double *m2);
+
+  /* dst[r*ld + j] = fl(fl(level) * N) of response map k0 + r at the pixel (row, column + j*step). */
+  void (*recipe)(void *dst, int64_t ld, const pnn_recipe *recipe, double level, int64_t k0, int64_t rows, int64_t row,
+                 int64_t column, int64_t step, int64_t columns);
+} pnn_kernels;
+
+/* The tables of the instruction set in use; precision 0 is float, 1 is double. */
+const pnn_kernels *pnn_kernels_get(int precision);
+
+#endif

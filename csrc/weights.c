@@ -1,0 +1,160 @@
+/*
+ * weights.c - the weight matrix as the products read it, and normalisation's algebra per response map, in double.
+ */
+#include <math.h>
+#include <string.h>
+
+#include "internal.h"
+
+void pnn_weights_load(const pnn_problem *problem, void *dst) {
+  const pnn_tensor *w = &problem->params->weight;
+  problem->kernels->load[w->dtype](dst, problem->group_maps, w->data, problem->outputs, w->stride[0],
+                                   problem->group_maps, problem->group_maps > 1 ? w->stride[1] : 1);
+}
+
+double pnn_real_get(const pnn_problem *problem, const void *reals, int64_t i) {
+  return problem->precision ? ((const double *)reals)[i] : (double)((const float *)reals)[i];
+}
+
+void pnn_reals_store(const pnn_problem *problem, int64_t count, const double *src, void *dst) {
+  for (int64_t i = 0; i < count; i++) {
+    if (problem->precision)
+      ((double *)dst)[i] = src[i];
+    else
+      ((float *)dst)[i] = (float)src[i];
+  }
+}
+
+/* Rounds a double once to bfloat16 or float16: through float, made safe from double rounding by rounding to odd first
+ * (Boldo, Melquiond, "When double rounding is odd", 2005). */
+static float float_to_odd(double x) {
+  float f = (float)x;
+  if ((double)f == x || x != x || isinf(f)) return f;
+  uint32_t bits;
+  memcpy(&bits, &f, sizeof bits);
+  if (!(bits & 1)) {
+    /* Of the two floats around x, the odd one is the neighbour on x's side. */
+    bits = ((double)f < x) == (f > 0 || (f == 0 && x > 0)) ? bits + 1 : bits - 1;
+    if (f == 0) bits = x > 0 ? 1 : UINT32_C(0x80000001);
+    memcpy(&f, &bits, sizeof f);
+  }
+  return f;
+}
+
+void pnn_weights_scale(const pnn_problem *problem, void *weights, const double *scale) {
+  const int64_t columns = problem->group_maps;
+  const bool narrow = problem->product_type == PNN_BFLOAT16 || problem->product_type == PNN_FLOAT16;
+  for (int64_t t = 0; t < problem->outputs; t++) {
+    const double *s = scale + t / problem->group_outputs * columns;
+    char *row = (char *)weights + t * columns * problem->real_size;
+    for (int64_t k = 0; k < columns; k++) {
+      const double product = pnn_real_get(problem, row, k) * s[k];
+      if (problem->precision)
+        ((double *)row)[k] = product;
+      else
+        ((float *)row)[k] = narrow ? float_to_odd(product) : (float)product;
+    }
+    if (narrow) problem->kernels->round16(problem->product_type, row, columns, 1, columns);
+  }
+}
+
+static pnn_packing packing_make(const pnn_problem *problem, int64_t rows, int64_t depth, int64_t block,
+                                bool transposed) {
+  const int64_t tile = problem->kernels->tile_rows;
+  pnn_packing p = {.rows = rows, .depth = depth, .block = PNN_MAX(block, 1), .transposed = transposed};
+  p.block_tiles = (p.block + tile - 1) / tile;
+  p.blocks = (rows + p.block - 1) / p.block;
+  return p;
+}
+
+pnn_packing pnn_packing_forward(const pnn_problem *problem) {
+  return packing_make(problem, problem->group_outputs, problem->group_maps, problem->group_outputs, false);
+}
+
+pnn_packing pnn_packing_backward(const pnn_problem *problem, int64_t block) {
+  return packing_make(problem, problem->group_maps, problem->group_outputs, block, true);
+}
+
+int64_t pnn_packing_size(const pnn_problem *problem, const pnn_packing *p) {
+  int64_t rows, size;
+  if (__builtin_mul_overflow(problem->groups * p->blocks, p->block_tiles * problem->kernels->tile_rows, &rows) ||
+      __builtin_mul_overflow(rows, p->depth, &size))
+    return INT64_MAX; /* the arena reports it */
+  return size;
+}
+
+const void *pnn_packing_tile(const pnn_problem *problem, const pnn_packing *p, const void *packed, int64_t group,
+                             int64_t block, int64_t tile, int64_t k) {
+  const int64_t index = (group * p->blocks + block) * p->block_tiles + tile;
+  return (const char *)packed + (index * p->depth + k) * problem->kernels->tile_rows * problem->real_size;
+}
+
+void pnn_packing_fill(const pnn_problem *problem, const pnn_packing *p, const void *weights, void *packed) {
+  const int64_t tile_rows = problem->kernels->tile_rows, size = problem->real_size, columns = problem->group_maps;
+  for (int64_t group = 0; group < problem->groups; group++)
+    for (int64_t block = 0; block < p->blocks; block++)
+      for (int64_t tile = 0; tile < p->block_tiles; tile++) {
+        char *dst = (char *)(uintptr_t)pnn_packing_tile(problem, p, packed, group, block, tile, 0);
+        const int64_t first = block * p->block + tile * tile_rows;
+        const int64_t end = PNN_MIN(PNN_MIN(first + tile_rows, (block + 1) * p->block), p->rows);
+        const int64_t rows = PNN_MAX(end - first, 0);
+        for (int64_t k = 0; k < p->depth; k++, dst += tile_rows * size) {
+          for (int64_t i = 0; i < rows; i++) {
+            const int64_t t = group * problem->group_outputs + (p->transposed ? k : first + i);
+            const int64_t column = p->transposed ? first + i : k;
+            memcpy(dst + i * size, (const char *)weights + (t * columns + column) * size, (size_t)size);
+          }
+          memset(dst + rows * size, 0, (size_t)((tile_rows - rows) * size));
+        }
+      }
+}
+
+void pnn_vector_load(const pnn_tensor *tensor, int64_t count, double absent, double *dst) {
+  if (!tensor->data) {
+    for (int64_t i = 0; i < count; i++) dst[i] = absent;
+    return;
+  }
+  /* The double kernels read float32 and float64; 16-bit vectors go through the float ones. */
+  const bool narrow = tensor->dtype == PNN_BFLOAT16 || tensor->dtype == PNN_FLOAT16;
+  const int64_t step = count > 1 ? tensor->stride[0] : 1;
+  if (!narrow) {
+    pnn_kernels_get(1)->load[tensor->dtype](dst, count, tensor->data, 1, 0, count, step);
+    return;
+  }
+  for (int64_t i = 0; i < count; i++) {
+    float value;
+    pnn_kernels_get(0)->load[tensor->dtype](&value, 1, (const char *)tensor->data + i * step * 2, 1, 0, 1, 1);
+    dst[i] = (double)value;
+  }
+}
+
+void pnn_vector_store(const pnn_tensor *tensor, int64_t count, const double *src) {
+  if (!tensor->data) return;
+  const bool narrow = tensor->dtype == PNN_BFLOAT16 || tensor->dtype == PNN_FLOAT16;
+  const int64_t step = count > 1 ? tensor->stride[0] : 1;
+  if (!narrow) {
+    pnn_kernels_get(1)->store[tensor->dtype](tensor->data, 0, step, src, count, 1, count);
+    return;
+  }
+  for (int64_t i = 0; i < count; i++) {
+    const float value = float_to_odd(src[i]);
+    pnn_kernels_get(0)->store[tensor->dtype]((char *)tensor->data + i * step * 2, 0, 1, &value, 1, 1, 1);
+  }
+}
+
+void pnn_norm_plan(const pnn_problem *problem, pnn_arena *arena, pnn_norm *norm) {
+  double **vectors[] = {&norm->mean, &norm->variance, &norm->gamma, &norm->beta, &norm->scale, &norm->inverse};
+  for (size_t i = 0; i < sizeof vectors / sizeof vectors[0]; i++)
+    *vectors[i] = pnn_arena_take(arena, problem->maps, 8);
+  norm->mean_reals = pnn_arena_take(arena, problem->maps, problem->real_size);
+}
+
+void pnn_norm_fill(const pnn_problem *problem, pnn_norm *norm) {
+  pnn_vector_load(&problem->params->norm_weight, problem->maps, 1, norm->gamma);
+  pnn_vector_load(&problem->params->norm_bias, problem->maps, 0, norm->beta);
+  for (int64_t k = 0; k < problem->maps; k++) {
+    norm->inverse[k] = 1 / sqrt(norm->variance[k] + problem->eps);
+    norm->scale[k] = norm->gamma[k] * norm->inverse[k];
+  }
+  pnn_reals_store(problem, problem->maps, norm->mean, norm->mean_reals);
+}
