@@ -176,9 +176,9 @@ def convert(
     Left as they are, with the reason in the table: the stem (the convolutions that read the model's input), 1x1
     convolutions of any stride, depthwise and transposed ones, 1-d and 3-d ones, subclasses of `nn.Conv2d`, lazy ones
     whose sizes aren't known yet, and those whose weight is computed (parametrized, weight-normed, pruned) or shared
-    with another module. Grouped convolutions keep their grouping. A module used in several places stays one module. Forward
-    and backward hooks (their handles too), data type, device, train/eval mode and `requires_grad` carry over. Weights
-    start anew, as `PerturbConv2d` initialises them: there is no meaning in a 3x3 kernel's numbers for a 1x1 product.
+    with another module. Grouped convolutions keep their grouping. A module used in several places stays one module.
+    Forward and backward hooks (their handles too), data type, device, train/eval mode and `requires_grad` carry over.
+    Weights start anew, as `PerturbConv2d` initialises them: a 3x3 kernel's numbers mean nothing to a 1x1 product.
 
     The stem is found by running `example_input` through a copy of the model in evaluation mode: a convolution belongs
     to it when what it reads comes from the model's input alone, through no other weight of two or more dimensions
