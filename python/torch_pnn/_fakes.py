@@ -68,7 +68,9 @@ def _check_layer(
     )
     torch._check(
         weight.dtype == input.dtype or (input.dtype == torch.float32 and weight.dtype in _SIXTEEN_BITS),
-        lambda: f"{at}weight has type {weight.dtype}, it should be input's {input.dtype}, or a 16-bit one beside float32",
+        lambda: (
+            f"{at}weight has type {weight.dtype}, it should be input's {input.dtype}, or a 16-bit one beside float32"
+        ),
     )
     torch._check(mask is None or seed is None, lambda: f"{at}mask and seed are both given, it should be one of them")
     channels = input.shape[1]
@@ -92,8 +94,10 @@ def _check_layer(
     torch._check(masks >= 1, lambda: f"{at}masks is {masks}, it should be at least 1")
     torch._check(
         groups >= 1 and channels % groups == 0 and weight.shape[0] % groups == 0,
-        lambda: f"{at}groups is {groups}, it should divide input's {channels} channels and weight's "
-        f"{weight.shape[0]} outputs",
+        lambda: (
+            f"{at}groups is {groups}, it should divide input's {channels} channels and weight's "
+            f"{weight.shape[0]} outputs"
+        ),
     )
     columns = channels // groups * masks
     torch._check(

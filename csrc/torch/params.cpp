@@ -1,0 +1,305 @@
+// params.cpp - tensors become a pnn_params here and nowhere else.
+#include "params.h"
+
+#include <cstring>
+
+#include "host.h"
+
+namespace torch_pnn {
+namespace {
+
+// The order of pnn_activation and pnn_noise; each name is the one that Python uses.
+constexpr const char* kActivations[PNN_ACTIVATION_COUNT] = {"identity", "relu", "leaky_relu", "elu",     "selu",
+                                                            "gelu",     "silu", "tanh",       "sigmoid", "hardtanh"};
+constexpr struct {
+  const char* name;
+  pnn_noise kind;
+} kNoises[] = {{"uniform", PNN_NOISE_UNIFORM}, {"normal", PNN_NOISE_NORMAL}, {"waves", PNN_NOISE_WAVES}};
+
+// Stands for the data of tensors without elements, whose own pointer is null.
+char no_elements;
+
+// Planned results lie here until they are allocated: addresses that no process has, far apart, so that libpnn's checks
+// of overlap see them as separate whatever their size.
+char* planned_address(size_t number) {
+  return reinterpret_cast<char*>((uintptr_t{1} << 62) + (uintptr_t{number} << 57));
+}
+
+void require(int32_t code, const char* op, const char* what) {
+  if (code != 0) fail(op, "PyTorch could not tell ", what);
+}
+
+void check_dense_on_cpu(const char* op, const char* name, const Tensor& tensor) {
+  int32_t layout = 0, device = 0;
+  require(aoti_torch_get_layout(tensor.get(), &layout), op, "a tensor's layout");
+  require(aoti_torch_get_device_type(tensor.get(), &device), op, "a tensor's device");
+  if (layout != aoti_torch_layout_strided()) fail(op, name, " is sparse or opaque, it should be dense (strided)");
+  if (device != aoti_torch_device_type_cpu())
+    fail(op, name, " is not on the CPU, it should be on the same device as the other tensors");
+}
+
+std::string size_text(const std::vector<int64_t>& sizes) {
+  std::ostringstream text;
+  text << '[';
+  for (size_t i = 0; i < sizes.size(); i++) text << (i ? ", " : "") << sizes[i];
+  text << ']';
+  return text.str();
+}
+
+void describe_optional(const Layer& layer, const char* name, const std::optional<Tensor>& tensor, size_t dimensions,
+                       pnn_tensor* place) {
+  if (tensor) *place = describe(layer.op, name, *tensor, dimensions);
+}
+
+pnn_activation activation_kind(const Layer& layer) {
+  std::string names;
+  for (int i = 0; i < PNN_ACTIVATION_COUNT; i++) {
+    if (layer.activation == kActivations[i]) return static_cast<pnn_activation>(i);
+    names += (i ? ", " : "") + std::string(kActivations[i]);
+  }
+  fail(layer.op, "activation is '", layer.activation, "', it should be one of ", names);
+}
+
+void describe_masks(const Layer& layer, pnn_params* params) {
+  if (layer.mask && layer.seed) fail(layer.op, "mask and seed are both given, it should be one of them");
+  params->masks = layer.masks;
+  params->shared_masks = layer.shared_masks;
+  params->level = layer.level;
+  params->noise = PNN_NOISE_NONE;
+  if (layer.mask) {
+    params->mask = describe(layer.op, "mask", *layer.mask, 4);
+    params->masks = params->mask.size[1];
+    params->noise = PNN_NOISE_TENSOR;
+    return;
+  }
+  const pnn_noise kind = noise_kind(layer.op, layer.noise);
+  if (layer.seed) {
+    params->seed = seed_value(layer.op, *layer.seed);
+    params->noise = kind;
+  }
+}
+
+}  // namespace
+
+bool pnn_dtype_of(int32_t dtype, pnn_dtype* result) {
+  if (dtype == aoti_torch_dtype_float32())
+    *result = PNN_FLOAT32;
+  else if (dtype == aoti_torch_dtype_float64())
+    *result = PNN_FLOAT64;
+  else if (dtype == aoti_torch_dtype_bfloat16())
+    *result = PNN_BFLOAT16;
+  else if (dtype == aoti_torch_dtype_float16())
+    *result = PNN_FLOAT16;
+  else
+    return false;
+  return true;
+}
+
+std::string dtype_name(int32_t dtype) {
+  const struct {
+    int32_t dtype;
+    const char* name;
+  } names[] = {
+      {aoti_torch_dtype_float32(), "float32"},
+      {aoti_torch_dtype_float64(), "float64"},
+      {aoti_torch_dtype_bfloat16(), "bfloat16"},
+      {aoti_torch_dtype_float16(), "float16"},
+      {aoti_torch_dtype_bool(), "bool"},
+      {aoti_torch_dtype_uint8(), "uint8"},
+      {aoti_torch_dtype_int8(), "int8"},
+      {aoti_torch_dtype_int16(), "int16"},
+      {aoti_torch_dtype_int32(), "int32"},
+      {aoti_torch_dtype_int64(), "int64"},
+      {aoti_torch_dtype_complex32(), "complex32"},
+      {aoti_torch_dtype_complex64(), "complex64"},
+      {aoti_torch_dtype_complex128(), "complex128"},
+  };
+  for (const auto& entry : names)
+    if (entry.dtype == dtype) return entry.name;
+  return "an unsupported type";
+}
+
+int32_t dtype_of(const Tensor& tensor) {
+  int32_t dtype = 0;
+  require(aoti_torch_get_dtype(tensor.get(), &dtype), "operator", "a tensor's type");
+  return dtype;
+}
+
+int32_t statistics_dtype(const Tensor& input) {
+  return dtype_of(input) == aoti_torch_dtype_float64() ? aoti_torch_dtype_float64() : aoti_torch_dtype_float32();
+}
+
+std::vector<int64_t> sizes_of(const Tensor& tensor) {
+  const auto sizes = tensor.sizes();
+  return {sizes.begin(), sizes.end()};
+}
+
+pnn_tensor describe(const char* op, const char* name, const Tensor& tensor, size_t dimensions) {
+  check_dense_on_cpu(op, name, tensor);
+  pnn_tensor view = {};
+  const int32_t dtype = dtype_of(tensor);
+  if (!pnn_dtype_of(dtype, &view.dtype))
+    fail(op, name, " has type ", dtype_name(dtype), ", it should be float32, float64, bfloat16 or float16");
+  const std::vector<int64_t> sizes = sizes_of(tensor);
+  if (sizes.size() != dimensions)
+    fail(op, name, " has size ", size_text(sizes), ", it should have ", dimensions,
+         dimensions == 1 ? " dimension" : " dimensions");
+  const auto strides = tensor.strides();
+  for (size_t d = 0; d < 4; d++) {
+    view.size[d] = d < dimensions ? sizes[d] : 1;
+    view.stride[d] = d < dimensions ? strides[d] : 1;
+  }
+  const void* data = nullptr;
+  require(torch_get_const_data_ptr(tensor.get(), &data), op, "where a tensor's data lie");
+  view.data = data ? const_cast<void*>(data) : &no_elements;
+  return view;
+}
+
+const int64_t* seed_value(const char* op, const Tensor& seed) {
+  check_dense_on_cpu(op, "seed", seed);
+  const int32_t dtype = dtype_of(seed);
+  if (dtype != aoti_torch_dtype_int64() || seed.numel() != 1)
+    fail(op, "seed is ", dtype_name(dtype), " of size ", size_text(sizes_of(seed)), ", it should be one int64");
+  const void* data = nullptr;
+  require(torch_get_const_data_ptr(seed.get(), &data), op, "where the seed lies");
+  return static_cast<const int64_t*>(data);
+}
+
+pnn_noise noise_kind(const char* op, const std::string& name) {
+  for (const auto& entry : kNoises)
+    if (name == entry.name) return entry.kind;
+  fail(op, "noise is '", name, "', it should be one of uniform, normal, waves");
+}
+
+pnn_params make_params(const Layer& layer) {
+  pnn_params params;
+  pnn_params_init(&params);
+  params.input = describe(layer.op, "input", layer.input, 4);
+  params.weight = describe(layer.op, "weight", layer.weight, 4);
+  describe_optional(layer, "bias", layer.bias, 1, &params.bias);
+  describe_masks(layer, &params);
+  params.activation = activation_kind(layer);
+  if (layer.stride.empty() || layer.stride.size() > 2)
+    fail(layer.op, "stride has ", layer.stride.size(), " values, it should have one or two");
+  params.stride[0] = layer.stride.front();
+  params.stride[1] = layer.stride.back();
+  params.groups = layer.groups;
+  if (layer.norm) {
+    params.norm = 1;
+    params.norm_training = layer.training;
+    params.norm_eps = layer.eps;
+    const bool running = !layer.training && !layer.grad_output;
+    if (running && !(layer.mean && layer.variance))
+      fail(layer.op, layer.mean ? "running_var" : "running_mean",
+           " is None, it should be given when training is False");
+    describe_optional(layer, "norm_weight", layer.norm_weight, 1, &params.norm_weight);
+    describe_optional(layer, "norm_bias", layer.norm_bias, 1, &params.norm_bias);
+    describe_optional(layer, running ? "running_mean" : "mean", layer.mean, 1, &params.mean);
+    describe_optional(layer, running ? "running_var" : "variance", layer.variance, 1, &params.variance);
+  }
+  describe_optional(layer, "grad_output", layer.grad_output, 4, &params.grad_output);
+  return params;
+}
+
+std::vector<int64_t> output_sizes(const Layer& layer) {
+  const std::vector<int64_t> input = sizes_of(layer.input);
+  std::vector<int64_t> sizes = {input[0], layer.weight.size(0), 0, 0};
+  for (size_t d = 0; d < 2; d++) {
+    const int64_t stride = d == 0 ? layer.stride.front() : layer.stride.back();
+    if (stride >= 1 && input[2 + d] > 0) sizes[2 + d] = (input[2 + d] - 1) / stride + 1;
+  }
+  return sizes;
+}
+
+// Products wrap where they overflow: libpnn then refuses the sizes, and `allocate` does so where it is not asked.
+static int64_t multiply(int64_t a, int64_t b) {
+  return static_cast<int64_t>(static_cast<uint64_t>(a) * static_cast<uint64_t>(b));
+}
+
+std::vector<int64_t> contiguous_strides(const std::vector<int64_t>& sizes) {
+  std::vector<int64_t> strides(sizes.size(), 1);
+  for (size_t d = sizes.size(); d-- > 1;) strides[d - 1] = multiply(strides[d], sizes[d] > 0 ? sizes[d] : 1);
+  return strides;
+}
+
+std::vector<int64_t> strides_like(const Tensor& like, const std::vector<int64_t>& sizes) {
+  const auto size = like.sizes();
+  const auto stride = like.strides();
+  bool channels_last = stride[1] != 0;
+  int64_t step = 0;
+  for (const size_t d : {1, 3, 2, 0}) {
+    channels_last = channels_last && size[d] != 0 && stride[d] >= step && !(d == 0 && step == stride[1]);
+    if (!channels_last) return contiguous_strides(sizes);
+    step = multiply(stride[d], size[d]);
+  }
+  return {multiply(multiply(sizes[1], sizes[3]), sizes[2]), 1, multiply(sizes[1], sizes[3]), sizes[1]};
+}
+
+Tensor allocate(const char* op, const std::vector<int64_t>& sizes, const std::vector<int64_t>& strides, int32_t dtype) {
+  int64_t bytes = static_cast<int64_t>(aoti_torch_dtype_element_size(dtype));
+  for (const int64_t size : sizes)
+    if (__builtin_mul_overflow(bytes, size, &bytes))
+      fail(op, "a result of size ", size_text(sizes), " exceeds what can be addressed");
+  AtenTensorHandle handle = nullptr;
+  if (aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), sizes.data(), strides.data(), dtype,
+                               aoti_torch_device_type_cpu(), 0, &handle) != 0)
+    fail(op, "out of memory: PyTorch's allocator has no ", bytes, " bytes for a tensor of size ", size_text(sizes));
+  return Tensor(handle);
+}
+
+void check(const char* op, pnn_status status, const pnn_error& error, bool running_statistics) {
+  if (status == PNN_OK) return;
+  // libpnn's names for arguments that the operators call otherwise.
+  const struct {
+    const char *libpnn, *schema;
+    bool applies;
+  } names[] = {{"mean ", "running_mean ", running_statistics},
+               {"variance ", "running_var ", running_statistics},
+               {"norm_eps ", "eps ", true}};
+  const char* message = error.message;
+  for (const auto& name : names)
+    if (name.applies && std::strncmp(message, name.libpnn, std::strlen(name.libpnn)) == 0)
+      fail(op, name.schema, message + std::strlen(name.libpnn));
+  fail(op, message);
+}
+
+size_t Results::plan(pnn_tensor* place, const std::vector<int64_t>& sizes, const std::vector<int64_t>& strides,
+                     int32_t dtype) {
+  *place = {};
+  place->data = planned_address(results_.size());
+  pnn_dtype_of(dtype, &place->dtype);
+  for (size_t d = 0; d < 4; d++) {
+    place->size[d] = d < sizes.size() ? sizes[d] : 1;
+    place->stride[d] = d < sizes.size() ? strides[d] : 1;
+  }
+  results_.push_back({place, sizes, strides, dtype, std::nullopt});
+  return results_.size() - 1;
+}
+
+size_t Results::skip(int32_t dtype) {
+  results_.push_back({nullptr, {0}, {1}, dtype, std::nullopt});
+  return results_.size() - 1;
+}
+
+void Results::run(pnn_pass pass) {
+  const pnn_host host = current_host();
+  const bool running = params_.norm && !params_.norm_training && pass == PNN_PASS_FORWARD;
+  pnn_error error;
+  size_t bytes = 0;
+  check(op_, pnn_workspace_size(&params_, pass, &host, &bytes, &error), error, running);
+  for (Result& result : results_) {
+    result.tensor = allocate(op_, result.sizes, result.strides, result.dtype);
+    if (!result.place) continue;
+    void* data = nullptr;
+    require(torch_get_mutable_data_ptr(result.tensor->get(), &data), op_, "where a result lies");
+    result.place->data = data ? data : &no_elements;
+  }
+  const std::vector<int64_t> workspace_size = {static_cast<int64_t>(bytes)};
+  const Tensor workspace = allocate(op_, workspace_size, {1}, aoti_torch_dtype_uint8());
+  params_.workspace = workspace.mutable_data_ptr();
+  params_.workspace_bytes = bytes;
+  check(op_, pass == PNN_PASS_FORWARD ? pnn_forward(&params_, &host, &error) : pnn_backward(&params_, &host, &error),
+        error, running);
+}
+
+}  // namespace torch_pnn
