@@ -11,10 +11,13 @@ set(PNN_C_FLAGS
   # Without it every internal function is exported: two libraries that both hold libpnn then share one by accident, and
   # the linker can't inline or drop any. PNN_API marks what is public.
   -fvisibility=hidden
+  # Without it the folder that built a library stands in it, and the same sources give other files elsewhere.
+  -ffile-prefix-map=${PROJECT_SOURCE_DIR}/=
   -Wall -Wextra -Wconversion)
 
 # -Wconversion is for our C: PyTorch's inline templates, instantiated in our files, would drown it in C++.
-set(PNN_CXX_FLAGS -ffp-contract=off -fvisibility=hidden -fvisibility-inlines-hidden -Wall -Wextra)
+set(PNN_CXX_FLAGS -ffp-contract=off -fvisibility=hidden -fvisibility-inlines-hidden
+  -ffile-prefix-map=${PROJECT_SOURCE_DIR}/= -Wall -Wextra)
 
 if(PNN_WERROR)
   list(APPEND PNN_C_FLAGS -Werror)

@@ -2,7 +2,7 @@
 # that one fails on the CUDA build of PyPI when no whole CUDA toolkit is installed.
 #
 # Python_EXECUTABLE names the interpreter. Sets PNN_TORCH_VERSION (2.13.0), PNN_TORCH_MINOR (2.13), PNN_TORCH_ROOT (the
-# package directory) and the imported targets pnn_torch_stable (headers and libraries) alike for both libraries.
+# package directory), the target pnn_torch (headers, libraries, language standard) and the function pnn_torch_library.
 
 find_package(Python 3.10 REQUIRED COMPONENTS Interpreter)
 
@@ -60,9 +60,9 @@ endif()
 function(pnn_torch_library target)
   add_library(${target} SHARED ${ARGN})
   target_link_libraries(${target} PRIVATE pnn_torch)
-  target_compile_options(${target} PRIVATE ${PNN_CXX_FLAGS})
+  target_compile_options(${target} PRIVATE ${PNN_CXX_FLAGS} -ffile-prefix-map=${PNN_TORCH_ROOT}/=torch/)
   target_include_directories(${target} PRIVATE ${PNN_GENERATED_DIR})
   target_link_options(${target} PRIVATE ${PNN_NO_UNDEFINED})
   set_target_properties(${target} PROPERTIES
-    CXX_EXTENSIONS OFF SKIP_BUILD_RPATH ON SKIP_INSTALL_RPATH ON NO_SONAME OFF)
+    CXX_EXTENSIONS OFF SKIP_BUILD_RPATH ON SKIP_INSTALL_RPATH ON)
 endfunction()
