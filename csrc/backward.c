@@ -106,8 +106,8 @@ static void sums_item(void *sums_, int32_t worker, int64_t item) {
     }
     pnn_columns_set(&columns, &made, first, count);
     if (maps) {
-      pnn_response_perturbed(&response, &columns, k0, maps, t.maps, PNN_CHUNK);
-      pnn_response_activate(&response, &columns, k0, maps, t.maps, PNN_CHUNK);
+      pnn_response_activated(&response, &columns, k0, maps, t.maps, PNN_CHUNK);
+      pnn_response_finish(&response, &columns, k0, maps, t.maps, PNN_CHUNK);
     }
     for (int64_t o = t_first; o < t_end; o += OUTPUT_BLOCK) {
       const int64_t rows = PNN_MIN(OUTPUT_BLOCK, t_end - o), padded = round_up(rows, p->kernels->dot_rows);
@@ -201,6 +201,9 @@ static inputs_scratch inputs_take(const inputs *in, pnn_arena *arena) {
   return s;
 }
 
+/* Where the products of da start; as many as any tile has rows. */
+static const double zero_start[16];
+
 /* From da to d, and on to the gradients of the block's channels and masks. */
 static void inputs_block(const inputs *in, const inputs_scratch *s, const pnn_response *response,
                          const pnn_columns *columns, int64_t k0, int64_t maps) {
@@ -210,7 +213,8 @@ static void inputs_block(const inputs *in, const inputs_scratch *s, const pnn_re
   pnn_response_perturbed(response, columns, k0, maps, s->u, PNN_PANEL);
   if (in->slope) {
     memcpy(s->c, s->u, (size_t)(maps * PNN_PANEL * size));
-    pnn_response_activate(response, columns, k0, maps, s->c, PNN_PANEL);
+    kernels->activate[p->activation](s->c, PNN_PANEL, maps, columns->padded);
+    pnn_response_finish(response, columns, k0, maps, s->c, PNN_PANEL);
     kernels->affine(s->d, PNN_PANEL, s->c, PNN_PANEL, (const char *)in->offset + k0 * size,
                     (const char *)in->slope + k0 * size, maps, columns->padded);
   }
@@ -248,12 +252,11 @@ static void inputs_group(const inputs *in, const inputs_scratch *s, int64_t grou
     for (int64_t block = 0; block < in->packing.blocks; block++) {
       const int64_t k = block * in->block, maps = PNN_MIN(in->block, p->group_maps - k);
       const int64_t tiles = (maps + kernels->tile_rows - 1) / kernels->tile_rows;
-      memset(s->d, 0, (size_t)(tiles * kernels->tile_rows * PNN_PANEL * size));
       for (int64_t tile = 0; tile < tiles; tile++) {
         const void *a = pnn_packing_tile(p, &in->packing, in->packed, group, block, tile, 0);
         for (int64_t j = 0; j < columns.columns; j += kernels->tile_columns)
           kernels->product(p->group_outputs, a, s->gradient + j * size, PNN_PANEL,
-                           s->d + (tile * kernels->tile_rows * PNN_PANEL + j) * size, PNN_PANEL);
+                           s->d + (tile * kernels->tile_rows * PNN_PANEL + j) * size, PNN_PANEL, zero_start);
       }
       inputs_block(in, s, &response, &columns, k_first + k, maps);
     }

@@ -17,7 +17,8 @@ typedef struct forward {
   pnn_packing packing;
   int64_t block; /* response maps in a panel */
   int64_t sum_rows;
-  void *packed, *bias;
+  void *packed;
+  void *bias; /* where the sums start: [G][sum_rows] */
   const void *mean; /* NULL without normalisation */
   char *scratch;
   int64_t scratch_bytes;
@@ -38,12 +39,30 @@ static worker_scratch scratch_take(const forward *f, pnn_arena *arena) {
   return s;
 }
 
-static void sums_start(const forward *f, int64_t group, char *sums) {
-  const int64_t size = f->problem->real_size, rows = f->problem->group_outputs;
-  const char *bias = (const char *)f->bias + group * rows * size;
-  for (int64_t t = 0; t < rows; t++)
-    for (int64_t j = 0; j < PNN_PANEL; j++) memcpy(sums + (t * PNN_PANEL + j) * size, bias + t * size, (size_t)size);
-  memset(sums + rows * PNN_PANEL * size, 0, (size_t)((f->sum_rows - rows) * PNN_PANEL * size));
+/* Whether the panel's columns are one contiguous run of the output, of the type that is computed in: then whole tiles
+ * are written where they belong. */
+static char *output_place(const pnn_problem *p, const pnn_columns *columns, int64_t group) {
+  const pnn_view *v = &p->output;
+  const pnn_segment *s = &columns->segment[0];
+  const bool joined = p->out_height == 1 || v->row == p->out_width * v->column;
+  if (columns->segments != 1 || v->element != p->real_size || v->column != 1 || !joined) return NULL;
+  return v->data + (s->image * v->batch + group * p->group_outputs * v->channel + s->pixel) * v->element;
+}
+
+/* What the tiles left in `sums`: all of it, or the rows and columns beyond the whole tiles. */
+static void output_rest(const pnn_problem *p, pnn_columns *columns, int64_t group, const worker_scratch *s,
+                        int64_t whole_rows, int64_t whole_columns) {
+  const int64_t size = p->real_size, first = group * p->group_outputs;
+  if (whole_rows < p->group_outputs || !whole_columns)
+    pnn_columns_store(p, columns, &p->output, first + (whole_columns ? whole_rows : 0),
+                      p->group_outputs - (whole_columns ? whole_rows : 0),
+                      s->sums + (whole_columns ? whole_rows : 0) * PNN_PANEL * size, PNN_PANEL);
+  if (!whole_columns || !whole_rows || whole_columns == columns->columns) return;
+  const pnn_view *v = &p->output;
+  const pnn_segment *g = &columns->segment[0];
+  char *place = v->data + (g->image * v->batch + first * v->channel + g->pixel + whole_columns) * v->element;
+  p->kernels->store[v->dtype](place, v->channel, 1, s->sums + whole_columns * size, PNN_PANEL, whole_rows,
+                              columns->columns - whole_columns);
 }
 
 static void forward_item(void *forward_, int32_t worker, int64_t item) {
@@ -64,19 +83,28 @@ static void forward_item(void *forward_, int32_t worker, int64_t item) {
   pnn_columns columns;
   for (; column < end; column += PNN_PANEL) {
     pnn_columns_set(&columns, &range, column, PNN_MIN(PNN_PANEL, end - column));
-    sums_start(f, group, s.sums);
-    for (int64_t k = 0; k < p->group_maps; k += f->block) {
+    char *place = output_place(p, &columns, group);
+    int64_t whole_rows = 0, whole_columns = 0; /* written in place */
+    if (place) {
+      whole_rows = p->group_outputs / kernels->tile_rows * kernels->tile_rows;
+      whole_columns = columns.columns / kernels->tile_columns * kernels->tile_columns;
+    }
+    for (int64_t k = 0; k < p->group_maps || k == 0; k += MAPS) {
       const int64_t depth = PNN_MIN(f->block, p->group_maps - k);
-      pnn_response_perturbed(&response, &columns, k_first + k, depth, s.panel, PNN_PANEL);
-      pnn_response_activate(&response, &columns, k_first + k, depth, s.panel, PNN_PANEL);
+      pnn_response_activated(&response, &columns, k_first + k, depth, s.panel, PNN_PANEL);
+      pnn_response_finish(&response, &columns, k_first + k, depth, s.panel, PNN_PANEL);
       for (int64_t tile = 0; tile < f->packing.block_tiles; tile++) {
         const void *a = pnn_packing_tile(p, &f->packing, f->packed, group, 0, tile, k);
-        for (int64_t j = 0; j < columns.columns; j += kernels->tile_columns)
-          kernels->product(depth, a, s.panel + j * size, PNN_PANEL,
-                           s.sums + (tile * kernels->tile_rows * PNN_PANEL + j) * size, PNN_PANEL);
+        const int64_t row = tile * kernels->tile_rows;
+        const char *start = k ? NULL : (const char *)f->bias + (group * f->sum_rows + row) * size;
+        for (int64_t j = 0; j < columns.columns; j += kernels->tile_columns) {
+          const bool here = row < whole_rows && j < whole_columns;
+          char *c = here ? place + (row * p->output.channel + j) * size : s.sums + (row * PNN_PANEL + j) * size;
+          kernels->product(depth, a, s.panel + j * size, PNN_PANEL, c, here ? p->output.channel : PNN_PANEL, start);
+        }
       }
     }
-    pnn_columns_store(p, &columns, &p->output, group * p->group_outputs, p->group_outputs, s.sums, PNN_PANEL);
+    output_rest(p, &columns, group, &s, whole_rows, whole_columns);
   }
 }
 
@@ -101,7 +129,7 @@ void pnn_forward_pass(const pnn_problem *problem, const pnn_host *host, pnn_aren
   void *weights = pnn_arena_take(arena, p->outputs * p->group_maps, p->real_size);
   f.packed = pnn_arena_take(arena, pnn_packing_size(p, &f.packing), p->real_size);
   double *start = pnn_arena_take(arena, p->outputs, 8);
-  f.bias = pnn_arena_take(arena, p->outputs, p->real_size);
+  f.bias = pnn_arena_take(arena, p->groups * f.sum_rows, p->real_size);
   pnn_norm norm;
   if (p->norm) pnn_norm_plan(p, arena, &norm);
   /* The moments are done with their scratch before the products begin with theirs. */
@@ -132,7 +160,10 @@ void pnn_forward_pass(const pnn_problem *problem, const pnn_host *host, pnn_aren
     pnn_weights_scale(p, weights, norm.scale);
     f.mean = norm.mean_reals;
   }
-  pnn_reals_store(p, p->outputs, start, f.bias);
+  memset(f.bias, 0, (size_t)(p->groups * f.sum_rows * p->real_size));
+  for (int64_t group = 0; group < p->groups; group++)
+    pnn_reals_store(p, p->group_outputs, start + group * p->group_outputs,
+                    (char *)f.bias + group * f.sum_rows * p->real_size);
   pnn_packing_fill(p, &f.packing, weights, f.packed);
   pnn_parallel(host, items, forward_item, &f);
 }

@@ -185,10 +185,12 @@ int64_t pnn_response_channels(const pnn_problem *problem, int64_t rows);
 /* u[r][column] = the perturbed input of response map k0 + r; padding is zero. */
 void pnn_response_perturbed(const pnn_response *response, const pnn_columns *columns, int64_t k0, int64_t rows,
                             void *u, int64_t ld);
-/* From u to the product's operand, in place: activation, minus the mean, rounded to the product's type; the padding
- * becomes zero. */
-void pnn_response_activate(const pnn_response *response, const pnn_columns *columns, int64_t k0, int64_t rows, void *a,
-                           int64_t ld);
+/* a = activation(u), likewise. */
+void pnn_response_activated(const pnn_response *response, const pnn_columns *columns, int64_t k0, int64_t rows,
+                            void *a, int64_t ld);
+/* From a to the product's operand, in place: minus the mean, rounded to the product's type; padding is zero. */
+void pnn_response_finish(const pnn_response *response, const pnn_columns *columns, int64_t k0, int64_t rows, void *a,
+                         int64_t ld);
 
 /* ---- weights and per-map algebra (weights.c) ---- */
 

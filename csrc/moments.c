@@ -81,8 +81,7 @@ static void moments_item(void *moments_, int32_t worker, int64_t item) {
       pnn_mask_panel(p, k0, rows, &made, mask, plan->chunks.pixels);
     }
     pnn_columns_set(&columns, &made, first, count);
-    pnn_response_perturbed(&response, &columns, k0, rows, panel, PNN_CHUNK);
-    p->kernels->activate[p->activation](panel, PNN_CHUNK, rows, columns.padded);
+    pnn_response_activated(&response, &columns, k0, rows, panel, PNN_CHUNK);
     for (int64_t r = 0; r < rows; r++) {
       joined c = {.n = (double)count};
       p->kernels->moments(panel + r * PNN_CHUNK * p->real_size, count, &c.mean, &c.m2);

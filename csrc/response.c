@@ -1,7 +1,8 @@
 /*
  * response.c - from input rows to response maps: perturb, activate, subtract the mean, round to the product's type.
  *
- * Every pass computes its response maps here, panel by panel in cache; none ever stores them.
+ * Every pass computes its response maps here, panel by panel in cache; none ever stores them. Where the input's pixels
+ * are contiguous and of the type that is computed in, the kernel reads them where they stand.
  */
 #include <string.h>
 
@@ -19,38 +20,60 @@ static void zero_padding(const pnn_problem *problem, const pnn_columns *columns,
     memset((char *)panel + (r * ld + columns->columns) * size, 0, (size_t)(padding * size));
 }
 
-void pnn_response_perturbed(const pnn_response *response, const pnn_columns *columns, int64_t k0, int64_t rows,
-                            void *u, int64_t ld) {
+/* panel[r][column] = activation(u) of response map k0 + r; the padding is left as it is. */
+static void respond(const pnn_response *response, const pnn_columns *columns, int64_t k0, int64_t rows,
+                    pnn_activation activation, char *panel, int64_t ld) {
   const pnn_problem *p = response->problem;
-  const int64_t size = p->real_size, channel = k0 / p->masks;
-  /* With one mask a channel its row is perturbed in place. */
-  char *x = p->masks == 1 ? u : response->channels;
-  pnn_columns_load(p, columns, &p->input, channel, (k0 + rows - 1) / p->masks - channel + 1, x, ld);
-  if (p->noise == PNN_NOISE_NONE) {
-    if (p->masks > 1)
-      for (int64_t r = 0; r < rows; r++)
-        memcpy((char *)u + r * ld * size, x + ((k0 + r) / p->masks - channel) * ld * size,
-               (size_t)(columns->padded * size));
-    return;
+  const pnn_view *v = &p->input;
+  if (!rows) return;
+  const int64_t size = p->real_size, channel = k0 / p->masks, width = p->out_width;
+  const char *mask = p->noise == PNN_NOISE_NONE ? NULL : response->mask;
+  if (mask && !p->shared) mask += (k0 - response->mask_k0) * response->mask_ld * size;
+  const bool in_place = v->element == size && (v->column == 1 || width == 1);
+  const bool rows_join = p->out_height == 1 || (v->row == width * v->column);
+  char *x = NULL;
+  if (!in_place) {
+    /* With one mask a channel its row is loaded to where its response goes. */
+    x = p->masks == 1 ? panel : response->channels;
+    pnn_columns_load(p, columns, v, channel, (k0 + rows - 1) / p->masks - channel + 1, x, ld);
   }
-  const char *mask = response->mask;
-  if (!p->shared) mask += (k0 - response->mask_k0) * response->mask_ld * size;
   for (int64_t i = 0; i < columns->segments; i++) {
     const pnn_segment *s = &columns->segment[i];
-    p->kernels->perturb((char *)u + s->column * size, ld, x + s->column * size, ld,
-                        mask + (s->pixel - columns->range->pixel) * size, response->mask_ld, rows, s->columns, k0,
-                        p->masks, p->shared);
+    for (int64_t done = 0, count; done < s->columns; done += count) {
+      const int64_t pixel = s->pixel + done, row = pixel / width, from = pixel % width;
+      count = in_place && !rows_join ? PNN_MIN(width - from, s->columns - done) : s->columns - done;
+      const int64_t column = s->column + done;
+      const char *source = x + column * size;
+      int64_t source_ld = ld;
+      if (in_place) {
+        source = v->data + (s->image * v->batch + channel * v->channel + row * v->row + from * v->column) * size;
+        source_ld = v->channel;
+      }
+      p->kernels->respond[activation](panel + column * size, ld, source, source_ld,
+                                      mask ? mask + (pixel - columns->range->pixel) * size : NULL, response->mask_ld,
+                                      rows, count, k0, p->masks, p->shared);
+    }
   }
-  if (p->masks > 1) zero_padding(p, columns, rows, u, ld);
 }
 
-void pnn_response_activate(const pnn_response *response, const pnn_columns *columns, int64_t k0, int64_t rows, void *a,
-                           int64_t ld) {
+void pnn_response_perturbed(const pnn_response *response, const pnn_columns *columns, int64_t k0, int64_t rows,
+                            void *u, int64_t ld) {
+  respond(response, columns, k0, rows, PNN_ACTIVATION_IDENTITY, u, ld);
+  zero_padding(response->problem, columns, rows, u, ld);
+}
+
+void pnn_response_activated(const pnn_response *response, const pnn_columns *columns, int64_t k0, int64_t rows,
+                            void *a, int64_t ld) {
+  respond(response, columns, k0, rows, response->problem->activation, a, ld);
+  zero_padding(response->problem, columns, rows, a, ld);
+}
+
+void pnn_response_finish(const pnn_response *response, const pnn_columns *columns, int64_t k0, int64_t rows, void *a,
+                         int64_t ld) {
   const pnn_problem *p = response->problem;
-  p->kernels->activate[p->activation](a, ld, rows, columns->padded);
   if (response->mean)
     p->kernels->center(a, ld, (const char *)response->mean + k0 * p->real_size, rows, columns->padded);
   if (p->product_type == PNN_BFLOAT16 || p->product_type == PNN_FLOAT16)
     p->kernels->round16(p->product_type, a, ld, rows, columns->padded);
-  zero_padding(p, columns, rows, a, ld);
+  if (response->mean) zero_padding(p, columns, rows, a, ld);
 }

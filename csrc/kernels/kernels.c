@@ -148,15 +148,24 @@ DEFINE_STORE(store_float, float, to_float)
 
 /* ---- products ---- */
 
-static void product(int64_t depth, const void *a_, const void *b_, int64_t ldb, void *c_, int64_t ldc) {
+static void product(int64_t depth, const void *a_, const void *b_, int64_t ldb, void *c_, int64_t ldc,
+                    const void *start_) {
   const real *restrict a = a_;
   const real *restrict b = b_;
+  const real *start = start_;
   real *restrict c = c_;
   vr sum[TILE_ROWS][TILE_VECTORS];
+  if (start) {
 #pragma GCC unroll 8
-  for (int i = 0; i < TILE_ROWS; i++)
+    for (int i = 0; i < TILE_ROWS; i++)
 #pragma GCC unroll 2
-    for (int v = 0; v < TILE_VECTORS; v++) sum[i][v] = vr_load(c + i * ldc + v * VR);
+      for (int v = 0; v < TILE_VECTORS; v++) sum[i][v] = vr_set1(start[i]);
+  } else {
+#pragma GCC unroll 8
+    for (int i = 0; i < TILE_ROWS; i++)
+#pragma GCC unroll 2
+      for (int v = 0; v < TILE_VECTORS; v++) sum[i][v] = vr_load(c + i * ldc + v * VR);
+  }
   for (int64_t k = 0; k < depth; k++, a += TILE_ROWS, b += ldb) {
     vr bv[TILE_VECTORS];
 #pragma GCC unroll 2
@@ -183,12 +192,37 @@ static inline real lanes_sum(const vr lane[LANE_VECTORS]) {
   return x[0];
 }
 
-static void dot(int64_t columns, const void *a_, int64_t lda, const void *b_, int64_t ldb, void *out_) {
+/* The same tree for DOT_ROWS * DOT_COLUMNS sums at once: the steps within a vector fold two vectors into one, so that
+ * each addition works on full vectors. */
+static inline void lanes_sums(vr sum[DOT_ROWS * DOT_COLUMNS][LANE_VECTORS], real *out) {
+#if VR == 16
+#define FOLD(a, b, ...) (__builtin_shufflevector(a, b, FOLD_LOW_##__VA_ARGS__) + __builtin_shufflevector(a, b, FOLD_HIGH_##__VA_ARGS__))
+#define FOLD_LOW_8 0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23
+#define FOLD_HIGH_8 8, 9, 10, 11, 12, 13, 14, 15, 24, 25, 26, 27, 28, 29, 30, 31
+#define FOLD_LOW_4 0, 1, 2, 3, 8, 9, 10, 11, 16, 17, 18, 19, 24, 25, 26, 27
+#define FOLD_HIGH_4 4, 5, 6, 7, 12, 13, 14, 15, 20, 21, 22, 23, 28, 29, 30, 31
+#define FOLD_LOW_2 0, 1, 4, 5, 8, 9, 12, 13, 16, 17, 20, 21, 24, 25, 28, 29
+#define FOLD_HIGH_2 2, 3, 6, 7, 10, 11, 14, 15, 18, 19, 22, 23, 26, 27, 30, 31
+#define FOLD_LOW_1 0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30
+#define FOLD_HIGH_1 1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31
+  vr eight[8], four[4], two[2];
+  for (int i = 0; i < 8; i++) eight[i] = FOLD(sum[2 * i][0], sum[2 * i + 1][0], 8);
+  for (int i = 0; i < 4; i++) four[i] = FOLD(eight[2 * i], eight[2 * i + 1], 4);
+  for (int i = 0; i < 2; i++) two[i] = FOLD(four[2 * i], four[2 * i + 1], 2);
+  vr_store(out, FOLD(two[0], two[1], 1));
+#else
+  for (int i = 0; i < DOT_ROWS * DOT_COLUMNS; i++) out[i] = lanes_sum(sum[i]);
+#endif
+}
+
+static void dot(int64_t columns, const void *a_, int64_t lda, const void *b_, int64_t ldb, void *out) {
   const real *restrict a = a_;
   const real *restrict b = b_;
-  real *restrict out = out_;
-  vr sum[DOT_ROWS][DOT_COLUMNS][LANE_VECTORS];
-  memset(sum, 0, sizeof sum);
+  vr sum[DOT_ROWS * DOT_COLUMNS][LANE_VECTORS];
+#pragma GCC unroll 16
+  for (int i = 0; i < DOT_ROWS * DOT_COLUMNS; i++)
+#pragma GCC unroll 8
+    for (int v = 0; v < LANE_VECTORS; v++) sum[i][v] = vr_set1(0);
   for (int64_t p = 0; p < columns; p += PNN_LANES) {
 #pragma GCC unroll 8
     for (int v = 0; v < LANE_VECTORS; v++) {
@@ -199,14 +233,12 @@ static void dot(int64_t columns, const void *a_, int64_t lda, const void *b_, in
       for (int i = 0; i < DOT_ROWS; i++) {
         const vr av = vr_load(a + i * lda + p + v * VR);
 #pragma GCC unroll 4
-        for (int j = 0; j < DOT_COLUMNS; j++) sum[i][j][v] = vr_fma(av, bv[j], sum[i][j][v]);
+        for (int j = 0; j < DOT_COLUMNS; j++)
+          sum[i * DOT_COLUMNS + j][v] = vr_fma(av, bv[j], sum[i * DOT_COLUMNS + j][v]);
       }
     }
   }
-#pragma GCC unroll 4
-  for (int i = 0; i < DOT_ROWS; i++)
-#pragma GCC unroll 4
-    for (int j = 0; j < DOT_COLUMNS; j++) out[i * DOT_COLUMNS + j] = lanes_sum(sum[i][j]);
+  lanes_sums(sum, out);
 }
 
 static void sum_rows(int64_t columns, const void *a_, int64_t lda, int64_t rows, void *out_) {
@@ -223,19 +255,28 @@ static void sum_rows(int64_t columns, const void *a_, int64_t lda, int64_t rows,
 
 /* ---- element by element ---- */
 
-static void perturb(void *a_, int64_t lda, const void *x_, int64_t ldx, const void *mask_, int64_t ldm, int64_t rows,
-                    int64_t columns, int64_t k0, int64_t masks, int32_t shared) {
-  int64_t m = k0 % masks, channel = 0;
-  for (int64_t r = 0; r < rows; r++) {
-    real *a = (real *)a_ + r * lda;
-    const real *x = (const real *)x_ + channel * ldx;
-    const real *mask = (const real *)mask_ + (shared ? m : r) * ldm;
-    for (int64_t j = 0; j < columns; j++) a[j] = x[j] + mask[j];
-    if (++m == masks) m = 0, channel++;
-  }
-}
-
 #define DEFINE_ACTIVATION(suffix, name)                                                                                \
+  static void respond_##name(void *a_, int64_t lda, const void *x_, int64_t ldx, const void *mask_, int64_t ldm,       \
+                             int64_t rows, int64_t columns, int64_t k0, int64_t masks, int32_t shared) {               \
+    const int64_t whole = columns / VR * VR, rest = columns - whole;                                                   \
+    int64_t m = k0 % masks, channel = 0;                                                                               \
+    for (int64_t r = 0; r < rows; r++) {                                                                               \
+      real *a = (real *)a_ + r * lda;                                                                                  \
+      const real *x = (const real *)x_ + channel * ldx;                                                                \
+      if (mask_) {                                                                                                     \
+        const real *mask = (const real *)mask_ + (shared ? m : r) * ldm;                                               \
+        for (int64_t j = 0; j < whole; j += VR)                                                                        \
+          vr_store(a + j, PNN_ACTIVATE(name)(vr_load(x + j) + vr_load(mask + j)));                                     \
+        if (rest)                                                                                                      \
+          vr_store_part(a + whole,                                                                                     \
+                        PNN_ACTIVATE(name)(vr_load_part(x + whole, rest) + vr_load_part(mask + whole, rest)), rest);   \
+      } else {                                                                                                         \
+        for (int64_t j = 0; j < whole; j += VR) vr_store(a + j, PNN_ACTIVATE(name)(vr_load(x + j)));                   \
+        if (rest) vr_store_part(a + whole, PNN_ACTIVATE(name)(vr_load_part(x + whole, rest)), rest);                   \
+      }                                                                                                                \
+      if (++m == masks) m = 0, channel++;                                                                              \
+    }                                                                                                                  \
+  }                                                                                                                    \
   static void activate_##name(void *a_, int64_t lda, int64_t rows, int64_t columns) {                                  \
     for (int64_t r = 0; r < rows; r++) {                                                                               \
       real *a = (real *)a_ + r * lda;                                                                                  \
@@ -460,6 +501,7 @@ static void recipe_fill(void *dst, int64_t ld, const pnn_recipe *recipe, double 
 
 /* ---- the table ---- */
 
+#define RESPOND_ENTRY(suffix, name) [PNN_ACTIVATION_##suffix] = respond_##name,
 #define ACTIVATE_ENTRY(suffix, name) [PNN_ACTIVATION_##suffix] = activate_##name,
 #define ACTIVATE_GRAD_ENTRY(suffix, name) [PNN_ACTIVATION_##suffix] = activate_grad_##name,
 
@@ -480,7 +522,7 @@ const pnn_kernels PNN_KERNEL_NAME(pnn_kernels) = {
     .product = product,
     .dot = dot,
     .sum = sum_rows,
-    .perturb = perturb,
+    .respond = {PNN_ACTIVATION_LIST(RESPOND_ENTRY)},
     .activate = {PNN_ACTIVATION_LIST(ACTIVATE_ENTRY)},
     .activate_grad = {PNN_ACTIVATION_LIST(ACTIVATE_GRAD_ENTRY)},
     .center = center,

@@ -44,6 +44,28 @@ typedef vl vm;
 #define PNN_ISA_SUFFIX portable
 #endif
 
+/* The first n < VR reals; the vector's other lanes are zero, memory behind them is not touched. */
+static inline vr vr_load_part(const real *p, int64_t n) {
+#if defined(PNN_ISA_AVX512) && defined(PNN_REAL_F32)
+  return (vr)_mm512_maskz_loadu_ps((__mmask16)((1u << n) - 1), p);
+#elif defined(PNN_ISA_AVX512)
+  return (vr)_mm512_maskz_loadu_pd((__mmask8)((1u << n) - 1), p);
+#else
+  vr v = {0};
+  for (int64_t i = 0; i < n; i++) v[i] = p[i];
+  return v;
+#endif
+}
+static inline void vr_store_part(real *p, vr v, int64_t n) {
+#if defined(PNN_ISA_AVX512) && defined(PNN_REAL_F32)
+  _mm512_mask_storeu_ps(p, (__mmask16)((1u << n) - 1), (__m512)v);
+#elif defined(PNN_ISA_AVX512)
+  _mm512_mask_storeu_pd(p, (__mmask8)((1u << n) - 1), (__m512d)v);
+#else
+  for (int64_t i = 0; i < n; i++) p[i] = v[i];
+#endif
+}
+
 #define PNN_JOIN_(a, b, c) a##_##b##_##c
 #define PNN_JOIN(a, b, c) PNN_JOIN_(a, b, c)
 #define PNN_STRING_(a) #a
