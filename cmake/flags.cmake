@@ -39,7 +39,8 @@ set(PNN_SHARED_LINK_FLAGS ${PNN_NO_UNDEFINED})
 
 if(PNN_SANITIZE)
   if(NOT PNN_SANITIZE MATCHES "^(address|undefined|address,undefined|thread)$")
-    message(FATAL_ERROR "PNN_SANITIZE is '${PNN_SANITIZE}'; it should be address, undefined, address,undefined or thread")
+    message(FATAL_ERROR
+      "PNN_SANITIZE is '${PNN_SANITIZE}'; it should be address, undefined, address,undefined or thread")
   endif()
   # A finding ends the program, or a test run would print it and still pass.
   add_compile_options(-fsanitize=${PNN_SANITIZE} -fno-sanitize-recover=all -fno-omit-frame-pointer -g)

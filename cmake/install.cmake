@@ -30,7 +30,8 @@ if(PNN_TORCH)
   function(install_operators component library_dir package_dir)
     install(TARGETS ${operators} LIBRARY DESTINATION ${library_dir} COMPONENT ${component})
     set(TORCH_PNN_LIBRARY_DIR ${library_dir})
-    configure_package_config_file(cmake/torch_pnnConfig.cmake.in ${PROJECT_BINARY_DIR}/${component}/torch_pnnConfig.cmake
+    configure_package_config_file(
+      cmake/torch_pnnConfig.cmake.in ${PROJECT_BINARY_DIR}/${component}/torch_pnnConfig.cmake
       INSTALL_DESTINATION ${package_dir} PATH_VARS TORCH_PNN_LIBRARY_DIR)
     install(FILES ${PROJECT_BINARY_DIR}/${component}/torch_pnnConfig.cmake
                   ${PROJECT_BINARY_DIR}/torch_pnnConfigVersion.cmake

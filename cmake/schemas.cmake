@@ -1,5 +1,5 @@
-# Writes <build>/generated/torch_pnn_schemas.h from python/torch_pnn/schemas.txt, the one place that holds the operators'
-# schemas: Python reads the text file, C++ this header. Sets PNN_GENERATED_DIR.
+# Writes <build>/generated/torch_pnn_schemas.h from python/torch_pnn/schemas.txt, the one place that holds the
+# operators' schemas: Python reads the text file, C++ this header. Sets PNN_GENERATED_DIR.
 
 set(PNN_GENERATED_DIR ${PROJECT_BINARY_DIR}/generated)
 set(schema_file ${PROJECT_SOURCE_DIR}/python/torch_pnn/schemas.txt)

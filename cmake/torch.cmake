@@ -12,7 +12,8 @@ foreach(isolation "" "-E")
   execute_process(
     COMMAND ${Python_EXECUTABLE} ${isolation} ${CMAKE_CURRENT_LIST_DIR}/locate_torch.py
     WORKING_DIRECTORY ${CMAKE_CURRENT_LIST_DIR}
-    OUTPUT_VARIABLE located ERROR_VARIABLE locate_error RESULT_VARIABLE locate_status OUTPUT_STRIP_TRAILING_WHITESPACE)
+    OUTPUT_VARIABLE located ERROR_VARIABLE locate_error RESULT_VARIABLE locate_status
+    OUTPUT_STRIP_TRAILING_WHITESPACE ERROR_STRIP_TRAILING_WHITESPACE)
   if(locate_status EQUAL 0)
     break()
   endif()
@@ -20,9 +21,9 @@ endforeach()
 if(NOT locate_status EQUAL 0)
   message(FATAL_ERROR
     "no PyTorch found by ${Python_EXECUTABLE}:\n  ${locate_error}\n"
-    "The operators are compiled for the PyTorch they will run in, so install that first (CPU: `pip install torch==2.13.0`), "
-    "then run `pip install --no-build-isolation .` with the same interpreter. For CMake alone: "
-    "-DPython_EXECUTABLE=/path/to/python, or -DPNN_TORCH=OFF for the C library without PyTorch.")
+    "The operators are compiled for the PyTorch they will run in, so install that first "
+    "(for example `pip install torch==2.13.0`), then run `pip install --no-build-isolation .` with the same "
+    "interpreter. For CMake alone: -DPython_EXECUTABLE=/path/to/python, or -DPNN_TORCH=OFF for the C library without PyTorch.")
 endif()
 list(GET located 0 PNN_TORCH_VERSION)
 list(GET located 1 PNN_TORCH_ROOT)
@@ -35,7 +36,7 @@ foreach(file include/ATen/ATen.h include/torch/csrc/stable/library.h include/tor
              lib/libtorch_cpu.so lib/libc10.so)
   if(NOT EXISTS ${PNN_TORCH_ROOT}/${file})
     message(FATAL_ERROR
-      "PyTorch ${PNN_TORCH_VERSION} in ${PNN_TORCH_ROOT} lacks ${file}: its C++ headers or libraries were not installed. "
+      "PyTorch ${PNN_TORCH_VERSION} in ${PNN_TORCH_ROOT} lacks ${file}: its C++ headers or libraries are missing. "
       "PyPI's packages have them; some distributions put them into a package of their own (Debian: libtorch-dev).")
   endif()
 endforeach()

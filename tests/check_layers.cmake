@@ -24,7 +24,8 @@ foreach(file IN LISTS files)
   else()
     get_filename_component(name ${file} NAME)
     if(NOT name MATCHES "^auto(grad|cast)")
-      check_includes(${file} "[<\"]torch/(csrc/stable|headeronly|csrc/inductor/aoti_torch/c)/" "[<\"](torch|ATen|c10|caffe2)/"
+      check_includes(${file}
+        "[<\"]torch/(csrc/stable|headeronly|csrc/inductor/aoti_torch/c)/" "[<\"](torch|ATen|c10|caffe2)/"
         "outside autograd and autocast the shim keeps to the stable ABI")
     endif()
     check_includes(${file} "" "[<\"]([.][.]/|kernels/|internal[.]h)" "the shim sees libpnn's public headers only")

@@ -109,15 +109,13 @@ def summary(results: Sequence[Result]) -> tuple[list[str], bool]:
     lines = [f"{'tier':<{width}}  {'passed':>7}  {'failed':>7}  {'skipped':>7}  {'seconds':>8}"]
     total = Counts()
     for result in results:
-        counts = result.counts
+        counts, note = result.counts, result.note
         if counts.passed + counts.failed == 0:
             counts = Counts(failed=1, skipped=counts.skipped)
-            result.note = "ran no test, which counts as a failure" + (f"; {result.note}" if result.note else "")
+            note = "ran no test, which counts as a failure" + (f"; {note}" if note else "")
         total += counts
-        lines.append(
-            f"{result.tier:<{width}}  {counts.passed:>7}  {counts.failed:>7}  {counts.skipped:>7}  {result.seconds:>8.1f}"
-            + (f"  {result.note}" if result.note else "")
-        )
+        row = f"{result.tier:<{width}}  {counts.passed:>7}  {counts.failed:>7}  {counts.skipped:>7}"
+        lines.append(f"{row}  {result.seconds:>8.1f}  {note}".rstrip())
     if not results:
         total.failed = 1
         lines.append("no tier ran, which counts as a failure")
@@ -129,8 +127,8 @@ def quiet_ctest(line: str) -> bool:
     """Whether a line of ctest's says nothing but that a test started or passed."""
     return bool(
         re.match(r"\s*Start\s+\d+: |\s*\d+/\d+ Test\s+#\d+: .*\s(Passed|\*\*\*Skipped)\s|^\s*$", line)
-        or re.match(r"Test project |Label Time Summary|\S+\s+=\s+[0-9.]+ sec\*proc|The following tests did not run", line)
-        or re.match(r"\s*\d+ - .*\((Skipped)\)", line)
+        or re.match(r"Test project |Label Time Summary|\S+\s+=\s+[0-9.]+ sec\*proc", line)
+        or re.match(r"The following tests did not run|\s*\d+ - .*\(Skipped\)", line)
     )
 
 
@@ -159,7 +157,8 @@ class Machine:
         arguments = [str(part) for part in command]
         print(f"$ {' '.join(arguments)}", flush=True)
         if hide is None or self.verbose:
-            return subprocess.run(arguments, cwd=ROOT, env={**os.environ, **(environment or {})}, check=False).returncode
+            done = subprocess.run(arguments, cwd=ROOT, env={**os.environ, **(environment or {})}, check=False)
+            return done.returncode
         process = subprocess.Popen(
             arguments,
             cwd=ROOT,
@@ -198,7 +197,8 @@ class Machine:
             if found and version_of(found) >= minimum:
                 return Path(found)
         tools = ROOT / "build" / "tools"
-        print(f"no {name} of version {'.'.join(map(str, minimum)) or 'any'} found: installing CMake and Ninja into {tools}")
+        wanted = f"{name} {'.'.join(map(str, minimum))} or newer" if minimum else name
+        print(f"no {wanted} found: installing CMake and Ninja into {tools}", flush=True)
         self.must("making build/tools", [self.python, "-m", "venv", tools])
         self.must(
             "installing CMake and Ninja", [tools / "bin" / "pip", "install", "-q", "-r", "requirements/build.txt"]
@@ -275,9 +275,7 @@ class Machine:
         status = self.run(
             [self.python, "-m", "pytest", "-q", "-ra", "--durations=10", f"--junitxml={junit}", *arguments],
             {
-                "PYTHONPATH": os.pathsep.join(
-                    [str(ROOT / "python"), *filter(None, [os.environ.get("PYTHONPATH")])]
-                ),
+                "PYTHONPATH": os.pathsep.join([str(ROOT / "python"), *filter(None, [os.environ.get("PYTHONPATH")])]),
                 "TORCH_PNN_LIBRARY_DIR": str(self.build / "lib"),
                 "TORCH_PNN_REQUIRE_OPS": "1",
                 "TORCH_PNN_BUILD_DIR": str(self.build),
@@ -317,9 +315,10 @@ def version_of(program: str) -> tuple[int, ...]:
 def processor_isas() -> list[str]:
     """The instruction sets of ISAS that this processor has and the kernel offers, by /proc/cpuinfo; best last."""
     try:
-        match = re.search(r"^(?:flags|Features)\s*:(.*)$", Path("/proc/cpuinfo").read_text(encoding="utf-8"), re.MULTILINE)
+        text = Path("/proc/cpuinfo").read_text(encoding="utf-8")
     except OSError:
-        match = None
+        text = ""
+    match = re.search(r"^(?:flags|Features)\s*:(.*)$", text, re.MULTILINE)
     flags = set(match.group(1).split()) if match else set()
     return [name for name, needed in ISAS.items() if needed <= flags]
 
@@ -451,8 +450,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         except BuildError as error:
             print(f"error: {error}", file=sys.stderr)
             return 1
-        print(f"built in {machine.build}; use it with PYTHONPATH={ROOT / 'python'} "
-              f"TORCH_PNN_LIBRARY_DIR={machine.build / 'lib'}")
+        print(
+            f"built in {machine.build}; use it with "
+            f"PYTHONPATH={ROOT / 'python'} TORCH_PNN_LIBRARY_DIR={machine.build / 'lib'}"
+        )
         return 0
 
     names = parsed.tiers or (QUICK if parsed.quick else FULL)
