@@ -147,14 +147,14 @@ def _as_seed(seed: Tensor | int, device: torch.device | None = None) -> Tensor:
     """A seed as an int64 tensor of one element; ints are kept as two's complement."""
     if isinstance(seed, Tensor):
         if seed.dtype != torch.int64:
-            raise TypeError(f"seed must be an int64 tensor of one element or an int, but its dtype is {seed.dtype}")
+            raise TypeError(f"seed has type {seed.dtype}, it should be int64")
         if seed.numel() != 1:
-            raise ValueError(f"seed must have exactly one element, but its shape is {list(seed.shape)}")
+            raise ValueError(f"seed has size {list(seed.shape)}, it should have exactly one element")
         return seed
     if isinstance(seed, bool) or not isinstance(seed, int):
-        raise TypeError(f"seed must be an int or an int64 tensor of one element, but is {type(seed).__name__}")
+        raise TypeError(f"seed is {type(seed).__name__}, it should be an int or an int64 tensor with one element")
     if not -(2**63) <= seed < 2**64:
-        raise ValueError(f"seed must be in [-2**63, 2**64), but is {seed}")
+        raise ValueError(f"seed is {seed}, it should be in [-2**63, 2**64)")
     return torch.tensor([seed - 2**64 if seed >= 2**63 else seed], dtype=torch.int64, device=device)
 
 
@@ -194,7 +194,7 @@ def perturbation_mask(
     _check_noise(noise)
     for name, size in (("channels", channels), ("masks", masks), ("height", height), ("width", width)):
         if size < 0:
-            raise ValueError(f"{name} must not be negative, but is {size}")
+            raise ValueError(f"{name} is {size}, it should not be negative")
     seed = _as_seed(seed, None if device is None else torch.device(device))
     if device is not None:
         seed = seed.to(device)
@@ -216,7 +216,7 @@ _SIXTEEN_BITS = (torch.bfloat16, torch.float16)
 
 def _check_noise(noise: str) -> None:
     if noise not in NOISES:
-        raise ValueError(f'noise must be "uniform", "normal" or "waves", but is {noise!r}')
+        raise ValueError(f'noise is {noise!r}, it should be "uniform", "normal" or "waves"')
 
 
 def _pair(name: str, value: int | Sequence[int]) -> tuple[int, int]:
@@ -224,7 +224,7 @@ def _pair(name: str, value: int | Sequence[int]) -> tuple[int, int]:
         if len(value) == 1:
             return value[0], value[0]
         if len(value) != 2:
-            raise ValueError(f"{name} must be one int or two, but has {len(value)}")
+            raise ValueError(f"{name} is {value!r}, it should be one int or two")
         return value[0], value[1]
     return value, value
 
@@ -245,55 +245,55 @@ def _check_layer(
 ) -> int:
     """Checks a call of the operator and returns M, the masks per channel."""
     if input.dim() != 4:
-        raise ValueError(f"input must be [B, C, H, W], but its shape is {list(input.shape)}")
+        raise ValueError(f"input has size {list(input.shape)}, it should be [B, C, H, W]")
     if input.dtype not in _FLOATING:
-        raise TypeError(f"input must be float32, float64, bfloat16 or float16, but is {input.dtype}")
+        raise TypeError(f"input has type {input.dtype}, it should be float32, float64, bfloat16 or float16")
     if weight.dtype != input.dtype and not (input.dtype == torch.float32 and weight.dtype in _SIXTEEN_BITS):
         raise TypeError(
-            f"weight must have input's dtype, or a 16-bit one beside a float32 input, but is {weight.dtype} and input "
-            f"is {input.dtype}"
+            f"weight has type {weight.dtype}, it should be input's {input.dtype}, or a 16-bit one beside float32"
         )
     if bias is not None and bias.dtype != weight.dtype:
-        raise TypeError(f"bias must have weight's dtype {weight.dtype}, but is {bias.dtype}")
+        raise TypeError(f"bias has type {bias.dtype}, it should be weight's {weight.dtype}")
     if mask is not None and seed is not None:
-        raise ValueError("mask and seed are both given, but a mask is either a tensor or a seed's")
+        raise ValueError("mask and seed are both given, it should be one of them")
     if activation not in ACTIVATIONS:
-        raise ValueError(f"activation must be one of {', '.join(ACTIVATIONS)}, but is {activation!r}")
+        raise ValueError(f"activation is {activation!r}, it should be one of {', '.join(ACTIVATIONS)}")
     if mask is None:
         _check_noise(noise)
     if not math.isfinite(level):
-        raise ValueError(f"level must be finite, but is {level}")
+        raise ValueError(f"level is {level}, it should be finite")
     if stride[0] < 1 or stride[1] < 1:
-        raise ValueError(f"stride must be positive, but is {list(stride)}")
+        raise ValueError(f"stride is {list(stride)}, it should be at least 1")
     channels, height, width = input.shape[1:]
     if mask is not None:
         if mask.dim() != 4:
-            raise ValueError(f"mask must be [C or 1, M, H, W], but its shape is {list(mask.shape)}")
+            raise ValueError(f"mask has size {list(mask.shape)}, it should be [C or 1, M, H, W]")
         if mask.dtype not in (torch.float32, input.dtype):
-            raise TypeError(f"mask must be float32 or have input's dtype {input.dtype}, but is {mask.dtype}")
+            raise TypeError(f"mask has type {mask.dtype}, it should be float32 or input's {input.dtype}")
         if mask.shape[0] not in (1, channels) or mask.shape[2] != height or mask.shape[3] != width:
             raise ValueError(
-                f"mask must be [C or 1, M, H, W] for input's C = {channels}, H = {height}, W = {width}, but its shape "
-                f"is {list(mask.shape)}"
+                f"mask has size {list(mask.shape)}, it should be [{channels} or 1, M, {height}, {width}] for an input "
+                f"of size {list(input.shape)}"
             )
         masks = mask.shape[1]
     if masks < 1:
-        raise ValueError(f"masks must be at least 1, but is {masks}")
-    if groups < 1 or channels % groups != 0:
-        raise ValueError(f"groups must be positive and divide input's {channels} channels, but is {groups}")
+        raise ValueError(f"masks is {masks}, it should be at least 1")
+    outputs = weight.shape[0] if weight.dim() > 0 else 0
+    if groups < 1 or channels % groups != 0 or outputs % groups != 0:
+        raise ValueError(
+            f"groups is {groups}, it should divide input's {channels} channels and weight's {outputs} outputs"
+        )
     columns = channels // groups * masks
     if weight.dim() != 4 or weight.shape[1] != columns or weight.shape[2] != 1 or weight.shape[3] != 1:
         raise ValueError(
-            f"weight must be [T, {columns}, 1, 1] for {channels} channels, {groups} groups and {masks} masks a channel, "
-            f"but its shape is {list(weight.shape)}"
+            f"weight has size {list(weight.shape)}, it should be [T, {columns}, 1, 1]: {channels} channels / {groups} "
+            f"groups * {masks} masks"
         )
-    if weight.shape[0] % groups != 0:
-        raise ValueError(f"groups must divide weight's {weight.shape[0]} output channels, but is {groups}")
     if bias is not None and (bias.dim() != 1 or bias.shape[0] != weight.shape[0]):
-        raise ValueError(f"bias must be [{weight.shape[0]}], but its shape is {list(bias.shape)}")
+        raise ValueError(f"bias has size {list(bias.shape)}, it should be [{weight.shape[0]}]")
     for name, tensor in (("weight", weight), ("bias", bias), ("mask", mask), ("seed", seed)):
         if tensor is not None and tensor.device != input.device:
-            raise ValueError(f"{name} must be on input's device {input.device}, but is on {tensor.device}")
+            raise ValueError(f"{name} is on {tensor.device}, it should be on input's {input.device}")
     if seed is not None:
         _as_seed(seed)
     return masks
@@ -302,17 +302,17 @@ def _check_layer(
 def _check_norm(input: Tensor, channels: int, eps: float, vectors: dict[str, Tensor | None]) -> None:
     """Checks the arguments that only the layer with normalisation has; `channels` is K = C*M."""
     if not (math.isfinite(eps) and eps >= 0):
-        raise ValueError(f"eps must be finite and not negative, but is {eps}")
+        raise ValueError(f"eps is {eps}, it should be finite and not negative")
     statistics = torch.float64 if input.dtype == torch.float64 else torch.float32
     for name, vector in vectors.items():
         if vector is None:
             continue
         if vector.dtype != statistics:
-            raise TypeError(f"{name} must be {statistics} beside a {input.dtype} input, but is {vector.dtype}")
+            raise TypeError(f"{name} has type {vector.dtype}, it should be {statistics} beside a {input.dtype} input")
         if vector.dim() != 1 or vector.shape[0] != channels:
-            raise ValueError(f"{name} must be [{channels}], one value a map, but its shape is {list(vector.shape)}")
+            raise ValueError(f"{name} has size {list(vector.shape)}, it should be [{channels}]: one value a map")
         if vector.device != input.device:
-            raise ValueError(f"{name} must be on input's device {input.device}, but is on {vector.device}")
+            raise ValueError(f"{name} is on {vector.device}, it should be on input's {input.device}")
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -418,9 +418,7 @@ def _plain_forward(
     stride: tuple[int, int],
     groups: int,
 ) -> Tensor:
-    masks = _check_layer(
-        input, weight, bias, mask, seed, masks, shared_masks, noise, level, activation, stride, groups
-    )
+    masks = _check_layer(input, weight, bias, mask, seed, masks, shared_masks, noise, level, activation, stride, groups)
     u = _perturbed(input, mask, seed, masks, shared_masks, noise, level, stride)
     a = _rounded(_maps(u, activation), weight.dtype)
     y = _product(_matrix(weight, a.dtype), a, groups)
@@ -458,9 +456,7 @@ def _norm_forward(
     stride: tuple[int, int],
     groups: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    masks = _check_layer(
-        input, weight, bias, mask, seed, masks, shared_masks, noise, level, activation, stride, groups
-    )
+    masks = _check_layer(input, weight, bias, mask, seed, masks, shared_masks, noise, level, activation, stride, groups)
     vectors = {"norm_weight": norm_weight, "norm_bias": norm_bias}
     vectors |= {"running_mean": running_mean, "running_var": running_var}
     _check_norm(input, input.shape[1] * masks, eps, vectors)
@@ -468,12 +464,12 @@ def _norm_forward(
     a = _maps(u, activation)
     if training:
         if a.shape[0] * a.shape[2] * a.shape[3] == 1:
-            raise ValueError("training needs more than one computed pixel in the batch, but input has exactly one")
+            raise ValueError("input has one value a map to normalise over, it should have more than one when training")
         wide_mean, wide_variance = _moments(a)
         mean, variance = wide_mean.to(a.dtype), wide_variance.to(a.dtype)
     else:
         if running_mean is None or running_var is None:
-            raise ValueError("running_mean and running_var must be given when training is False, but one is None")
+            raise ValueError("running_mean or running_var is None, both should be given when training is False")
         mean, variance = running_mean.clone(), running_var.clone()
         wide_variance = variance.to(_wide_dtype(a))
     centred = _rounded(a - mean.view(-1, 1, 1), weight.dtype)
@@ -625,13 +621,6 @@ def update_running_statistics(
 # --------------------------------------------------------------------------------------------------------------------
 
 
-def _memory_format_of(input: Tensor) -> torch.memory_format:
-    """channels_last where the input is laid out so and not contiguous as well, else contiguous."""
-    if input.dim() == 4 and not input.is_contiguous() and input.is_contiguous(memory_format=torch.channels_last):
-        return torch.channels_last
-    return torch.contiguous_format
-
-
 def _empty(like: Tensor) -> Tensor:
     """What stands for a gradient that nobody asked for."""
     return like.new_empty((0,))
@@ -644,12 +633,10 @@ def _gradient_to_pixels(grad: Tensor, input: Tensor, stride: tuple[int, int]) ->
         full = grad.new_zeros(input.shape)
         full[:, :, :: stride[0], :: stride[1]] = grad
         grad = full
-    return grad.contiguous(memory_format=_memory_format_of(input))
+    return grad
 
 
-def _mask_gradient(
-    grad_u: Tensor, mask: Tensor, level: float, stride: tuple[int, int]
-) -> Tensor:
+def _mask_gradient(grad_u: Tensor, mask: Tensor, level: float, stride: tuple[int, int]) -> Tensor:
     """dN from du [B, C, M, H', W']: summed over the batch, and over the channels where they share masks."""
     grad = grad_u.sum((0, 1), keepdim=True).squeeze(0) if mask.shape[0] == 1 else grad_u.sum(0)
     grad = grad * level
@@ -673,19 +660,16 @@ def _operator_perturb_conv2d(
     groups: int = 1,
 ) -> Tensor:
     pair = _pair("stride", stride)
-    y = _plain_forward(
-        input, weight, bias, mask, seed, masks, shared_masks, noise, level, activation, pair, groups
-    )
-    return y.contiguous(memory_format=_memory_format_of(input))
+    return _plain_forward(input, weight, bias, mask, seed, masks, shared_masks, noise, level, activation, pair, groups)
 
 
 def _check_grad_output(grad_output: Tensor, input: Tensor, weight: Tensor, stride: tuple[int, int]) -> None:
     batch, _, height, width = input.shape
     shape = [batch, weight.shape[0], -(-height // stride[0]), -(-width // stride[1])]
     if list(grad_output.shape) != shape:
-        raise ValueError(f"grad_output must be {shape}, but its shape is {list(grad_output.shape)}")
+        raise ValueError(f"grad_output has size {list(grad_output.shape)}, it should be {shape}")
     if grad_output.dtype != weight.dtype:
-        raise TypeError(f"grad_output must have weight's dtype {weight.dtype}, but is {grad_output.dtype}")
+        raise TypeError(f"grad_output has type {grad_output.dtype}, it should be weight's {weight.dtype}")
 
 
 def _operator_perturb_conv2d_backward(
@@ -744,7 +728,7 @@ def _operator_perturb_norm_conv2d(
     stride: Sequence[int] = (1, 1),
     groups: int = 1,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    y, mean, variance = _norm_forward(
+    return _norm_forward(
         input,
         weight,
         bias,
@@ -764,7 +748,6 @@ def _operator_perturb_norm_conv2d(
         _pair("stride", stride),
         groups,
     )
-    return y.contiguous(memory_format=_memory_format_of(input)), mean, variance
 
 
 def _operator_perturb_norm_conv2d_backward(
