@@ -30,7 +30,8 @@ static void respond(const pnn_response *response, const pnn_columns *columns, in
   const char *mask = p->noise == PNN_NOISE_NONE ? NULL : response->mask;
   if (mask && !p->shared) mask += (k0 - response->mask_k0) * response->mask_ld * size;
   const bool in_place = v->element == size && (v->column == 1 || width == 1);
-  const bool rows_join = p->out_height == 1 || (v->row == width * v->column);
+  /* Where the width is 1 its stride says nothing (it is 0): the rows themselves must be neighbours. */
+  const bool rows_join = p->out_height == 1 || v->row == (width == 1 ? 1 : width * v->column);
   char *x = NULL;
   if (!in_place) {
     /* With one mask a channel its row is loaded to where its response goes. */
