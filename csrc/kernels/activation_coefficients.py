@@ -2,16 +2,22 @@
 
 Two functions of one variable are all that the activations need:
 
-    P(r) = (exp(r) - 1 - r) / r^2              on |r| <= ln(2)/2: a polynomial, Chebyshev's near-minimax fit
-    M(z) = exp(z^2/2) * erfc(z/sqrt(2)) / 2    on 0 <= z <= limit: N(z)/D(z) of degrees n and n + 1, which interpolates
-                                               M at Chebyshev's points of w = (z - a)/(z + a)
+    P(r) = (exp(r) - 1 - r) / r^2              on |r| <= ln(2)/2
+    M(z) = exp(z^2/2) * erfc(z/sqrt(2)) / 2    on 0 <= z <= 15 (float) or 39 (double)
 
 M is the normal distribution's upper tail without its exponential, Mills' ratio divided by sqrt(2*pi); it falls like
-1/(z*sqrt(2*pi)), hence the degrees. All coefficients of N and D are positive,
-so that their sums do not cancel. Each is computed with 60 digits and rounded once to double.
+1/(z*sqrt(2*pi)).
+
+P is a polynomial. For float, M is N(z)/D(z) of degrees 5 and 6, which interpolates it at Chebyshev's points of
+w = (z - 3)/(z + 3); all coefficients are positive, so that the sums do not cancel, but their rounding errors add up.
+For double, therefore, M is F(w)/(1 + 0.796875 z) with a polynomial F in w = (z - 5)/(z + 5): F stays between 0.49 and 0.6
+and |w| below 1, so that little but the last step's rounding counts. (The idea of such a w: Shepherd and Laframboise, "Chebyshev
+approximation of (1 + 2x) exp(x^2) erfc x", 1981.)
+
+The polynomials are Chebyshev's near-minimax fits. All is computed with 60 digits and each coefficient rounded once.
 
 Usage: python activation_coefficients.py            prints each block of C lines with its error
-       python activation_coefficients.py --check    fails where activations.h holds other lines
+       python activation_coefficients.py --check    fails where activations.h holds other lines; 77 without mpmath
 """
 
 from __future__ import annotations
@@ -19,7 +25,11 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-import mpmath as mp
+try:
+    import mpmath as mp
+except ImportError:
+    print("needs mpmath (pip install mpmath)")
+    sys.exit(77)
 
 mp.mp.dps = 60
 
@@ -43,7 +53,7 @@ def fit_exp_tail(terms: int) -> tuple[list[mp.mpf], mp.mpf]:
     return coefficients[::-1], error * half**2
 
 
-def fit_normal_tail(degree: int, limit: int, a: int) -> tuple[list[mp.mpf], list[mp.mpf], mp.mpf]:
+def fit_rational_tail(degree: int, limit: int, a: int) -> tuple[list[mp.mpf], list[mp.mpf], mp.mpf]:
     """N and D, lowest coefficient first (D starts with 1), and the worst relative error at 1000 points."""
     count = 2 * degree + 2
     top = mp.mpf(limit - a) / (limit + a)
@@ -69,6 +79,17 @@ def fit_normal_tail(degree: int, limit: int, a: int) -> tuple[list[mp.mpf], list
     return numerator, denominator, error
 
 
+def fit_flat_tail(terms: int, limit: int, a: int) -> tuple[list[mp.mpf], mp.mpf]:
+    """The `terms` coefficients of F, lowest first, and its error."""
+
+    def flat(w: mp.mpf) -> mp.mpf:
+        z = a * (1 + w) / (1 - w)
+        return (1 + mp.mpf(0.796875) * z) * normal_tail(z)
+
+    coefficients, error = mp.chebyfit(flat, [-1, mp.mpf(limit - a) / (limit + a)], terms, error=True)
+    return coefficients[::-1], error
+
+
 def horner(name: str, variable: str, coefficients: list[mp.mpf]) -> str:
     """The C lines that evaluate a polynomial, given its coefficients, lowest first."""
     literals = [float(c).hex() for c in coefficients[::-1]]
@@ -83,11 +104,12 @@ def blocks() -> list[tuple[str, str]]:
     for use, terms in (("float32", 6), ("float64", 11)):
         coefficients, error = fit_exp_tail(terms)
         result.append((f"P for {use}: error 2^{mp.nstr(mp.log(error, 2), 4)}", horner("p", "r", coefficients)))
-    for use, degree, limit, a in (("float32", 5, 15, 3), ("float64", 10, 39, 4)):
-        numerator, denominator, error = fit_normal_tail(degree, limit, a)
-        title = f"of M for {use}, relative error 2^{mp.nstr(mp.log(error, 2), 4)}"
-        result.append((f"N {title}", horner("n", "z", numerator)))
-        result.append((f"D {title}", horner("d", "z", denominator)))
+    numerator, denominator, error = fit_rational_tail(5, 15, 3)
+    error_text = f"error 2^{mp.nstr(mp.log(error, 2), 4)}"
+    result.append((f"N for float32: {error_text}", horner("n", "z", numerator)))
+    result.append((f"D for float32: {error_text}", horner("d", "z", denominator)))
+    coefficients, error = fit_flat_tail(24, 39, 5)
+    result.append((f"F for float64: error 2^{mp.nstr(mp.log(error, 2), 4)}", horner("f", "w", coefficients)))
     return result
 
 

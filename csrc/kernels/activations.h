@@ -23,9 +23,8 @@
  *     tanh(x)            sign(x) (-e / (2 + e)), e = expm1(-2|x|);      derivative 4t / (1 + t)^2, t = exp(-2|x|)
  *     elu, selu          expm1 below 0;      derivatives from exp
  *     gelu(x)            -|x| Q where x < 0, else x - |x| Q; Q = exp(-x^2/2) M(|x|) is the normal distribution's upper
- *                        tail, M = N / D (rational approximations to it: Cody, "Rational Chebyshev approximations for
- *                        the error function", 1969). Derivative G where x < 0, else 1 - G,
- *                        with G = exp(-x^2/2) (M(|x|) - |x| / sqrt(2 pi)).
+ *                        tail (Cody, "Rational Chebyshev approximations for the error function", 1969, splits it so
+ *                        too). Derivative G where x < 0, else 1 - G, with G = exp(-x^2/2) (M(|x|) - |x| / sqrt(2 pi)).
  *
  * float is computed in double lanes with polynomials of about 2^-32 and rounded once: range and digits to spare make
  * the result all but correctly rounded (denormals included) and need neither scaling nor sums in two parts; that costs
@@ -37,12 +36,14 @@
  *
  *                        identity, relu, hardtanh  leaky_relu  elu   selu  gelu   silu   tanh  sigmoid
  *     float               0                         0.5         0.51  0.51  0.51   0.51   0.51  0.51
- *     float, derivative   0                         0.5         0.51  0.51  0.51   0.51   0.51  0.51
- *     double              0                         0.5         1     2     4      3      3     2
- *     double, derivative  0                         0.5         1     2     4 (*)  4 (*)  3     3
+ *     float, derivative   0                         0.5         0.51  0.51  0.51*  0.51*  0.51  0.51
+ *     double              0                         0.5         1     2     4.5    3.5    3     2.5
+ *     double, derivative  0                         0.5         2     3     6*     5*     3.5   3.5
  *
- * leaky_relu is meant for the slope as it is in that type (0.01f in float). A derivative's figure is for its product
- * with d. (*) gelu' and silu' have a zero (near -0.7518 and -1.2785); in double the limit is there in ulp of 0.125.
+ * leaky_relu is meant for the slope as it is in that type (0.01f in float), elu and selu for PyTorch's double
+ * constants. A derivative's figure is for its product with d; in double a derivative below the normal range is rounded
+ * before it meets d. * gelu' and silu' have a zero (near -0.7518 and -1.2785), where no figure of this kind can hold:
+ * for u >= -4 theirs count in ulp of 0.125 |d| where the result is smaller.
  *
  * Special values are float64's of the formulas as PyTorch writes them: NaN gives NaN; gelu(-inf), silu(-inf) and
  * gelu', silu' at both infinities are NaN (inf * 0); relu(-0) = -0. The choices of derivatives are PyTorch's: relu'(0)
@@ -79,8 +80,8 @@
  * exponent, in the low bits of the sum. */
 #define PNN_EXPONENT_BIAS (0x1.8p52 + 1023)
 
-/* Below this, exp is 0 in double. */
-#define PNN_EXP_ZERO (-746.0)
+/* Below this, exp(x) and x * exp(x) are 0 in double. */
+#define PNN_EXP_ZERO (-760.0)
 
 /* ---- what selects: no arithmetic beyond one product ---- */
 
@@ -134,6 +135,9 @@ static inline vd pnn_hardtanh_f64(vd u) {
 }
 static inline vf pnn_hardtanh_grad_f32(vf u, vf d) { return (vf)((vi)d & ~(vf_abs(u) >= vf_set1(1))); }
 static inline vd pnn_hardtanh_grad_f64(vd u, vd d) { return (vd)((vl)d & ~(vd_abs(u) >= vd_set1(1))); }
+
+/* (1 + t)^2 for 0 <= t <= 1 */
+static inline vd pnn_square_of_1_plus(vd t) { return vd_fma(t, vd_set1(2) + t, vd_set1(1)); }
 
 /* ---- for float results, in double lanes: relative errors of about 2^-32 ---- */
 
@@ -215,8 +219,8 @@ static inline vd pnn_brief_sigmoid(vd u) {
   return vd_select(u < vd_set1(0), t, vd_set1(1)) / (vd_set1(1) + t);
 }
 static inline vd pnn_brief_sigmoid_grad(vd u) {
-  vd t = pnn_brief_exp(-vd_abs(u)), s = vd_set1(1) + t;
-  return t / (s * s);
+  vd t = pnn_brief_exp(-vd_abs(u));
+  return t / pnn_square_of_1_plus(t);
 }
 
 static inline vd pnn_brief_silu(vd u) {
@@ -227,7 +231,7 @@ static inline vd pnn_brief_silu_grad(vd u) {
   vd t = pnn_brief_exp(-vd_abs(u)), s = vd_set1(1) + t;
   vl negative = u < vd_set1(0);
   vd a = vd_select(negative, t, vd_set1(1)), b = vd_select(negative, vd_set1(1), t);
-  return a * vd_fma(b, u, s) / (s * s);
+  return a * vd_fma(b, u, s) / pnn_square_of_1_plus(t);
 }
 
 static inline vd pnn_brief_tanh(vd u) {
@@ -235,8 +239,8 @@ static inline vd pnn_brief_tanh(vd u) {
   return vd_copysign(e / (vd_set1(2) + e), u);
 }
 static inline vd pnn_brief_tanh_grad(vd u) {
-  vd t = pnn_brief_exp(vd_abs(u) * vd_set1(-2)), s = vd_set1(1) + t;
-  return vd_set1(4) * t / (s * s);
+  vd t = pnn_brief_exp(vd_abs(u) * vd_set1(-2));
+  return vd_set1(4) * t / pnn_square_of_1_plus(t);
 }
 
 /* The float functions: both halves in double, the product with d too, then one rounding. */
@@ -313,32 +317,35 @@ static inline vd pnn_expm1(vd x) {
   return vd_fma(scale, r + vd_fma(r * r, pnn_exp_tail(r), r_low), scale - vd_set1(1));
 }
 
-/* M(z), 0 <= z <= 40 */
-static inline vd pnn_normal_tail(vd z) {
-  vd n = vd_set1(0x1.d50d5493f64abp-23);
-  n = vd_fma(n, z, vd_set1(0x1.ca5c9d6be1585p-18));
-  n = vd_fma(n, z, vd_set1(0x1.b7530dc8b741cp-14));
-  n = vd_fma(n, z, vd_set1(0x1.0cb7637736ae3p-10));
-  n = vd_fma(n, z, vd_set1(0x1.cd74f7874e3ecp-8));
-  n = vd_fma(n, z, vd_set1(0x1.21839af918d4bp-5));
-  n = vd_fma(n, z, vd_set1(0x1.0c81e61f0ec27p-3));
-  n = vd_fma(n, z, vd_set1(0x1.6c009cb28c501p-2));
-  n = vd_fma(n, z, vd_set1(0x1.5abe52e33fdd9p-1));
-  n = vd_fma(n, z, vd_set1(0x1.a723039e938e5p-1));
-  n = vd_fma(n, z, vd_set1(0x1.0000000000000p-1));
-  vd d = vd_set1(0x1.25ef4ed08f42fp-21);
-  d = vd_fma(d, z, vd_set1(0x1.1f3c5366a58d1p-16));
-  d = vd_fma(d, z, vd_set1(0x1.13e13ddeb90f6p-12));
-  d = vd_fma(d, z, vd_set1(0x1.5307b0eac3235p-9));
-  d = vd_fma(d, z, vd_set1(0x1.25757d306e4aep-6));
-  d = vd_fma(d, z, vd_set1(0x1.753c851d18663p-4));
-  d = vd_fma(d, z, vd_set1(0x1.6210c3b91b08fp-2));
-  d = vd_fma(d, z, vd_set1(0x1.f305bef9c1f70p-1));
-  d = vd_fma(d, z, vd_set1(0x1.fe557e6d8adfep+0));
-  d = vd_fma(d, z, vd_set1(0x1.67aa8c82d4867p+1));
-  d = vd_fma(d, z, vd_set1(0x1.39b2969e9aa07p+1));
-  d = vd_fma(d, z, vd_set1(0x1.0000000000000p+0));
-  return n / d;
+/* M(z) = the result / *divisor, 0 <= z <= 40 */
+static inline vd pnn_normal_tail(vd z, vd *divisor) {
+  vd w = (z - vd_set1(5)) / (z + vd_set1(5));
+  vd f = vd_set1(-0x1.f11b606e7f555p-33);
+  f = vd_fma(f, w, vd_set1(-0x1.9b9a4528a0876p-35));
+  f = vd_fma(f, w, vd_set1(0x1.c90a3db16205cp-29));
+  f = vd_fma(f, w, vd_set1(0x1.5c8bc8c2fd398p-29));
+  f = vd_fma(f, w, vd_set1(-0x1.98ed8ba00b140p-26));
+  f = vd_fma(f, w, vd_set1(-0x1.7d2fa5d90ff9ep-26));
+  f = vd_fma(f, w, vd_set1(0x1.404858eac7757p-23));
+  f = vd_fma(f, w, vd_set1(0x1.f5bc9d1277578p-24));
+  f = vd_fma(f, w, vd_set1(-0x1.0a972482dcc9fp-20));
+  f = vd_fma(f, w, vd_set1(-0x1.9e2539c03ed01p-23));
+  f = vd_fma(f, w, vd_set1(0x1.d3356389f4417p-18));
+  f = vd_fma(f, w, vd_set1(-0x1.b6a655fe9873ap-18));
+  f = vd_fma(f, w, vd_set1(-0x1.64b6540c4b527p-15));
+  f = vd_fma(f, w, vd_set1(0x1.16f8497daa2f0p-13));
+  f = vd_fma(f, w, vd_set1(0x1.18e237cd7a887p-15));
+  f = vd_fma(f, w, vd_set1(-0x1.526f25d25c29fp-10));
+  f = vd_fma(f, w, vd_set1(0x1.34f012c78ad43p-8));
+  f = vd_fma(f, w, vd_set1(-0x1.504887f62d46dp-7));
+  f = vd_fma(f, w, vd_set1(0x1.e4ddc36271c2cp-7));
+  f = vd_fma(f, w, vd_set1(-0x1.72dbdaea5120fp-7));
+  f = vd_fma(f, w, vd_set1(-0x1.152e815faffefp-7));
+  f = vd_fma(f, w, vd_set1(0x1.8bb46a5e7a7e8p-5));
+  f = vd_fma(f, w, vd_set1(-0x1.a22eeef83407ep-4));
+  f = vd_fma(f, w, vd_set1(0x1.88989c2544936p-2));
+  *divisor = vd_fma(z, vd_set1(0.796875), vd_set1(1));
+  return f;
 }
 
 /* exp(-z^2/2) as pnn_exp gives it; z^2 in two parts, since its rounding error would be multiplied by z^2. */
@@ -366,13 +373,15 @@ static inline vd pnn_selu_grad_f64(vd u, vd d) {
 static inline vd pnn_gelu_f64(vd u) {
   vd z = vd_select(vd_abs(u) > vd_set1(40), vd_set1(40), vd_abs(u));
   vd rest, t = pnn_gaussian(z, &rest);
-  vd tail = vd_select(u < vd_set1(0), -u, z) * t * pnn_normal_tail(z) * rest;
+  vd divisor, f = pnn_normal_tail(z, &divisor);
+  vd tail = vd_select(u < vd_set1(0), -u, z) * t * f / divisor * rest;
   return vd_select(u < vd_set1(0), -tail, u - tail);
 }
 static inline vd pnn_gelu_grad_f64(vd u, vd d) {
   vd z = vd_select(vd_abs(u) > vd_set1(40), vd_set1(40), vd_abs(u));
   vd rest, t = pnn_gaussian(z, &rest);
-  vd g = t * vd_fma(vd_abs(u), vd_set1(-PNN_DENSITY_0), pnn_normal_tail(z)) * rest;
+  vd divisor, f = pnn_normal_tail(z, &divisor);
+  vd g = t * vd_fma(vd_abs(u), vd_set1(-PNN_DENSITY_0), f / divisor) * rest;
   return d * vd_select(u < vd_set1(0), g, vd_set1(1) - g);
 }
 
@@ -383,8 +392,7 @@ static inline vd pnn_sigmoid_f64(vd u) {
 }
 static inline vd pnn_sigmoid_grad_f64(vd u, vd d) {
   vd rest, t = pnn_exp(-vd_abs(u), vd_set1(0), &rest);
-  vd s = vd_set1(1) + t;
-  return d * (t / (s * s) * rest);
+  return d * (t / pnn_square_of_1_plus(t) * rest);
 }
 
 static inline vd pnn_silu_f64(vd u) {
@@ -397,7 +405,7 @@ static inline vd pnn_silu_grad_f64(vd u, vd d) {
   vd s = vd_set1(1) + t;
   vl negative = u < vd_set1(0);
   vd a = vd_select(negative, t, vd_set1(1)), b = vd_select(negative, vd_set1(1), t * rest);
-  return d * (a * vd_fma(b, u, s) / (s * s) * vd_select(negative, rest, vd_set1(1)));
+  return d * (a * vd_fma(b, u, s) / pnn_square_of_1_plus(t) * vd_select(negative, rest, vd_set1(1)));
 }
 
 static inline vd pnn_tanh_f64(vd u) {
@@ -406,8 +414,7 @@ static inline vd pnn_tanh_f64(vd u) {
 }
 static inline vd pnn_tanh_grad_f64(vd u, vd d) {
   vd rest, t = pnn_exp(vd_abs(u) * vd_set1(-2), vd_set1(0), &rest);
-  vd s = vd_set1(1) + t;
-  return d * (vd_set1(4) * t / (s * s) * rest);
+  return d * (vd_set1(4) * t / pnn_square_of_1_plus(t) * rest);
 }
 
 #endif
