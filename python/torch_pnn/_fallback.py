@@ -163,12 +163,17 @@ _PLAIN_SAVED = (0, 1, 2, 3, 4)  # input, weight, bias, mask, seed
 _NORM_SAVED = (0, 1, 2, 3, 4, 5, 6, 7, 8)  # input, weight, bias, gamma, beta, running mean and variance, mask, seed
 
 
+def _needs(ctx: Any, count: int) -> tuple[bool, ...]:
+    """Which inputs need a gradient; the dispatcher drops trailing arguments that have their default value."""
+    return (*ctx.needs_input_grad, *(False,) * (count - len(ctx.needs_input_grad)))
+
+
 def _plain_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     inputs, _ = _restore(ctx, _PLAIN_SAVED)
     if torch.is_grad_enabled():
         return _through_reference(ctx, "perturb_conv2d", inputs, grad)
     input, weight, _bias, mask, seed, *options = inputs
-    needs = ctx.needs_input_grad
+    needs = _needs(ctx, len(inputs))
     asked = [bool(needs[i]) for i in (0, 1, 2, 3)]
     result = torch.ops.torch_pnn._perturb_conv2d_backward(grad, input, weight, mask, seed, *options, asked)
     gradients: list[Tensor | None] = [None] * len(inputs)
@@ -184,7 +189,7 @@ def _norm_backward(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Tensor | Non
     if torch.is_grad_enabled():
         return _through_reference(ctx, "perturb_norm_conv2d", inputs, grad)
     input, weight, _bias, gamma, beta, _mean, _variance, mask, seed, *options = inputs
-    needs = ctx.needs_input_grad
+    needs = _needs(ctx, len(inputs))
     positions = (0, 1, 2, 3, 4, 7)
     asked = [bool(needs[i]) for i in positions]
     result = torch.ops.torch_pnn._perturb_norm_conv2d_backward(
