@@ -10,23 +10,14 @@
  */
 #include <string.h>
 
-#include "internal.h"
+#include "passes.h"
 
 /* ---- sums over pixels ---- */
 
-#define MAP_BLOCK 32    /* response maps in a chunk's panel: 32 x 512 floats are 64 KiB */
+/* Response maps in a chunk's panel: 32 x 512 or 512 x 64 floats. */
+#define MAP_BLOCK 32
+#define ROWS_MAP_BLOCK 64
 #define OUTPUT_BLOCK 16 /* gradient rows beside it */
-
-typedef struct sums {
-  const pnn_problem *problem;
-  pnn_chunks chunks;
-  int64_t map_blocks, output_cuts, output_rows; /* per group; output rows of an item */
-  bool products;                                /* G is wanted, not h alone */
-  const void *mean;
-  char *maps_part, *outputs_part; /* [parts][T][K/G], [parts][T] */
-  char *scratch;
-  int64_t scratch_bytes;
-} sums;
 
 typedef struct sums_scratch {
   char *maps, *outputs, *totals, *mask, *channels, *tile;
@@ -34,17 +25,17 @@ typedef struct sums_scratch {
 
 static int64_t round_up(int64_t x, int64_t to) { return (x + to - 1) / to * to; }
 
-static sums_scratch sums_take(const sums *s, pnn_arena *arena) {
+static sums_scratch sums_take(const pnn_sums *s, pnn_arena *arena) {
   const pnn_problem *p = s->problem;
   const pnn_kernels *kernels = p->kernels;
   sums_scratch t = {NULL, NULL, NULL, NULL, NULL, NULL};
   t.outputs = pnn_arena_take(arena, round_up(OUTPUT_BLOCK, kernels->dot_rows) * PNN_CHUNK, p->real_size);
   t.totals = pnn_arena_take(arena, OUTPUT_BLOCK, p->real_size);
   if (!s->products) return t;
-  t.maps = pnn_arena_take(arena, round_up(MAP_BLOCK, kernels->dot_columns) * PNN_CHUNK, p->real_size);
-  t.mask = pnn_arena_take(arena, pnn_mask_rows(p, MAP_BLOCK) * s->chunks.pixels, p->real_size);
+  t.maps = pnn_arena_take(arena, round_up(s->block, kernels->dot_columns) * PNN_CHUNK, p->real_size);
+  t.mask = pnn_arena_take(arena, pnn_mask_rows(p, s->block) * s->chunks.pixels, p->real_size);
   if (p->masks > 1)
-    t.channels = pnn_arena_take(arena, pnn_response_channels(p, MAP_BLOCK) * PNN_CHUNK, p->real_size);
+    t.channels = pnn_arena_take(arena, pnn_response_channels(p, s->block) * PNN_CHUNK, p->real_size);
   t.tile = pnn_arena_take(arena, kernels->dot_rows * kernels->dot_columns, p->real_size);
   return t;
 }
@@ -54,7 +45,7 @@ static void add_reals(const pnn_problem *p, void *to, const void *from, int64_t 
 }
 
 /* G[t0.., k0..] += outputs * maps' over one chunk, tile by tile. */
-static void sums_products(const sums *s, const sums_scratch *t, int64_t columns, char *into, int64_t outputs,
+static void sums_products(const pnn_sums *s, const sums_scratch *t, int64_t columns, char *into, int64_t outputs,
                           int64_t maps) {
   const pnn_problem *p = s->problem;
   const pnn_kernels *kernels = p->kernels;
@@ -69,71 +60,75 @@ static void sums_products(const sums *s, const sums_scratch *t, int64_t columns,
     }
 }
 
+pnn_sums_place pnn_sums_locate(const pnn_sums *s, int64_t item) {
+  const pnn_problem *p = s->problem;
+  const int64_t cut = item % s->output_cuts, map_block = item / s->output_cuts % s->map_blocks;
+  const int64_t group = item / s->output_cuts / s->map_blocks / s->chunks.parts;
+  pnn_sums_place at = {.part = item / s->output_cuts / s->map_blocks % s->chunks.parts, .k = map_block * s->block};
+  at.k0 = group * p->group_maps + at.k;
+  at.maps = s->products ? PNN_MIN(s->block, p->group_maps - at.k) : 0;
+  at.first = group * p->group_outputs + cut * s->output_rows;
+  at.end = PNN_MIN(at.first + s->output_rows, (group + 1) * p->group_outputs);
+  if (s->products) at.products = s->maps_part + at.part * p->outputs * p->group_maps * p->real_size;
+  if (map_block == 0) at.totals = s->outputs_part + at.part * p->outputs * p->real_size;
+  return at;
+}
+
 static void sums_item(void *sums_, int32_t worker, int64_t item) {
-  const sums *s = sums_;
+  const pnn_sums *s = sums_;
   const pnn_problem *p = s->problem;
   const int64_t size = p->real_size;
-  const int64_t cut = item % s->output_cuts, map_block = item / s->output_cuts % s->map_blocks;
-  const int64_t part = item / s->output_cuts / s->map_blocks % s->chunks.parts;
-  const int64_t group = item / s->output_cuts / s->map_blocks / s->chunks.parts;
+  const pnn_sums_place at = pnn_sums_locate(s, item);
   pnn_arena own = {.base = s->scratch + worker * s->scratch_bytes};
   const sums_scratch t = sums_take(s, &own);
-  const int64_t k = map_block * MAP_BLOCK, k0 = group * p->group_maps + k;
-  const int64_t maps = s->products ? PNN_MIN(MAP_BLOCK, p->group_maps - k) : 0;
-  const int64_t t_first = group * p->group_outputs + cut * s->output_rows;
-  const int64_t t_end = PNN_MIN(t_first + s->output_rows, (group + 1) * p->group_outputs);
-  const pnn_response response = {.problem = p, .mask = t.mask, .mask_ld = s->chunks.pixels, .mask_k0 = k0,
+  const pnn_response response = {.problem = p, .mask = t.mask, .mask_ld = s->chunks.pixels, .mask_k0 = at.k0,
                                  .mean = s->mean, .channels = t.channels};
-  char *products = s->maps_part ? s->maps_part + part * p->outputs * p->group_maps * size : NULL;
-  char *totals = s->outputs_part + part * p->outputs * size;
-  for (int64_t o = t_first; o < t_end; o++) {
-    if (maps) memset(products + (o * p->group_maps + k) * size, 0, (size_t)(maps * size));
-    if (map_block == 0) memset(totals + o * size, 0, (size_t)size);
-  }
-  if (maps) { /* rows that a last tile reads beyond the block's end */
-    const int64_t rows = round_up(maps, p->kernels->dot_columns);
-    memset(t.maps + maps * PNN_CHUNK * size, 0, (size_t)((rows - maps) * PNN_CHUNK * size));
+  if (at.maps) { /* rows that a last tile reads beyond the block's end */
+    const int64_t rows = round_up(at.maps, p->kernels->dot_columns);
+    memset(t.maps + at.maps * PNN_CHUNK * size, 0, (size_t)((rows - at.maps) * PNN_CHUNK * size));
   }
   pnn_columns columns;
   pnn_range range, made = {.pixel = -1};
   int64_t chunk, end;
-  for (pnn_chunks_part(&s->chunks, part, &chunk, &end); chunk < end; chunk++) {
+  for (pnn_chunks_part(&s->chunks, at.part, &chunk, &end); chunk < end; chunk++) {
     int64_t first;
     const int64_t count = pnn_chunk_locate(p, &s->chunks, chunk, &range, &first);
     if (range.pixel != made.pixel) {
       made = range;
-      if (maps) pnn_mask_panel(p, k0, maps, &made, t.mask, s->chunks.pixels);
+      if (at.maps) pnn_mask_panel(p, at.k0, at.maps, &made, t.mask, s->chunks.pixels);
     }
     pnn_columns_set(&columns, &made, first, count);
-    if (maps) {
-      pnn_response_activated(&response, &columns, k0, maps, t.maps, PNN_CHUNK);
-      pnn_response_finish(&response, &columns, k0, maps, t.maps, PNN_CHUNK);
+    if (at.maps) {
+      pnn_response_activated(&response, &columns, at.k0, at.maps, t.maps, PNN_CHUNK);
+      pnn_response_finish(&response, &columns, at.k0, at.maps, t.maps, PNN_CHUNK);
     }
-    for (int64_t o = t_first; o < t_end; o += OUTPUT_BLOCK) {
-      const int64_t rows = PNN_MIN(OUTPUT_BLOCK, t_end - o), padded = round_up(rows, p->kernels->dot_rows);
+    for (int64_t o = at.first; o < at.end; o += OUTPUT_BLOCK) {
+      const int64_t rows = PNN_MIN(OUTPUT_BLOCK, at.end - o), padded = round_up(rows, p->kernels->dot_rows);
       pnn_columns_load(p, &columns, &p->grad_output, o, rows, t.outputs, PNN_CHUNK);
       memset(t.outputs + rows * PNN_CHUNK * size, 0, (size_t)((padded - rows) * PNN_CHUNK * size));
-      if (maps) sums_products(s, &t, columns.padded, products + (o * p->group_maps + k) * size, rows, maps);
-      if (map_block == 0) {
+      if (at.maps)
+        sums_products(s, &t, columns.padded, at.products + (o * p->group_maps + at.k) * size, rows, at.maps);
+      if (at.totals) {
         p->kernels->sum(columns.padded, t.outputs, PNN_CHUNK, rows, t.totals);
-        add_reals(p, totals + o * size, t.totals, rows);
+        add_reals(p, at.totals + o * size, t.totals, rows);
       }
     }
   }
 }
 
 /* The parts' tree, left in part 0. */
-static void join_parts(const sums *s, char *parts, int64_t count) {
+static void join_parts(const pnn_sums *s, char *parts, int64_t count) {
   const int64_t bytes = count * s->problem->real_size;
-  if (s->chunks.count == 0) memset(parts, 0, (size_t)bytes);
   if (s->chunks.parts > 1) add_reals(s->problem, parts, parts + bytes, count);
   if (s->chunks.parts > 3) add_reals(s->problem, parts + 2 * bytes, parts + 3 * bytes, count);
   if (s->chunks.parts > 2) add_reals(s->problem, parts, parts + 2 * bytes, count);
 }
 
-static sums sums_prepare(const pnn_problem *p, const pnn_host *host, bool products, pnn_arena *arena) {
-  sums s = {.problem = p, .chunks = pnn_chunks_make(p), .products = products};
-  s.map_blocks = products ? PNN_MAX((p->group_maps + MAP_BLOCK - 1) / MAP_BLOCK, 1) : 1;
+static pnn_sums sums_prepare(const pnn_problem *p, const pnn_host *host, bool products, pnn_arena *arena) {
+  pnn_sums s = {.problem = p, .chunks = pnn_chunks_make(p), .products = products};
+  s.rows = pnn_rows_fit(p, &p->grad_output, NULL);
+  s.block = PNN_MAX(PNN_MIN(p->group_maps, s.rows ? ROWS_MAP_BLOCK : MAP_BLOCK), 1);
+  s.map_blocks = products ? PNN_MAX((p->group_maps + s.block - 1) / s.block, 1) : 1;
   /* Outputs are split only where parts and maps leave threads idle: each split computes the response maps again. */
   const int64_t wanted = 2 * (int64_t)(host ? host->threads : 1);
   const int64_t have = p->groups * s.chunks.parts * s.map_blocks;
@@ -148,20 +143,27 @@ static sums sums_prepare(const pnn_problem *p, const pnn_host *host, bool produc
   return s;
 }
 
-static int64_t sums_items(const sums *s) {
+static int64_t sums_items(const pnn_sums *s) {
   return s->chunks.count ? s->problem->groups * s->chunks.parts * s->map_blocks * s->output_cuts : 0;
 }
 
-static void sums_scratch_prepare(sums *s, const pnn_host *host, pnn_arena *arena) {
+static void sums_scratch_prepare(pnn_sums *s, const pnn_host *host, pnn_arena *arena) {
   pnn_arena one = {.base = NULL};
-  sums_take(s, &one);
+  if (s->rows)
+    pnn_rows_sums_scratch(s, &one);
+  else
+    sums_take(s, &one);
   s->scratch_bytes = (int64_t)one.used;
   s->scratch = pnn_arena_take(arena, pnn_workers(host, sums_items(s)), s->scratch_bytes);
   arena->overflow |= one.overflow;
 }
 
-static void sums_run(sums *s, const pnn_host *host) {
-  pnn_parallel(host, sums_items(s), sums_item, s);
+static void sums_run(pnn_sums *s, const pnn_host *host) {
+  /* A part's sums begin at 0. */
+  const int64_t size = s->problem->real_size, outputs = s->chunks.parts * s->problem->outputs;
+  memset(s->outputs_part, 0, (size_t)(outputs * size));
+  if (s->products) memset(s->maps_part, 0, (size_t)(outputs * s->problem->group_maps * size));
+  pnn_parallel(host, sums_items(s), s->rows ? pnn_rows_sums_item : sums_item, s);
   join_parts(s, s->outputs_part, s->problem->outputs);
   if (s->products) join_parts(s, s->maps_part, s->problem->outputs * s->problem->group_maps);
 }
@@ -170,31 +172,18 @@ static void sums_run(sums *s, const pnn_host *host) {
 
 #define INPUT_MAPS 64 /* response maps at a time, at least one channel's */
 
-typedef struct inputs {
-  const pnn_problem *problem;
-  pnn_deal deal;
-  pnn_packing packing;
-  int64_t block; /* response maps at a time: whole channels */
-  int64_t rows;  /* of a block, in whole tiles */
-  bool masks;    /* grad_mask is wanted: an item takes all groups and the whole batch */
-  const void *packed;
-  const void *mean, *offset, *slope; /* [K] reals; offset and slope NULL where da is not affine in c */
-  char *scratch;
-  int64_t scratch_bytes;
-} inputs;
-
 typedef struct inputs_scratch {
   char *gradient, *d, *u, *c, *mask, *channels, *mask_gradient;
 } inputs_scratch;
 
-static inputs_scratch inputs_take(const inputs *in, pnn_arena *arena) {
+static inputs_scratch inputs_take(const pnn_inputs *in, pnn_arena *arena) {
   const pnn_problem *p = in->problem;
   const int64_t size = p->real_size;
   inputs_scratch s = {NULL, NULL, NULL, NULL, NULL, NULL, NULL};
   s.gradient = pnn_arena_take(arena, p->group_outputs * PNN_PANEL, size);
-  s.d = pnn_arena_take(arena, in->rows * PNN_PANEL, size);
+  s.d = pnn_arena_take(arena, in->packing.block_tiles * in->packing.tile * PNN_PANEL, size);
   s.u = pnn_arena_take(arena, in->block * PNN_PANEL, size);
-  if (in->slope) s.c = pnn_arena_take(arena, in->block * PNN_PANEL, size);
+  if (in->affine) s.c = pnn_arena_take(arena, in->block * PNN_PANEL, size);
   s.mask = pnn_arena_take(arena, pnn_mask_rows(p, p->group_maps) * in->deal.pixels, size);
   if (p->masks > 1) s.channels = pnn_arena_take(arena, pnn_response_channels(p, in->block) * PNN_PANEL, size);
   if (in->masks) s.mask_gradient = pnn_arena_take(arena, pnn_mask_rows(p, p->maps) * in->deal.pixels, size);
@@ -205,13 +194,13 @@ static inputs_scratch inputs_take(const inputs *in, pnn_arena *arena) {
 static const double zero_start[16];
 
 /* From da to d, and on to the gradients of the block's channels and masks. */
-static void inputs_block(const inputs *in, const inputs_scratch *s, const pnn_response *response,
+static void inputs_block(const pnn_inputs *in, const inputs_scratch *s, const pnn_response *response,
                          const pnn_columns *columns, int64_t k0, int64_t maps) {
   const pnn_problem *p = in->problem;
   const pnn_kernels *kernels = p->kernels;
   const int64_t size = p->real_size;
   pnn_response_perturbed(response, columns, k0, maps, s->u, PNN_PANEL);
-  if (in->slope) {
+  if (in->affine) {
     memcpy(s->c, s->u, (size_t)(maps * PNN_PANEL * size));
     kernels->activate[p->activation](s->c, PNN_PANEL, maps, columns->padded);
     pnn_response_finish(response, columns, k0, maps, s->c, PNN_PANEL);
@@ -237,7 +226,7 @@ static void inputs_block(const inputs *in, const inputs_scratch *s, const pnn_re
   pnn_columns_store(p, columns, &p->grad_input, k0 / p->masks, channels, s->d, p->masks * PNN_PANEL);
 }
 
-static void inputs_group(const inputs *in, const inputs_scratch *s, int64_t group, const pnn_range *range,
+static void inputs_group(const pnn_inputs *in, const inputs_scratch *s, int64_t group, const pnn_range *range,
                          int64_t column, int64_t end) {
   const pnn_problem *p = in->problem;
   const pnn_kernels *kernels = p->kernels;
@@ -264,7 +253,7 @@ static void inputs_group(const inputs *in, const inputs_scratch *s, int64_t grou
 }
 
 static void inputs_item(void *inputs_, int32_t worker, int64_t item) {
-  const inputs *in = inputs_;
+  const pnn_inputs *in = inputs_;
   const pnn_problem *p = in->problem;
   const int64_t pieces = in->deal.ranges * in->deal.cuts;
   pnn_range range;
@@ -281,11 +270,11 @@ static void inputs_item(void *inputs_, int32_t worker, int64_t item) {
   pnn_mask_grad_store(p, &range, s.mask_gradient, in->deal.pixels);
 }
 
-static inputs inputs_prepare(const pnn_problem *p, const pnn_host *host, bool affine, pnn_arena *arena) {
-  inputs in = {.problem = p, .masks = p->grad_mask.data != NULL};
+static pnn_inputs inputs_prepare(const pnn_problem *p, const pnn_host *host, bool affine, pnn_arena *arena) {
+  pnn_inputs in = {.problem = p, .masks = p->grad_mask.data != NULL, .affine = affine};
+  in.rows = !in.masks && pnn_rows_fit(p, &p->grad_output, &p->grad_input);
   in.block = PNN_MIN(p->masks * PNN_MAX(1, INPUT_MAPS / p->masks), p->group_maps);
-  in.packing = pnn_packing_backward(p, in.block);
-  in.rows = in.packing.block_tiles * p->kernels->tile_rows;
+  in.packing = pnn_packing_backward(p, in.rows ? p->kernels->tile_columns : p->kernels->tile_rows, in.block);
   in.deal = pnn_deal_columns(p, host, in.masks ? p->maps : pnn_mask_rows(p, p->group_maps), in.masks ? 1 : p->groups,
                              in.masks);
   in.packed = pnn_arena_take(arena, pnn_packing_size(p, &in.packing), p->real_size);
@@ -296,17 +285,16 @@ static inputs inputs_prepare(const pnn_problem *p, const pnn_host *host, bool af
   return in;
 }
 
-static int64_t inputs_items(const inputs *in) {
+static int64_t inputs_items(const pnn_inputs *in) {
   return in->deal.ranges * in->deal.cuts * (in->masks ? 1 : in->problem->groups);
 }
 
-/* `affine` as given to inputs_prepare: while counting, the pointers are all NULL. */
-static void inputs_scratch_prepare(inputs *in, const pnn_host *host, bool affine, pnn_arena *arena) {
+static void inputs_scratch_prepare(pnn_inputs *in, const pnn_host *host, pnn_arena *arena) {
   pnn_arena one = {.base = NULL};
-  inputs shape = *in;
-  static const char present;
-  shape.slope = affine ? &present : NULL;
-  inputs_take(&shape, &one);
+  if (in->rows)
+    pnn_rows_inputs_scratch(in, &one);
+  else
+    inputs_take(in, &one);
   in->scratch_bytes = (int64_t)one.used;
   in->scratch = pnn_arena_take(arena, pnn_workers(host, inputs_items(in)), in->scratch_bytes);
   arena->overflow |= one.overflow;
@@ -345,7 +333,7 @@ typedef struct algebra {
   double *s1, *s2, *h; /* [K], [K], [T] */
 } algebra;
 
-static void normalisation_sums(const pnn_problem *p, const sums *s, const void *weights, algebra *a) {
+static void normalisation_sums(const pnn_problem *p, const pnn_sums *s, const void *weights, algebra *a) {
   for (int64_t k = 0; k < p->maps; k++) a->s1[k] = a->s2[k] = 0;
   for (int64_t t = 0; t < p->outputs; t++) {
     const int64_t base = t / p->group_outputs * p->group_maps;
@@ -360,7 +348,7 @@ static void normalisation_sums(const pnn_problem *p, const sums *s, const void *
 }
 
 /* dV, row by row; `row` is scratch for K/G doubles. */
-static void weight_store(const pnn_problem *p, const sums *s, const pnn_norm *norm, double *row) {
+static void weight_store(const pnn_problem *p, const pnn_sums *s, const pnn_norm *norm, double *row) {
   pnn_tensor out = p->params->grad_weight;
   char *const data = out.data;
   const int64_t columns = p->group_maps, step = p->outputs > 1 ? out.stride[0] : 0;
@@ -395,14 +383,14 @@ void pnn_backward_pass(const pnn_problem *problem, const pnn_host *host, pnn_are
     a.s2 = pnn_arena_take(arena, p->maps, 8);
     a.h = pnn_arena_take(arena, p->outputs, 8);
   }
-  sums s;
-  inputs in;
+  pnn_sums s;
+  pnn_inputs in;
   if (want_sums) s = sums_prepare(p, host, want_products, arena);
   if (want_inputs) in = inputs_prepare(p, host, affine, arena);
   /* One after the other, the two share their workers' scratch. */
   pnn_arena sums_arena = *arena;
   if (want_sums) sums_scratch_prepare(&s, host, &sums_arena);
-  if (want_inputs) inputs_scratch_prepare(&in, host, affine, arena);
+  if (want_inputs) inputs_scratch_prepare(&in, host, arena);
   arena->used = PNN_MAX(arena->used, sums_arena.used);
   arena->overflow |= sums_arena.overflow;
   if (!run) return;
@@ -440,13 +428,13 @@ void pnn_backward_pass(const pnn_problem *problem, const pnn_host *host, pnn_are
       norm.gamma[k] = -alpha * a.s1[k] / (double)n;
       norm.beta[k] = -alpha * r * r * a.s2[k] / (double)n;
     }
-    pnn_reals_store(p, p->maps, norm.gamma, (void *)(uintptr_t)in.offset);
-    pnn_reals_store(p, p->maps, norm.beta, (void *)(uintptr_t)in.slope);
+    pnn_reals_store(p, p->maps, norm.gamma, in.offset);
+    pnn_reals_store(p, p->maps, norm.beta, in.slope);
   }
   if (p->norm) {
     pnn_weights_scale(p, weights, norm.scale);
     in.mean = norm.mean_reals;
   }
-  pnn_packing_fill(p, &in.packing, weights, (void *)(uintptr_t)in.packed);
-  pnn_parallel(host, inputs_items(&in), inputs_item, &in);
+  pnn_packing_fill(p, &in.packing, weights, in.packed);
+  pnn_parallel(host, inputs_items(&in), in.rows ? pnn_rows_inputs_item : inputs_item, &in);
 }

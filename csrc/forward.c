@@ -7,28 +7,15 @@
  */
 #include <string.h>
 
-#include "internal.h"
+#include "passes.h"
 
 #define MAPS 256 /* response maps in a panel */
-
-typedef struct forward {
-  const pnn_problem *problem;
-  pnn_deal deal;
-  pnn_packing packing;
-  int64_t block; /* response maps in a panel */
-  int64_t sum_rows;
-  void *packed;
-  void *bias; /* where the sums start: [G][sum_rows] */
-  const void *mean; /* NULL without normalisation */
-  char *scratch;
-  int64_t scratch_bytes;
-} forward;
 
 typedef struct worker_scratch {
   char *panel, *sums, *mask, *channels;
 } worker_scratch;
 
-static worker_scratch scratch_take(const forward *f, pnn_arena *arena) {
+static worker_scratch scratch_take(const pnn_forward_state *f, pnn_arena *arena) {
   const pnn_problem *p = f->problem;
   worker_scratch s;
   s.panel = pnn_arena_take(arena, f->block * PNN_PANEL, p->real_size);
@@ -66,7 +53,7 @@ static void output_rest(const pnn_problem *p, pnn_columns *columns, int64_t grou
 }
 
 static void forward_item(void *forward_, int32_t worker, int64_t item) {
-  const forward *f = forward_;
+  const pnn_forward_state *f = forward_;
   const pnn_problem *p = f->problem;
   const pnn_kernels *kernels = p->kernels;
   const int64_t pieces = f->deal.ranges * f->deal.cuts, group = item / pieces, size = p->real_size;
@@ -89,7 +76,7 @@ static void forward_item(void *forward_, int32_t worker, int64_t item) {
       whole_rows = p->group_outputs / kernels->tile_rows * kernels->tile_rows;
       whole_columns = columns.columns / kernels->tile_columns * kernels->tile_columns;
     }
-    for (int64_t k = 0; k < p->group_maps || k == 0; k += MAPS) {
+    for (int64_t k = 0; k < p->group_maps || k == 0; k += PNN_MAX(f->block, 1)) {
       const int64_t depth = PNN_MIN(f->block, p->group_maps - k);
       pnn_response_activated(&response, &columns, k_first + k, depth, s.panel, PNN_PANEL);
       pnn_response_finish(&response, &columns, k_first + k, depth, s.panel, PNN_PANEL);
@@ -121,9 +108,11 @@ static void start_values(const pnn_problem *problem, const void *weights, const 
 
 void pnn_forward_pass(const pnn_problem *problem, const pnn_host *host, pnn_arena *arena, bool run) {
   const pnn_problem *p = problem;
-  forward f = {.problem = p, .packing = pnn_packing_forward(p), .block = PNN_MIN(p->group_maps, MAPS)};
+  const bool rows = pnn_rows_fit(p, &p->output, NULL);
+  pnn_forward_state f = {.problem = p, .block = PNN_MIN(p->group_maps, MAPS)};
+  f.packing = pnn_packing_forward(p, rows ? p->kernels->tile_columns : p->kernels->tile_rows);
   f.deal = pnn_deal_columns(p, host, pnn_mask_rows(p, p->group_maps), p->groups, false);
-  f.sum_rows = f.packing.block_tiles * p->kernels->tile_rows;
+  f.sum_rows = f.packing.block_tiles * f.packing.tile;
   const int64_t items = p->group_outputs ? p->groups * f.deal.ranges * f.deal.cuts : 0;
 
   void *weights = pnn_arena_take(arena, p->outputs * p->group_maps, p->real_size);
@@ -137,7 +126,10 @@ void pnn_forward_pass(const pnn_problem *problem, const pnn_host *host, pnn_aren
   pnn_moments_plan moments_plan;
   if (p->training) moments_plan = pnn_moments_prepare(p, host, &moments_arena);
   pnn_arena one = {.base = NULL};
-  scratch_take(&f, &one);
+  if (rows)
+    pnn_rows_forward_scratch(&f, &one);
+  else
+    scratch_take(&f, &one);
   f.scratch_bytes = (int64_t)one.used;
   f.scratch = pnn_arena_take(arena, pnn_workers(host, items), f.scratch_bytes);
   arena->used = PNN_MAX(arena->used, moments_arena.used);
@@ -165,5 +157,5 @@ void pnn_forward_pass(const pnn_problem *problem, const pnn_host *host, pnn_aren
     pnn_reals_store(p, p->group_outputs, start + group * p->group_outputs,
                     (char *)f.bias + group * f.sum_rows * p->real_size);
   pnn_packing_fill(p, &f.packing, weights, f.packed);
-  pnn_parallel(host, items, forward_item, &f);
+  pnn_parallel(host, items, rows ? pnn_rows_forward_item : forward_item, &f);
 }

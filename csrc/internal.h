@@ -199,16 +199,17 @@ void pnn_weights_load(const pnn_problem *problem, void *dst);
 /* Multiplies the column of map k by scale[k] and rounds once to the product's type. */
 void pnn_weights_scale(const pnn_problem *problem, void *weights, const double *scale);
 
-/* A packed A operand of `product`: per group, rows in blocks of `block` (each padded to whole tiles), tile by tile
- * [depth][tile_rows]. Forward: rows are outputs, depth is maps. Backward: rows are maps, depth is outputs. */
+/* A packed operand of a product: per group, rows in blocks of `block` (each padded to whole tiles), tile by tile
+ * [depth][tile]. Forward: rows are outputs, depth is maps. Backward: rows are maps, depth is outputs. `tile` is the
+ * kernels' tile_rows where pixels are a panel's columns, tile_columns where they are its rows. */
 typedef struct pnn_packing {
-  int64_t rows, depth, block; /* per group */
+  int64_t rows, depth, block, tile; /* per group */
   int64_t block_tiles, blocks;
   bool transposed;            /* rows are the weight's columns */
 } pnn_packing;
 
-pnn_packing pnn_packing_forward(const pnn_problem *problem);
-pnn_packing pnn_packing_backward(const pnn_problem *problem, int64_t block);
+pnn_packing pnn_packing_forward(const pnn_problem *problem, int64_t tile);
+pnn_packing pnn_packing_backward(const pnn_problem *problem, int64_t tile, int64_t block);
 int64_t pnn_packing_size(const pnn_problem *problem, const pnn_packing *packing); /* reals, all groups */
 void pnn_packing_fill(const pnn_problem *problem, const pnn_packing *packing, const void *weights, void *packed);
 /* The tile `tile` of block `block` of a group, from the depth `k` on. */
@@ -259,6 +260,7 @@ void pnn_chunks_part(const pnn_chunks *chunks, int64_t part, int64_t *first, int
 
 typedef struct pnn_moments_plan {
   pnn_chunks chunks;
+  bool rows;             /* the channels-last form */
   int64_t block, blocks; /* response maps at a time */
   double *partial;       /* [parts][K][2] */
   char *scratch;

@@ -6,21 +6,37 @@
  */
 #include <math.h>
 
-#include "internal.h"
+#include "passes.h"
 
-#define BLOCK 32 /* response maps at a time: a panel of 32 x 512 floats */
+/* Response maps at a time: a panel of 32 x 512 or 512 x 64 floats. */
+#define BLOCK 32
+#define ROWS_BLOCK 64
+
+typedef struct moments_scratch {
+  char *panel, *mask, *channels;
+} moments_scratch;
+
+static moments_scratch scratch_take(const pnn_problem *p, const pnn_moments_plan *plan, pnn_arena *arena) {
+  moments_scratch s = {NULL, NULL, NULL};
+  s.panel = pnn_arena_take(arena, plan->block * PNN_CHUNK, p->real_size);
+  s.mask = pnn_arena_take(arena, pnn_mask_rows(p, plan->block) * plan->chunks.pixels, p->real_size);
+  if (p->masks > 1)
+    s.channels = pnn_arena_take(arena, pnn_response_channels(p, plan->block) * PNN_CHUNK, p->real_size);
+  return s;
+}
 
 pnn_moments_plan pnn_moments_prepare(const pnn_problem *problem, const pnn_host *host, pnn_arena *arena) {
   pnn_moments_plan plan = {.chunks = pnn_chunks_make(problem)};
-  plan.block = PNN_MIN(problem->maps, BLOCK);
+  plan.rows = pnn_rows_fit(problem, NULL, NULL);
+  plan.block = PNN_MIN(problem->maps, plan.rows ? ROWS_BLOCK : BLOCK);
   plan.blocks = plan.block ? (problem->maps + plan.block - 1) / plan.block : 0;
   const int64_t workers = pnn_workers(host, plan.blocks * plan.chunks.parts);
   plan.partial = pnn_arena_take(arena, plan.chunks.parts * problem->maps, 16);
   pnn_arena one = {.base = NULL};
-  pnn_arena_take(&one, plan.block * PNN_CHUNK, problem->real_size);
-  pnn_arena_take(&one, pnn_mask_rows(problem, plan.block) * plan.chunks.pixels, problem->real_size);
-  if (problem->masks > 1)
-    pnn_arena_take(&one, pnn_response_channels(problem, plan.block) * PNN_CHUNK, problem->real_size);
+  if (plan.rows)
+    pnn_rows_moments_scratch(problem, &plan, &one);
+  else
+    scratch_take(problem, &plan, &one);
   plan.scratch_bytes = (int64_t)one.used;
   plan.scratch = pnn_arena_take(arena, workers, plan.scratch_bytes);
   arena->overflow |= one.overflow;
@@ -56,37 +72,43 @@ static int64_t part_columns(const pnn_problem *problem, const pnn_chunks *chunks
   return columns;
 }
 
+/* One chunk's moments of the maps [k0, k0 + rows). */
+static void moments_chunk(const pnn_problem *p, const pnn_moments_plan *plan, pnn_arena scratch, int64_t k0,
+                          int64_t rows, int64_t chunk, pnn_range *made, double *mean, double *m2) {
+  const moments_scratch s = scratch_take(p, plan, &scratch);
+  const pnn_response response = {.problem = p, .mask = s.mask, .mask_ld = plan->chunks.pixels, .mask_k0 = k0,
+                                 .channels = s.channels};
+  pnn_columns columns;
+  pnn_range range;
+  int64_t first;
+  const int64_t count = pnn_chunk_locate(p, &plan->chunks, chunk, &range, &first);
+  if (range.pixel != made->pixel) {
+    *made = range;
+    pnn_mask_panel(p, k0, rows, made, s.mask, plan->chunks.pixels);
+  }
+  pnn_columns_set(&columns, made, first, count);
+  pnn_response_activated(&response, &columns, k0, rows, s.panel, PNN_CHUNK);
+  for (int64_t r = 0; r < rows; r++)
+    p->kernels->moments(s.panel + r * PNN_CHUNK * p->real_size, count, &mean[r], &m2[r]);
+}
+
 static void moments_item(void *moments_, int32_t worker, int64_t item) {
   const moments *m = moments_;
   const pnn_problem *p = m->problem;
   const pnn_moments_plan *plan = m->plan;
   const int64_t part = item / plan->blocks, k0 = item % plan->blocks * plan->block;
   const int64_t rows = PNN_MIN(plan->block, p->maps - k0);
-  pnn_arena own = {.base = plan->scratch + worker * plan->scratch_bytes};
-  char *panel = pnn_arena_take(&own, plan->block * PNN_CHUNK, p->real_size);
-  pnn_response response = {.problem = p, .mask_k0 = k0, .mask_ld = plan->chunks.pixels};
-  void *mask = pnn_arena_take(&own, pnn_mask_rows(p, plan->block) * plan->chunks.pixels, p->real_size);
-  response.mask = mask;
-  if (p->masks > 1)
-    response.channels = pnn_arena_take(&own, pnn_response_channels(p, plan->block) * PNN_CHUNK, p->real_size);
-  joined sum[BLOCK] = {{0, 0, 0}};
-  pnn_columns columns;
-  pnn_range range, made = {.pixel = -1};
+  const pnn_arena own = {.base = plan->scratch + worker * plan->scratch_bytes};
+  joined sum[ROWS_BLOCK] = {{0, 0, 0}};
+  pnn_range made = {.pixel = -1};
   int64_t chunk, end;
   for (pnn_chunks_part(&plan->chunks, part, &chunk, &end); chunk < end; chunk++) {
+    double mean[ROWS_BLOCK], m2[ROWS_BLOCK];
+    (plan->rows ? pnn_rows_moments_chunk : moments_chunk)(p, plan, own, k0, rows, chunk, &made, mean, m2);
+    pnn_range range;
     int64_t first;
-    const int64_t count = pnn_chunk_locate(p, &plan->chunks, chunk, &range, &first);
-    if (range.pixel != made.pixel) {
-      made = range;
-      pnn_mask_panel(p, k0, rows, &made, mask, plan->chunks.pixels);
-    }
-    pnn_columns_set(&columns, &made, first, count);
-    pnn_response_activated(&response, &columns, k0, rows, panel, PNN_CHUNK);
-    for (int64_t r = 0; r < rows; r++) {
-      joined c = {.n = (double)count};
-      p->kernels->moments(panel + r * PNN_CHUNK * p->real_size, count, &c.mean, &c.m2);
-      sum[r] = join(sum[r], c);
-    }
+    const double n = (double)pnn_chunk_locate(p, &plan->chunks, chunk, &range, &first);
+    for (int64_t r = 0; r < rows; r++) sum[r] = join(sum[r], (joined){.n = n, .mean = mean[r], .m2 = m2[r]});
   }
   for (int64_t r = 0; r < rows; r++) {
     double *out = plan->partial + (part * p->maps + k0 + r) * 2;

@@ -58,26 +58,22 @@ void pnn_weights_scale(const pnn_problem *problem, void *weights, const double *
   }
 }
 
-static pnn_packing packing_make(const pnn_problem *problem, int64_t rows, int64_t depth, int64_t block,
-                                bool transposed) {
-  const int64_t tile = problem->kernels->tile_rows;
-  pnn_packing p = {.rows = rows, .depth = depth, .block = PNN_MAX(block, 1), .transposed = transposed};
-  p.block_tiles = (p.block + tile - 1) / tile;
-  p.blocks = (rows + p.block - 1) / p.block;
-  return p;
+pnn_packing pnn_packing_forward(const pnn_problem *problem, int64_t tile) {
+  const int64_t rows = problem->group_outputs;
+  return (pnn_packing){.rows = rows, .depth = problem->group_maps, .block = PNN_MAX(rows, 1), .tile = tile,
+                       .block_tiles = (PNN_MAX(rows, 1) + tile - 1) / tile, .blocks = rows > 0};
 }
 
-pnn_packing pnn_packing_forward(const pnn_problem *problem) {
-  return packing_make(problem, problem->group_outputs, problem->group_maps, problem->group_outputs, false);
-}
-
-pnn_packing pnn_packing_backward(const pnn_problem *problem, int64_t block) {
-  return packing_make(problem, problem->group_maps, problem->group_outputs, block, true);
+pnn_packing pnn_packing_backward(const pnn_problem *problem, int64_t tile, int64_t block) {
+  const int64_t rows = problem->group_maps, step = PNN_MAX(block, 1);
+  return (pnn_packing){.rows = rows, .depth = problem->group_outputs, .block = step, .tile = tile,
+                       .block_tiles = (step + tile - 1) / tile, .blocks = (rows + step - 1) / step,
+                       .transposed = true};
 }
 
 int64_t pnn_packing_size(const pnn_problem *problem, const pnn_packing *p) {
   int64_t rows, size;
-  if (__builtin_mul_overflow(problem->groups * p->blocks, p->block_tiles * problem->kernels->tile_rows, &rows) ||
+  if (__builtin_mul_overflow(problem->groups * p->blocks, p->block_tiles * p->tile, &rows) ||
       __builtin_mul_overflow(rows, p->depth, &size))
     return INT64_MAX; /* the arena reports it */
   return size;
@@ -86,11 +82,11 @@ int64_t pnn_packing_size(const pnn_problem *problem, const pnn_packing *p) {
 const void *pnn_packing_tile(const pnn_problem *problem, const pnn_packing *p, const void *packed, int64_t group,
                              int64_t block, int64_t tile, int64_t k) {
   const int64_t index = (group * p->blocks + block) * p->block_tiles + tile;
-  return (const char *)packed + (index * p->depth + k) * problem->kernels->tile_rows * problem->real_size;
+  return (const char *)packed + (index * p->depth + k) * p->tile * problem->real_size;
 }
 
 void pnn_packing_fill(const pnn_problem *problem, const pnn_packing *p, const void *weights, void *packed) {
-  const int64_t tile_rows = problem->kernels->tile_rows, size = problem->real_size, columns = problem->group_maps;
+  const int64_t tile_rows = p->tile, size = problem->real_size, columns = problem->group_maps;
   for (int64_t group = 0; group < problem->groups; group++)
     for (int64_t block = 0; block < p->blocks; block++)
       for (int64_t tile = 0; tile < p->block_tiles; tile++) {

@@ -5,6 +5,8 @@
  * same bits, since a lane's arithmetic does not depend on the width (simd.h) and the order of every sum is fixed in
  * the contract (table.h). Only the tile sizes below are chosen per instruction set; they change speed, never bits.
  */
+#include <stdbool.h>
+
 #include "real.h"
 
 #include "activations.h"
@@ -349,21 +351,210 @@ static void round16(pnn_dtype which, void *a_, int64_t lda, int64_t rows, int64_
 #endif
 }
 
-/* ---- moments ---- */
+/* ---- panels whose rows are pixels ---- */
 
-static void moments_in_double(const real *a, int64_t n, double *mean, double *m2) {
+static inline vr load_some(const real *p, int64_t n) { return n >= VR ? vr_load(p) : vr_load_part(p, n); }
+static inline void store_some(real *p, vr v, int64_t n) {
+  if (n >= VR)
+    vr_store(p, v);
+  else
+    vr_store_part(p, v, n);
+}
+
+static void product_rows(pnn_product_mode mode, int64_t rows, int64_t columns, int64_t depth, const void *a_,
+                         int64_t a_row, int64_t a_step, const void *b_, int64_t ldb, void *c_, int64_t ldc,
+                         const void *start_) {
+  const real *restrict b = b_;
+  const real *start = start_;
+  real *restrict c = c_;
+  const real *a[TILE_ROWS];
+  vr sum[TILE_ROWS][TILE_VECTORS];
+  const bool full = columns == TILE_COLUMNS;
+#pragma GCC unroll 8
+  for (int i = 0; i < TILE_ROWS; i++) {
+    /* Rows that are not there repeat the last one and are not written. */
+    a[i] = (const real *)a_ + (i < rows ? i : rows - 1) * a_row;
+#pragma GCC unroll 2
+    for (int v = 0; v < TILE_VECTORS; v++) sum[i][v] = vr_set1(0);
+  }
+  if (mode == PNN_PRODUCT_START && start) {
+    for (int v = 0; v < TILE_VECTORS; v++) {
+      const vr s = full ? vr_load(start + v * VR) : v * VR < columns ? load_some(start + v * VR, columns - v * VR) : vr_set1(0);
+#pragma GCC unroll 8
+      for (int i = 0; i < TILE_ROWS; i++) sum[i][v] = s;
+    }
+  }
+  if (mode == PNN_PRODUCT_CONTINUE) {
+#pragma GCC unroll 8
+    for (int i = 0; i < TILE_ROWS; i++) {
+      if (i >= rows) continue;
+#pragma GCC unroll 2
+      for (int v = 0; v < TILE_VECTORS; v++) {
+        if (full)
+          sum[i][v] = vr_load(c + i * ldc + v * VR);
+        else if (v * VR < columns)
+          sum[i][v] = load_some(c + i * ldc + v * VR, columns - v * VR);
+      }
+    }
+  }
+  for (int64_t k = 0; k < depth; k++, b += ldb) {
+    vr bv[TILE_VECTORS];
+#pragma GCC unroll 2
+    for (int v = 0; v < TILE_VECTORS; v++) bv[v] = vr_load(b + v * VR);
+#pragma GCC unroll 8
+    for (int i = 0; i < TILE_ROWS; i++) {
+      const vr av = vr_set1(a[i][k * a_step]);
+#pragma GCC unroll 2
+      for (int v = 0; v < TILE_VECTORS; v++) sum[i][v] = vr_fma(av, bv[v], sum[i][v]);
+    }
+  }
+#pragma GCC unroll 8
+  for (int i = 0; i < TILE_ROWS; i++) {
+    if (i >= rows) continue;
+#pragma GCC unroll 2
+    for (int v = 0; v < TILE_VECTORS; v++) {
+      real *to = c + i * ldc + v * VR;
+      if (full) {
+        vr_store(to, mode == PNN_PRODUCT_ADD ? vr_load(to) + sum[i][v] : sum[i][v]);
+      } else if (v * VR < columns) {
+        const int64_t n = columns - v * VR;
+        store_some(to, mode == PNN_PRODUCT_ADD ? load_some(to, n) + sum[i][v] : sum[i][v], n);
+      }
+    }
+  }
+}
+
+static void sum_columns(int64_t depth, const void *a_, void *out_) {
+  const real *restrict a = a_;
+  real *restrict out = out_;
+  real sum[TILE_ROWS] = {0};
+  for (int64_t k = 0; k < depth; k++)
+    for (int i = 0; i < TILE_ROWS; i++) sum[i] += a[k * TILE_ROWS + i];
+  for (int i = 0; i < TILE_ROWS; i++) out[i] += sum[i];
+}
+
+#define DEFINE_RESPOND_ROWS(suffix, name)                                                                              \
+  static void respond_rows_##name(void *a_, int64_t lda, const void *x_, int64_t ldx, const void *mask_, int64_t ldm,  \
+                                  int64_t pixels, int64_t rows, int64_t k0, int64_t masks, int32_t shared) {           \
+    for (int64_t p = 0; p < pixels; p++) {                                                                             \
+      real *a = (real *)a_ + p * lda;                                                                                  \
+      const real *x = (const real *)x_ + p * ldx;                                                                      \
+      const real *mask = mask_ ? (const real *)mask_ + p * ldm : NULL;                                                 \
+      if (masks == 1) {                                                                                                \
+        const vr one = mask && shared ? vr_set1(mask[0]) : vr_set1(0);                                                 \
+        for (int64_t r = 0; r < rows; r += VR) {                                                                       \
+          const int64_t n = rows - r;                                                                                  \
+          vr u = load_some(x + r, n);                                                                                  \
+          if (mask) u += shared ? one : load_some(mask + r, n);                                                        \
+          store_some(a + r, PNN_ACTIVATE(name)(u), n);                                                                 \
+        }                                                                                                              \
+        continue;                                                                                                      \
+      }                                                                                                                \
+      int64_t m = k0 % masks;                                                                                          \
+      for (int64_t r = 0, run; r < rows; r += run, x++, m = 0) {                                                       \
+        run = masks - m < rows - r ? masks - m : rows - r;                                                             \
+        const real *from = mask ? mask + (shared ? m : r) : NULL;                                                      \
+        for (int64_t i = 0; i < run; i += VR) {                                                                        \
+          vr u = vr_set1(*x);                                                                                          \
+          if (from) u += load_some(from + i, run - i);                                                                 \
+          store_some(a + r + i, PNN_ACTIVATE(name)(u), run - i);                                                       \
+        }                                                                                                              \
+      }                                                                                                                \
+    }                                                                                                                  \
+  }
+PNN_ACTIVATION_LIST(DEFINE_RESPOND_ROWS)
+
+static void center_rows(void *a_, int64_t lda, const void *mean_, int64_t pixels, int64_t rows) {
+  const real *restrict mean = mean_;
+  for (int64_t p = 0; p < pixels; p++) {
+    real *restrict a = (real *)a_ + p * lda;
+    for (int64_t r = 0; r < rows; r++) a[r] -= mean[r];
+  }
+}
+
+static void affine_rows(void *d_, int64_t ldd, const void *c_, int64_t ldc, const void *offset_, const void *slope_,
+                        int64_t pixels, int64_t rows) {
+  const real *offset = offset_, *slope = slope_;
+  for (int64_t p = 0; p < pixels; p++) {
+    real *d = (real *)d_ + p * ldd;
+    const real *c = (const real *)c_ + p * ldc;
+    for (int64_t r = 0; r < rows; r += VR) {
+      const int64_t n = rows - r;
+      store_some(d + r, vr_fma(load_some(slope + r, n), load_some(c + r, n), load_some(d + r, n) + load_some(offset + r, n)), n);
+    }
+  }
+}
+
+static void reduce_rows(void *dx_, int64_t ldx, const void *d_, int64_t ldd, int64_t pixels, int64_t channels,
+                        int64_t masks) {
+  for (int64_t p = 0; p < pixels; p++) {
+    real *restrict dx = (real *)dx_ + p * ldx;
+    const real *restrict d = (const real *)d_ + p * ldd;
+    if (masks == 1) {
+      memcpy(dx, d, (size_t)channels * sizeof(real));
+      continue;
+    }
+    /* Eight channels side by side: each chain is sequential, so they hide each other's latency. */
+    for (int64_t c0 = 0; c0 < channels; c0 += 8) {
+      const int64_t n = channels - c0 < 8 ? channels - c0 : 8;
+      real sum[8];
+      for (int64_t c = 0; c < n; c++) sum[c] = d[(c0 + c) * masks];
+      if (n == 8) {
+        for (int64_t m = 1; m < masks; m++)
+          for (int c = 0; c < 8; c++) sum[c] += d[(c0 + c) * masks + m];
+      } else {
+        for (int64_t m = 1; m < masks; m++)
+          for (int64_t c = 0; c < n; c++) sum[c] += d[(c0 + c) * masks + m];
+      }
+      for (int64_t c = 0; c < n; c++) dx[c0 + c] = sum[c];
+    }
+  }
+}
+
+/* Elements stand `step` apart. */
+static void moments_in_double(const real *a, int64_t step, int64_t n, double *mean, double *m2) {
   double sum = 0, squares = 0;
-  for (int64_t j = 0; j < n; j++) sum += (double)a[j];
+  for (int64_t j = 0; j < n; j++) sum += (double)a[j * step];
   *mean = sum / (double)n;
   for (int64_t j = 0; j < n; j++) {
-    const double d = (double)a[j] - *mean;
+    const double d = (double)a[j * step] - *mean;
     squares += d * d;
   }
   *m2 = squares;
 }
 
-/* Sums about a value of the row itself, then about the mean: neither cancels where a map is nearly constant, and what
- * the rounded mean misses is subtracted exactly. */
+/* From sums of deviations about `center` to the moments; what the rounded centre misses is subtracted exactly. */
+static void moments_finish(real center, real sum, real squares, const real *a, int64_t step, int64_t n, double *mean,
+                           double *m2) {
+  *mean = (double)center + (double)sum / (double)n;
+  *m2 = (double)squares - (double)sum * (double)sum / (double)n;
+  if (*m2 < 0) *m2 = 0;
+  /* Infinite or NaN elements, or differences beyond the type's range: take the plain formula's result. */
+  if (!(*m2 <= 1e300)) moments_in_double(a, step, n, mean, m2);
+}
+
+static void moments_rows(const void *a_, int64_t lda, int64_t n, int64_t rows, double *mean, double *m2) {
+  for (int64_t r = 0; r < rows; r += VR) {
+    const real *a = (const real *)a_ + r;
+    const int64_t count = rows - r < VR ? rows - r : VR;
+    const vr first = load_some(a, count);
+    vr sum = vr_set1(0), rest = vr_set1(0), squares = vr_set1(0), center;
+    for (int64_t p = 0; p < n; p++) sum += load_some(a + p * lda, count) - first;
+    for (int64_t i = 0; i < count; i++) center[i] = (real)((double)first[i] + (double)sum[i] / (double)n);
+    for (int64_t i = count; i < VR; i++) center[i] = 0;
+    for (int64_t p = 0; p < n; p++) {
+      const vr d = load_some(a + p * lda, count) - center;
+      rest += d;
+      squares = vr_fma(d, d, squares);
+    }
+    for (int64_t i = 0; i < count; i++)
+      moments_finish(center[i], rest[i], squares[i], a + i, lda, n, &mean[r + i], &m2[r + i]);
+  }
+}
+
+/* ---- moments ---- */
+
+/* Sums about a value of the row itself, then about the mean: neither cancels where a map is nearly constant. */
 static void moments(void *a_, int64_t n, double *mean, double *m2) {
   real *a = a_;
   const int64_t padded = (n + PNN_LANES - 1) / PNN_LANES * PNN_LANES;
@@ -373,23 +564,17 @@ static void moments(void *a_, int64_t n, double *mean, double *m2) {
   memset(sum, 0, sizeof sum);
   for (int64_t p = 0; p < padded; p += PNN_LANES)
     for (int v = 0; v < LANE_VECTORS; v++) sum[v] += vr_load(a + p + v * VR) - vr_set1(first);
-  const double about_first = (double)first + (double)lanes_sum(sum) / (double)n;
-  const real center_ = (real)about_first;
-  for (int64_t j = n; j < padded; j++) a[j] = center_;
+  const real middle = (real)((double)first + (double)lanes_sum(sum) / (double)n);
+  for (int64_t j = n; j < padded; j++) a[j] = middle;
   memset(sum, 0, sizeof sum);
   memset(squares, 0, sizeof squares);
   for (int64_t p = 0; p < padded; p += PNN_LANES)
     for (int v = 0; v < LANE_VECTORS; v++) {
-      const vr d = vr_load(a + p + v * VR) - vr_set1(center_);
+      const vr d = vr_load(a + p + v * VR) - vr_set1(middle);
       sum[v] += d;
       squares[v] = vr_fma(d, d, squares[v]);
     }
-  const double rest = (double)lanes_sum(sum), square = (double)lanes_sum(squares);
-  *mean = (double)center_ + rest / (double)n;
-  *m2 = square - rest * rest / (double)n;
-  if (*m2 < 0) *m2 = 0;
-  /* Infinite or NaN elements, or differences beyond the type's range: take the plain formula's result. */
-  if (!(*m2 <= 1e300)) moments_in_double(a, n, mean, m2);
+  moments_finish(middle, lanes_sum(sum), lanes_sum(squares), a, 1, n, mean, m2);
 }
 
 /* ---- masks ---- */
@@ -501,6 +686,7 @@ static void recipe_fill(void *dst, int64_t ld, const pnn_recipe *recipe, double 
 
 /* ---- the table ---- */
 
+#define RESPOND_ROWS_ENTRY(suffix, name) [PNN_ACTIVATION_##suffix] = respond_rows_##name,
 #define RESPOND_ENTRY(suffix, name) [PNN_ACTIVATION_##suffix] = respond_##name,
 #define ACTIVATE_ENTRY(suffix, name) [PNN_ACTIVATION_##suffix] = activate_##name,
 #define ACTIVATE_GRAD_ENTRY(suffix, name) [PNN_ACTIVATION_##suffix] = activate_grad_##name,
@@ -532,4 +718,11 @@ const pnn_kernels PNN_KERNEL_NAME(pnn_kernels) = {
     .round16 = round16,
     .moments = moments,
     .recipe = recipe_fill,
+    .product_rows = product_rows,
+    .sum_columns = sum_columns,
+    .respond_rows = {PNN_ACTIVATION_LIST(RESPOND_ROWS_ENTRY)},
+    .center_rows = center_rows,
+    .affine_rows = affine_rows,
+    .reduce_rows = reduce_rows,
+    .moments_rows = moments_rows,
 };

@@ -33,6 +33,8 @@ typedef struct pnn_recipe {
   uint32_t key[2]; /* the seed: low word, high word */
 } pnn_recipe;
 
+typedef enum pnn_product_mode { PNN_PRODUCT_START, PNN_PRODUCT_CONTINUE, PNN_PRODUCT_ADD } pnn_product_mode;
+
 typedef struct pnn_kernels {
   const char *isa;
   int32_t tile_rows;    /* of `product`: rows of a packed A */
@@ -87,6 +89,33 @@ typedef struct pnn_kernels {
   /* dst[r*ld + j] = fl(fl(level) * N) of response map k0 + r at the pixel (row, column + j*step). */
   void (*recipe)(void *dst, int64_t ld, const pnn_recipe *recipe, double level, int64_t k0, int64_t rows, int64_t row,
                  int64_t column, int64_t step, int64_t columns);
+
+  /* ---- panels whose rows are pixels, [pixels][ld], for channels-last tensors ---- */
+
+  /* C[rows][columns] (at most tile_rows x tile_columns), each element one chain of fused multiply-adds over depth:
+   *   a: element (i, k) at a[i*a_row + k*a_step];  b: [depth][ldb], readable to tile_columns;  c: [rows][ldc].
+   * PNN_PRODUCT_START: the chain begins at start[column], or at 0 where start is NULL. PNN_PRODUCT_CONTINUE: at C.
+   * PNN_PRODUCT_ADD: at 0, and the sum is added to C. */
+  void (*product_rows)(pnn_product_mode mode, int64_t rows, int64_t columns, int64_t depth, const void *a,
+                       int64_t a_row, int64_t a_step, const void *b, int64_t ldb, void *c, int64_t ldc,
+                       const void *start);
+  /* out[i] += sum over depth of a[k*tile_rows + i], one chain from 0. */
+  void (*sum_columns)(int64_t depth, const void *a, void *out);
+  /* a[p][r] = activation(x[p][channel] + mask[p][r]) of response map k0 + r; x at the channel k0/masks; where shared,
+   * mask[p][(k0 + r) mod masks]. mask NULL: nothing is added. */
+  void (*respond_rows[PNN_ACTIVATION_COUNT])(void *a, int64_t lda, const void *x, int64_t ldx, const void *mask,
+                                             int64_t ldm, int64_t pixels, int64_t rows, int64_t k0, int64_t masks,
+                                             int32_t shared);
+  /* a[p][r] -= mean[r]. */
+  void (*center_rows)(void *a, int64_t lda, const void *mean, int64_t pixels, int64_t rows);
+  /* d[p][r] = d[p][r] + offset[r], then fused + slope[r]*c[p][r]. */
+  void (*affine_rows)(void *d, int64_t ldd, const void *c, int64_t ldc, const void *offset, const void *slope,
+                      int64_t pixels, int64_t rows);
+  /* dx[p][c] = sum over m of d[p][c*masks + m], in ascending m. */
+  void (*reduce_rows)(void *dx, int64_t ldx, const void *d, int64_t ldd, int64_t pixels, int64_t channels,
+                      int64_t masks);
+  /* Mean and sum of squared deviations of each of `rows` columns over n >= 1 pixels. */
+  void (*moments_rows)(const void *a, int64_t lda, int64_t n, int64_t rows, double *mean, double *m2);
 } pnn_kernels;
 
 /* The tables of the instruction set in use; precision 0 is float, 1 is double. */

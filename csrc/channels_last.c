@@ -1,0 +1,345 @@
+/*
+ * channels_last.c - the passes on panels whose rows are pixels, for tensors whose channels are next to each other.
+ *
+ * Nothing is transposed but the masks, once per range of pixels: response maps are filled along the channels, and the
+ * products take their vectors along the outputs (forward) or the maps (backward), with the packed weights as their
+ * second operand and pixels as their rows. Each element is the same chain of fused multiply-adds as in forward.c and
+ * backward.c, so the bits are the same.
+ */
+#include <string.h>
+
+#include "passes.h"
+
+bool pnn_rows_fit(const pnn_problem *problem, const pnn_view *a, const pnn_view *b) {
+  const pnn_view *views[] = {&problem->input, a, b};
+  if (problem->channels < 2 || problem->outputs < 2 || problem->product_type != problem->params->input.dtype)
+    return false;
+  for (int i = 0; i < 3; i++)
+    if (views[i] && views[i]->data && (views[i]->channel != 1 || views[i]->element != problem->real_size)) return false;
+  return true;
+}
+
+/* A panel's row holds `maps` reals, readable to a whole tile; the odd number of cache lines keeps its rows apart. */
+static int64_t row_length(const pnn_problem *p, int64_t maps) {
+  const int64_t tile = p->kernels->tile_columns, line = 64 / p->real_size;
+  const int64_t lines = ((maps + tile - 1) / tile * tile + line - 1) / line;
+  return (lines | 1) * line;
+}
+
+/* ---- runs of pixels at one step ---- */
+
+typedef struct pixel_run {
+  int64_t column, columns, offset; /* elements, without the channel */
+} pixel_run;
+
+/* The columns as maximal runs in which the view's pixels stand view->column apart. */
+static int64_t pixel_runs(const pnn_problem *p, const pnn_columns *columns, const pnn_view *v, pixel_run *runs) {
+  int64_t count = 0;
+  for (int64_t i = 0; i < columns->segments; i++) {
+    const pnn_segment *s = &columns->segment[i];
+    for (int64_t done = 0; done < s->columns;) {
+      const int64_t pixel = s->pixel + done, row = pixel / p->out_width, from = pixel % p->out_width;
+      const int64_t here = PNN_MIN(p->out_width - from, s->columns - done);
+      const int64_t offset = s->image * v->batch + row * v->row + from * v->column;
+      if (count && runs[count - 1].offset + runs[count - 1].columns * v->column == offset)
+        runs[count - 1].columns += here;
+      else
+        runs[count++] = (pixel_run){.column = s->column + done, .columns = here, .offset = offset};
+      done += here;
+    }
+  }
+  return count;
+}
+
+/* ---- masks and response maps ---- */
+
+#define MASK_BLOCK 64 /* maps and pixels at a time on the way from a mask panel to its transpose */
+
+typedef struct row_masks {
+  char *panel, *block;
+  int64_t ld;
+} row_masks;
+
+static row_masks masks_take(const pnn_problem *p, int64_t maps, int64_t pixels, pnn_arena *arena) {
+  row_masks m = {NULL, NULL, pnn_mask_rows(p, maps)};
+  if (!m.ld) return m;
+  m.panel = pnn_arena_take(arena, m.ld * pixels, p->real_size);
+  m.block = pnn_arena_take(arena, (p->shared ? m.ld : MASK_BLOCK) * MASK_BLOCK, p->real_size);
+  return m;
+}
+
+/* panel[pixel][r] = level * N of response map k0 + r, or of mask r where shared. */
+static void masks_make(const pnn_problem *p, const row_masks *m, int64_t k0, int64_t maps, const pnn_range *range) {
+  if (!m->ld) return;
+  const int64_t size = p->real_size;
+  const pnn_store_fn transpose = p->kernels->store[p->precision ? PNN_FLOAT64 : PNN_FLOAT32];
+  for (int64_t pixel = 0; pixel < range->pixels; pixel += MASK_BLOCK) {
+    const pnn_range part = {range->pixel + pixel, PNN_MIN(MASK_BLOCK, range->pixels - pixel)};
+    const int64_t step = p->shared ? maps : MASK_BLOCK;
+    for (int64_t k = 0; k < maps; k += step) {
+      const int64_t rows = PNN_MIN(step, maps - k);
+      pnn_mask_panel(p, k0 + k, rows, &part, m->block, MASK_BLOCK);
+      transpose(m->panel + (pixel * m->ld + (p->shared ? 0 : k)) * size, 1, m->ld, m->block, MASK_BLOCK,
+                pnn_mask_rows(p, rows), part.pixels);
+    }
+  }
+}
+
+/* panel[column][r] = activation(u) of response map k0 + r; the masks begin at map mask_k0. */
+static void respond(const pnn_problem *p, const row_masks *m, int64_t mask_k0, const pnn_columns *columns, int64_t k0,
+                    int64_t maps, pnn_activation activation, char *panel, int64_t ld) {
+  const pnn_view *v = &p->input;
+  const int64_t size = p->real_size, width = p->out_width;
+  const bool rows_join = p->out_height == 1 || v->row == width * v->column;
+  const char *mask = m->ld ? m->panel + (p->shared ? 0 : k0 - mask_k0) * size : NULL;
+  for (int64_t i = 0; i < columns->segments; i++) {
+    const pnn_segment *s = &columns->segment[i];
+    for (int64_t done = 0, count; done < s->columns; done += count) {
+      const int64_t pixel = s->pixel + done, row = pixel / width, from = pixel % width;
+      count = rows_join ? s->columns - done : PNN_MIN(width - from, s->columns - done);
+      const char *x =
+          v->data + (s->image * v->batch + k0 / p->masks + row * v->row + from * v->column) * size;
+      p->kernels->respond_rows[activation](panel + (s->column + done) * ld * size, ld, x, v->column,
+                                           mask ? mask + (pixel - columns->range->pixel) * m->ld * size : NULL, m->ld,
+                                           count, maps, k0, p->masks, p->shared);
+    }
+  }
+}
+
+static const char *from_map(const pnn_problem *p, const void *vector, int64_t k) {
+  return (const char *)vector + k * p->real_size;
+}
+
+/* ---- forward ---- */
+
+typedef struct forward_scratch {
+  char *panel;
+  int64_t ld;
+  row_masks masks;
+} forward_scratch;
+
+static forward_scratch forward_take(const pnn_forward_state *f, pnn_arena *arena) {
+  const pnn_problem *p = f->problem;
+  forward_scratch s = {.ld = row_length(p, f->block)};
+  s.panel = pnn_arena_take(arena, s.ld * PNN_PANEL, p->real_size);
+  s.masks = masks_take(p, p->group_maps, f->deal.pixels, arena);
+  return s;
+}
+
+void pnn_rows_forward_scratch(const pnn_forward_state *state, pnn_arena *arena) { forward_take(state, arena); }
+
+void pnn_rows_forward_item(void *state, int32_t worker, int64_t item) {
+  const pnn_forward_state *f = state;
+  const pnn_problem *p = f->problem;
+  const pnn_kernels *kernels = p->kernels;
+  const int64_t pieces = f->deal.ranges * f->deal.cuts, group = item / pieces, size = p->real_size;
+  const int64_t k_first = group * p->group_maps, tile = kernels->tile_columns;
+  pnn_range range;
+  int64_t column, end;
+  pnn_deal_piece(p, &f->deal, item % pieces, &range, &column, &end);
+  if (column == end) return;
+  pnn_arena own = {.base = f->scratch + worker * f->scratch_bytes};
+  const forward_scratch s = forward_take(f, &own);
+  masks_make(p, &s.masks, k_first, p->group_maps, &range);
+  pnn_columns columns;
+  pixel_run runs[PNN_PANEL];
+  for (; column < end; column += PNN_PANEL) {
+    pnn_columns_set(&columns, &range, column, PNN_MIN(PNN_PANEL, end - column));
+    const int64_t count = pixel_runs(p, &columns, &p->output, runs);
+    for (int64_t k = 0; k < p->group_maps || k == 0; k += PNN_MAX(f->block, 1)) {
+      const int64_t depth = PNN_MIN(f->block, p->group_maps - k);
+      respond(p, &s.masks, k_first, &columns, k_first + k, depth, p->activation, s.panel, s.ld);
+      if (f->mean)
+        kernels->center_rows(s.panel, s.ld, from_map(p, f->mean, k_first + k), columns.columns, depth);
+      for (int64_t t = 0; t < p->group_outputs; t += tile) {
+        const void *b = pnn_packing_tile(p, &f->packing, f->packed, group, 0, t / tile, k);
+        const char *start = from_map(p, f->bias, group * f->sum_rows + t);
+        for (int64_t r = 0; r < count; r++)
+          for (int64_t i = 0; i < runs[r].columns; i += kernels->tile_rows) {
+            const int64_t offset = runs[r].offset + i * p->output.column + group * p->group_outputs + t;
+            kernels->product_rows(k ? PNN_PRODUCT_CONTINUE : PNN_PRODUCT_START,
+                                  PNN_MIN(kernels->tile_rows, runs[r].columns - i), PNN_MIN(tile, p->group_outputs - t),
+                                  depth, s.panel + (runs[r].column + i) * s.ld * size, s.ld, 1, b, tile,
+                                  p->output.data + offset * size, p->output.column, start);
+          }
+      }
+    }
+  }
+}
+
+/* ---- backward: sums over pixels ---- */
+
+typedef struct sums_scratch {
+  char *maps, *outputs, *totals;
+  int64_t ld;
+  row_masks masks;
+} sums_scratch;
+
+static sums_scratch sums_take(const pnn_sums *s, pnn_arena *arena) {
+  const pnn_problem *p = s->problem;
+  sums_scratch t = {.ld = row_length(p, s->block)};
+  t.outputs = pnn_arena_take(arena, p->kernels->tile_rows * PNN_CHUNK, p->real_size);
+  t.totals = pnn_arena_take(arena, p->kernels->tile_rows, p->real_size);
+  if (!s->products) return t;
+  t.maps = pnn_arena_take(arena, t.ld * PNN_CHUNK, p->real_size);
+  t.masks = masks_take(p, s->block, s->chunks.pixels, arena);
+  return t;
+}
+
+void pnn_rows_sums_scratch(const pnn_sums *sums, pnn_arena *arena) { sums_take(sums, arena); }
+
+/* dst[column][tile_rows] = the gradient of the outputs [t, t + rows). */
+static void gradient_tile(const pnn_problem *p, const pixel_run *runs, int64_t count, int64_t t, int64_t rows,
+                          int64_t columns, char *dst) {
+  const int64_t tile = p->kernels->tile_rows, size = p->real_size;
+  const pnn_view *g = &p->grad_output;
+  for (int64_t r = 0; r < count; r++)
+    p->kernels->load[g->dtype](dst + runs[r].column * tile * size, tile, g->data + (runs[r].offset + t) * size,
+                               runs[r].columns, g->column, rows, 1);
+  for (int64_t j = 0; j < columns && rows < tile; j++)
+    memset(dst + (j * tile + rows) * size, 0, (size_t)((tile - rows) * size));
+}
+
+void pnn_rows_sums_item(void *sums, int32_t worker, int64_t item) {
+  const pnn_sums *s = sums;
+  const pnn_problem *p = s->problem;
+  const pnn_kernels *kernels = p->kernels;
+  const int64_t size = p->real_size, tile = kernels->tile_rows;
+  const pnn_sums_place at = pnn_sums_locate(s, item);
+  pnn_arena own = {.base = s->scratch + worker * s->scratch_bytes};
+  const sums_scratch t = sums_take(s, &own);
+  pnn_columns columns;
+  pixel_run runs[PNN_CHUNK];
+  pnn_range range, made = {.pixel = -1};
+  int64_t chunk, end;
+  for (pnn_chunks_part(&s->chunks, at.part, &chunk, &end); chunk < end; chunk++) {
+    int64_t first;
+    const int64_t count = pnn_chunk_locate(p, &s->chunks, chunk, &range, &first);
+    if (range.pixel != made.pixel) {
+      made = range;
+      if (at.maps) masks_make(p, &t.masks, at.k0, at.maps, &made);
+    }
+    pnn_columns_set(&columns, &made, first, count);
+    if (at.maps) {
+      respond(p, &t.masks, at.k0, &columns, at.k0, at.maps, p->activation, t.maps, t.ld);
+      if (s->mean) kernels->center_rows(t.maps, t.ld, from_map(p, s->mean, at.k0), count, at.maps);
+    }
+    const int64_t run_count = pixel_runs(p, &columns, &p->grad_output, runs);
+    for (int64_t o = at.first; o < at.end; o += tile) {
+      const int64_t rows = PNN_MIN(tile, at.end - o);
+      gradient_tile(p, runs, run_count, o, rows, count, t.outputs);
+      for (int64_t j = 0; j < at.maps; j += kernels->tile_columns)
+        kernels->product_rows(PNN_PRODUCT_ADD, rows, PNN_MIN(kernels->tile_columns, at.maps - j), count, t.outputs, 1,
+                              tile, t.maps + j * size, t.ld,
+                              at.products + (o * p->group_maps + at.k + j) * size, p->group_maps, NULL);
+      if (!at.totals) continue;
+      memset(t.totals, 0, (size_t)(tile * size));
+      kernels->sum_columns(count, t.outputs, t.totals);
+      kernels->accumulate(at.totals + o * size, t.totals, rows);
+    }
+  }
+}
+
+/* ---- backward: input ---- */
+
+typedef struct inputs_scratch {
+  char *d, *u, *c;
+  int64_t ld;
+  row_masks masks;
+} inputs_scratch;
+
+static inputs_scratch inputs_take(const pnn_inputs *in, pnn_arena *arena) {
+  const pnn_problem *p = in->problem;
+  inputs_scratch s = {.ld = row_length(p, in->block)};
+  s.d = pnn_arena_take(arena, s.ld * PNN_PANEL, p->real_size);
+  s.u = pnn_arena_take(arena, s.ld * PNN_PANEL, p->real_size);
+  if (in->affine) s.c = pnn_arena_take(arena, s.ld * PNN_PANEL, p->real_size);
+  s.masks = masks_take(p, p->group_maps, in->deal.pixels, arena);
+  return s;
+}
+
+void pnn_rows_inputs_scratch(const pnn_inputs *inputs, pnn_arena *arena) { inputs_take(inputs, arena); }
+
+void pnn_rows_inputs_item(void *inputs, int32_t worker, int64_t item) {
+  const pnn_inputs *in = inputs;
+  const pnn_problem *p = in->problem;
+  const pnn_kernels *kernels = p->kernels;
+  const int64_t pieces = in->deal.ranges * in->deal.cuts, group = item / pieces, size = p->real_size;
+  const int64_t k_first = group * p->group_maps, tile = kernels->tile_columns;
+  pnn_range range;
+  int64_t column, end;
+  pnn_deal_piece(p, &in->deal, item % pieces, &range, &column, &end);
+  if (column == end) return;
+  pnn_arena own = {.base = in->scratch + worker * in->scratch_bytes};
+  const inputs_scratch s = inputs_take(in, &own);
+  masks_make(p, &s.masks, k_first, p->group_maps, &range);
+  pnn_columns columns;
+  pixel_run gradient[PNN_PANEL], out[PNN_PANEL];
+  for (; column < end; column += PNN_PANEL) {
+    pnn_columns_set(&columns, &range, column, PNN_MIN(PNN_PANEL, end - column));
+    const int64_t gradients = pixel_runs(p, &columns, &p->grad_output, gradient);
+    const int64_t outs = pixel_runs(p, &columns, &p->grad_input, out);
+    for (int64_t block = 0; block < in->packing.blocks; block++) {
+      const int64_t k = block * in->block, k0 = k_first + k, maps = PNN_MIN(in->block, p->group_maps - k);
+      const int64_t lanes = (maps + PNN_LANES - 1) / PNN_LANES * PNN_LANES;
+      for (int64_t j = 0; j < maps; j += tile) {
+        const void *b = pnn_packing_tile(p, &in->packing, in->packed, group, block, j / tile, 0);
+        for (int64_t r = 0; r < gradients; r++)
+          for (int64_t i = 0; i < gradient[r].columns; i += kernels->tile_rows) {
+            const int64_t offset = gradient[r].offset + i * p->grad_output.column + group * p->group_outputs;
+            kernels->product_rows(PNN_PRODUCT_START, PNN_MIN(kernels->tile_rows, gradient[r].columns - i),
+                                  PNN_MIN(tile, maps - j), p->group_outputs, p->grad_output.data + offset * size,
+                                  p->grad_output.column, 1, b, tile,
+                                  s.d + ((gradient[r].column + i) * s.ld + j) * size, s.ld, NULL);
+          }
+      }
+      respond(p, &s.masks, k_first, &columns, k0, maps, PNN_ACTIVATION_IDENTITY, s.u, s.ld);
+      if (in->affine) {
+        memcpy(s.c, s.u, (size_t)(columns.columns * s.ld * size));
+        kernels->activate[p->activation](s.c, s.ld, columns.columns, lanes);
+        kernels->center_rows(s.c, s.ld, from_map(p, in->mean, k0), columns.columns, maps);
+        kernels->affine_rows(s.d, s.ld, s.c, s.ld, from_map(p, in->offset, k0), from_map(p, in->slope, k0),
+                             columns.columns, maps);
+      }
+      kernels->activate_grad[p->activation](s.d, s.ld, s.u, s.ld, columns.columns, lanes);
+      for (int64_t r = 0; r < outs; r++)
+        kernels->reduce_rows(p->grad_input.data + (out[r].offset + k0 / p->masks) * size, p->grad_input.column,
+                             s.d + out[r].column * s.ld * size, s.ld, out[r].columns, maps / p->masks, p->masks);
+    }
+  }
+}
+
+/* ---- moments ---- */
+
+typedef struct moments_scratch {
+  char *panel;
+  int64_t ld;
+  row_masks masks;
+} moments_scratch;
+
+static moments_scratch moments_take(const pnn_problem *p, const pnn_moments_plan *plan, pnn_arena *arena) {
+  moments_scratch s = {.ld = row_length(p, plan->block)};
+  s.panel = pnn_arena_take(arena, s.ld * PNN_CHUNK, p->real_size);
+  s.masks = masks_take(p, plan->block, plan->chunks.pixels, arena);
+  return s;
+}
+
+void pnn_rows_moments_scratch(const pnn_problem *problem, const pnn_moments_plan *plan, pnn_arena *arena) {
+  moments_take(problem, plan, arena);
+}
+
+void pnn_rows_moments_chunk(const pnn_problem *problem, const pnn_moments_plan *plan, pnn_arena scratch, int64_t k0,
+                            int64_t rows, int64_t chunk, pnn_range *made, double *mean, double *m2) {
+  const moments_scratch s = moments_take(problem, plan, &scratch);
+  pnn_columns columns;
+  pnn_range range;
+  int64_t first;
+  const int64_t count = pnn_chunk_locate(problem, &plan->chunks, chunk, &range, &first);
+  if (range.pixel != made->pixel) {
+    *made = range;
+    masks_make(problem, &s.masks, k0, rows, made);
+  }
+  pnn_columns_set(&columns, made, first, count);
+  respond(problem, &s.masks, k0, &columns, k0, rows, problem->activation, s.panel, s.ld);
+  problem->kernels->moments_rows(s.panel, s.ld, count, rows, mean, m2);
+}

@@ -1,0 +1,92 @@
+/*
+ * passes.h - the state of each pass, shared by its two forms: panels whose columns are pixels (forward.c, backward.c,
+ * moments.c: contiguous tensors and every other stride) and panels whose rows are pixels (channels_last.c).
+ *
+ * A pass lays out its workspace, prepares what all workers read, and deals out items; the form decides how one item is
+ * computed and what scratch a worker needs for it. Outputs, input gradients and mask gradients have the same bits in
+ * both forms; weight gradients and moments sum their pixels in another order.
+ */
+#ifndef PNN_PASSES_H
+#define PNN_PASSES_H
+
+#include "internal.h"
+
+typedef void (*pnn_item_fn)(void *pass, int32_t worker, int64_t item);
+
+/* ---- forward ---- */
+
+typedef struct pnn_forward_state {
+  const pnn_problem *problem;
+  pnn_deal deal;
+  pnn_packing packing;
+  int64_t block;    /* response maps in a panel */
+  int64_t sum_rows; /* outputs of a group, in whole tiles */
+  void *packed;
+  void *bias;       /* where the sums start: [G][sum_rows] */
+  const void *mean; /* NULL without normalisation */
+  char *scratch;
+  int64_t scratch_bytes;
+} pnn_forward_state;
+
+/* ---- backward: sums over pixels ---- */
+
+typedef struct pnn_sums {
+  const pnn_problem *problem;
+  pnn_chunks chunks;
+  int64_t block, map_blocks;        /* response maps of an item, and how many such blocks a group has */
+  int64_t output_cuts, output_rows; /* outputs of an item */
+  bool products;                    /* G is wanted, not h alone */
+  bool rows;                        /* channels-last form */
+  const void *mean;
+  char *maps_part, *outputs_part; /* G and h of each part: [parts][T][K/G], [parts][T] */
+  char *scratch;
+  int64_t scratch_bytes;
+} pnn_sums;
+
+/* What an item number stands for. */
+typedef struct pnn_sums_place {
+  int64_t part, k0, k, maps; /* response maps [k0, k0 + maps), number k in their group; maps = 0: h alone */
+  int64_t first, end;        /* outputs */
+  char *products, *totals;   /* this part's G and h; totals NULL where another item sums them */
+} pnn_sums_place;
+
+pnn_sums_place pnn_sums_locate(const pnn_sums *sums, int64_t item);
+
+/* ---- backward: input and masks ---- */
+
+typedef struct pnn_inputs {
+  const pnn_problem *problem;
+  pnn_deal deal;
+  pnn_packing packing;
+  int64_t block; /* response maps at a time: whole channels */
+  bool masks;    /* grad_mask is wanted: an item takes all groups and the whole batch */
+  bool rows;     /* channels-last form */
+  bool affine;   /* normalised with the batch's own moments: da is affine in c */
+  void *packed;
+  const void *mean;     /* NULL without normalisation */
+  void *offset, *slope; /* [K] reals, where affine */
+  char *scratch;
+  int64_t scratch_bytes;
+} pnn_inputs;
+
+/* ---- the channels-last form ---- */
+
+/* Whether these tensors are of the type that is computed in, with channels next to each other. */
+bool pnn_rows_fit(const pnn_problem *problem, const pnn_view *a, const pnn_view *b);
+
+/* Takes one worker's scratch from the arena. */
+void pnn_rows_forward_scratch(const pnn_forward_state *state, pnn_arena *arena);
+void pnn_rows_sums_scratch(const pnn_sums *sums, pnn_arena *arena);
+void pnn_rows_inputs_scratch(const pnn_inputs *inputs, pnn_arena *arena);
+void pnn_rows_moments_scratch(const pnn_problem *problem, const pnn_moments_plan *plan, pnn_arena *arena);
+
+void pnn_rows_forward_item(void *state, int32_t worker, int64_t item);
+void pnn_rows_sums_item(void *sums, int32_t worker, int64_t item);
+void pnn_rows_inputs_item(void *inputs, int32_t worker, int64_t item);
+
+/* One chunk's moments of the maps [k0, k0 + rows). `made` remembers whose masks the scratch holds; its pixel is -1 at
+ * first. */
+void pnn_rows_moments_chunk(const pnn_problem *problem, const pnn_moments_plan *plan, pnn_arena scratch, int64_t k0,
+                            int64_t rows, int64_t chunk, pnn_range *made, double *mean, double *m2);
+
+#endif
