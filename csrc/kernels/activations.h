@@ -83,6 +83,47 @@
 /* Below this, exp(x) and x * exp(x) are 0 in double. */
 #define PNN_EXP_ZERO (-760.0)
 
+/* x < bound ? bound : x, so that NaN stays, and -0 beside a bound of 0. The x86 maximum returns its second operand
+ * where one is NaN or both are zeros, which is just this. */
+static inline vf pnn_at_least_f32(vf x, vf bound) {
+#if defined(PNN_ISA_AVX512)
+  return (vf)_mm512_max_ps((__m512)bound, (__m512)x);
+#elif defined(PNN_ISA_AVX2)
+  return (vf)_mm256_max_ps((__m256)bound, (__m256)x);
+#else
+  return vf_select(x < bound, bound, x);
+#endif
+}
+static inline vd pnn_at_least_f64(vd x, vd bound) {
+#if defined(PNN_ISA_AVX512)
+  return (vd)_mm512_max_pd((__m512d)bound, (__m512d)x);
+#elif defined(PNN_ISA_AVX2)
+  return (vd)_mm256_max_pd((__m256d)bound, (__m256d)x);
+#else
+  return vd_select(x < bound, bound, x);
+#endif
+}
+
+/* x > bound ? bound : x, likewise. */
+static inline vf pnn_at_most_f32(vf x, vf bound) {
+#if defined(PNN_ISA_AVX512)
+  return (vf)_mm512_min_ps((__m512)bound, (__m512)x);
+#elif defined(PNN_ISA_AVX2)
+  return (vf)_mm256_min_ps((__m256)bound, (__m256)x);
+#else
+  return vf_select(x > bound, bound, x);
+#endif
+}
+static inline vd pnn_at_most_f64(vd x, vd bound) {
+#if defined(PNN_ISA_AVX512)
+  return (vd)_mm512_min_pd((__m512d)bound, (__m512d)x);
+#elif defined(PNN_ISA_AVX2)
+  return (vd)_mm256_min_pd((__m256d)bound, (__m256d)x);
+#else
+  return vd_select(x > bound, bound, x);
+#endif
+}
+
 /* ---- what selects: no arithmetic beyond one product ---- */
 
 static inline vf pnn_identity_f32(vf u) { return u; }
@@ -96,25 +137,8 @@ static inline vd pnn_identity_grad_f64(vd u, vd d) {
   return d;
 }
 
-/* u < 0 ? 0 : u. The x86 maximum returns its second operand where one is NaN or both are zeros, which is just this. */
-static inline vf pnn_relu_f32(vf u) {
-#if defined(PNN_ISA_AVX512)
-  return (vf)_mm512_max_ps(_mm512_setzero_ps(), (__m512)u);
-#elif defined(PNN_ISA_AVX2)
-  return (vf)_mm256_max_ps(_mm256_setzero_ps(), (__m256)u);
-#else
-  return (vf)((vi)u & ~(u < vf_set1(0)));
-#endif
-}
-static inline vd pnn_relu_f64(vd u) {
-#if defined(PNN_ISA_AVX512)
-  return (vd)_mm512_max_pd(_mm512_setzero_pd(), (__m512d)u);
-#elif defined(PNN_ISA_AVX2)
-  return (vd)_mm256_max_pd(_mm256_setzero_pd(), (__m256d)u);
-#else
-  return (vd)((vl)u & ~(u < vd_set1(0)));
-#endif
-}
+static inline vf pnn_relu_f32(vf u) { return pnn_at_least_f32(u, vf_set1(0)); }
+static inline vd pnn_relu_f64(vd u) { return pnn_at_least_f64(u, vd_set1(0)); }
 static inline vf pnn_relu_grad_f32(vf u, vf d) { return (vf)((vi)d & ~(u <= vf_set1(0))); }
 static inline vd pnn_relu_grad_f64(vd u, vd d) { return (vd)((vl)d & ~(u <= vd_set1(0))); }
 
@@ -127,12 +151,8 @@ static inline vd pnn_leaky_relu_grad_f64(vd u, vd d) {
   return vd_select(u > vd_set1(0), d, d * vd_set1(PNN_LEAKY_SLOPE));
 }
 
-static inline vf pnn_hardtanh_f32(vf u) {
-  return vf_select(u < vf_set1(-1), vf_set1(-1), vf_select(u > vf_set1(1), vf_set1(1), u));
-}
-static inline vd pnn_hardtanh_f64(vd u) {
-  return vd_select(u < vd_set1(-1), vd_set1(-1), vd_select(u > vd_set1(1), vd_set1(1), u));
-}
+static inline vf pnn_hardtanh_f32(vf u) { return pnn_at_most_f32(pnn_at_least_f32(u, vf_set1(-1)), vf_set1(1)); }
+static inline vd pnn_hardtanh_f64(vd u) { return pnn_at_most_f64(pnn_at_least_f64(u, vd_set1(-1)), vd_set1(1)); }
 static inline vf pnn_hardtanh_grad_f32(vf u, vf d) { return (vf)((vi)d & ~(vf_abs(u) >= vf_set1(1))); }
 static inline vd pnn_hardtanh_grad_f64(vd u, vd d) { return (vd)((vl)d & ~(vd_abs(u) >= vd_set1(1))); }
 
@@ -152,23 +172,24 @@ static inline vd pnn_brief_exp_tail(vd r) {
   return p;
 }
 
-/* x = n ln(2) + r with *scale = 2^n, for -708 <= x <= 0; outside, r and scale are of no use. */
+/* x = n ln(2) + r with *scale = 2^n, for x <= 0. Below -708.7 scale is 0: n stays -1023 there, the exponent of zeros.
+ */
 static inline vd pnn_brief_reduce(vd x, vd *scale) {
+  x = pnn_at_least_f64(x, vd_set1(-1023 * PNN_LN_2));
   vd k = vd_fma(x, vd_set1(PNN_LOG2_E), vd_set1(PNN_EXPONENT_BIAS));
   *scale = (vd)((vw)k << 52);
   return vd_fma(k - vd_set1(PNN_EXPONENT_BIAS), vd_set1(-PNN_LN_2), x);
 }
 
-/* exp(x), x <= 0: 0 where it is 0 in double too, and exp(-708) from there to -708. */
+/* exp(x), x <= 0; 0 below -708.7 */
 static inline vd pnn_brief_exp(vd x) {
-  vd scale, r = pnn_brief_reduce(vd_select(x < vd_set1(-708), vd_set1(-708), x), &scale);
-  vd p = vd_fma(r, vd_fma(r, pnn_brief_exp_tail(r), vd_set1(1)), vd_set1(1));
-  return (vd)((vl)(p * scale) & ~(x < vd_set1(PNN_EXP_ZERO)));
+  vd scale, r = pnn_brief_reduce(x, &scale);
+  return scale * vd_fma(r, vd_fma(r, pnn_brief_exp_tail(r), vd_set1(1)), vd_set1(1));
 }
 
 /* exp(x) - 1, x <= 0 */
 static inline vd pnn_brief_expm1(vd x) {
-  vd scale, r = pnn_brief_reduce(vd_select(x < vd_set1(-40), vd_set1(-40), x), &scale);
+  vd scale, r = pnn_brief_reduce(x, &scale);
   return vd_fma(scale, vd_fma(r * r, pnn_brief_exp_tail(r), r), scale - vd_set1(1));
 }
 
@@ -204,7 +225,7 @@ static inline vd pnn_brief_selu_grad(vd u) {
 
 /* At +inf the tail's factor must stay finite (0 * 40); at -inf it must not (0 * inf is NaN). */
 static inline vd pnn_brief_gelu(vd u) {
-  vd z = vd_select(u > vd_set1(40), vd_set1(40), vd_abs(u));
+  vd z = vd_abs(pnn_at_most_f64(u, vd_set1(40)));
   vd tail = z * pnn_brief_exp(z * z * vd_set1(-0.5)) * pnn_brief_normal_tail(z);
   return vd_select(u < vd_set1(0), -tail, u - tail);
 }
@@ -301,18 +322,18 @@ static inline vd pnn_reduce(vd x, vd x_low, vd *n, vd *r_low) {
 /* exp(x + x_low) = the result * *rest, x <= 0. rest is 1 but for the results below 2^-1000, and 0 where exp is. */
 static inline vd pnn_exp(vd x, vd x_low, vd *rest) {
   vl zero = x < vd_set1(PNN_EXP_ZERO);
-  vd n, r_low, r = pnn_reduce(vd_select(zero, vd_set1(PNN_EXP_ZERO), x), x_low, &n, &r_low);
+  vd n, r_low, r = pnn_reduce(pnn_at_least_f64(x, vd_set1(PNN_EXP_ZERO)), x_low, &n, &r_low);
   vd p = vd_fma(r * r, pnn_exp_tail(r), r_low);
   vd one_r = vd_set1(1) + r;
   p = one_r + (((vd_set1(1) - one_r) + r) + p);
-  vd n_normal = vd_select(n < vd_set1(-1000), vd_set1(-1000), n);
+  vd n_normal = pnn_at_least_f64(n, vd_set1(-1000));
   *rest = (vd)((vl)pnn_power_of_2(n - n_normal) & ~zero);
   return p * pnn_power_of_2(n_normal);
 }
 
 /* exp(x) - 1, x <= 0 */
 static inline vd pnn_expm1(vd x) {
-  vd n, r_low, r = pnn_reduce(vd_select(x < vd_set1(-40), vd_set1(-40), x), vd_set1(0), &n, &r_low);
+  vd n, r_low, r = pnn_reduce(pnn_at_least_f64(x, vd_set1(-40)), vd_set1(0), &n, &r_low);
   vd scale = pnn_power_of_2(n);
   return vd_fma(scale, r + vd_fma(r * r, pnn_exp_tail(r), r_low), scale - vd_set1(1));
 }
@@ -371,14 +392,14 @@ static inline vd pnn_selu_grad_f64(vd u, vd d) {
 
 /* At +inf the tail's factor must stay finite (0 * 40); at -inf it must not (0 * inf is NaN). */
 static inline vd pnn_gelu_f64(vd u) {
-  vd z = vd_select(vd_abs(u) > vd_set1(40), vd_set1(40), vd_abs(u));
+  vd z = pnn_at_most_f64(vd_abs(u), vd_set1(40));
   vd rest, t = pnn_gaussian(z, &rest);
   vd divisor, f = pnn_normal_tail(z, &divisor);
   vd tail = vd_select(u < vd_set1(0), -u, z) * t * f / divisor * rest;
   return vd_select(u < vd_set1(0), -tail, u - tail);
 }
 static inline vd pnn_gelu_grad_f64(vd u, vd d) {
-  vd z = vd_select(vd_abs(u) > vd_set1(40), vd_set1(40), vd_abs(u));
+  vd z = pnn_at_most_f64(vd_abs(u), vd_set1(40));
   vd rest, t = pnn_gaussian(z, &rest);
   vd divisor, f = pnn_normal_tail(z, &divisor);
   vd g = t * vd_fma(vd_abs(u), vd_set1(-PNN_DENSITY_0), f / divisor) * rest;
