@@ -32,8 +32,14 @@ typedef struct pixel_run {
   int64_t column, columns, offset; /* elements, without the channel */
 } pixel_run;
 
-/* The columns as maximal runs in which the view's pixels stand view->column apart. */
+/* From pixel to pixel of a run. Images of one pixel, or one column of them, step by image, or by row. */
+static int64_t pixel_step(const pnn_problem *p, const pnn_view *v) {
+  return p->pixels == 1 ? v->batch : p->out_width == 1 ? v->row : v->column;
+}
+
+/* The columns as maximal runs in which the view's pixels stand pixel_step apart. */
 static int64_t pixel_runs(const pnn_problem *p, const pnn_columns *columns, const pnn_view *v, pixel_run *runs) {
+  const int64_t step = pixel_step(p, v);
   int64_t count = 0;
   for (int64_t i = 0; i < columns->segments; i++) {
     const pnn_segment *s = &columns->segment[i];
@@ -41,7 +47,7 @@ static int64_t pixel_runs(const pnn_problem *p, const pnn_columns *columns, cons
       const int64_t pixel = s->pixel + done, row = pixel / p->out_width, from = pixel % p->out_width;
       const int64_t here = PNN_MIN(p->out_width - from, s->columns - done);
       const int64_t offset = s->image * v->batch + row * v->row + from * v->column;
-      if (count && runs[count - 1].offset + runs[count - 1].columns * v->column == offset)
+      if (count && runs[count - 1].offset + runs[count - 1].columns * step == offset)
         runs[count - 1].columns += here;
       else
         runs[count++] = (pixel_run){.column = s->column + done, .columns = here, .offset = offset};
@@ -90,8 +96,14 @@ static void respond(const pnn_problem *p, const row_masks *m, int64_t mask_k0, c
                     int64_t maps, pnn_activation activation, char *panel, int64_t ld) {
   const pnn_view *v = &p->input;
   const int64_t size = p->real_size, width = p->out_width;
-  const bool rows_join = p->out_height == 1 || v->row == width * v->column;
+  const int64_t step = pixel_step(p, v);
+  const bool rows_join = p->out_height == 1 || v->row == width * step;
   const char *mask = m->ld ? m->panel + (p->shared ? 0 : k0 - mask_k0) * size : NULL;
+  if (p->pixels == 1) { /* one mask row serves all images */
+    const char *x = v->data + (columns->segment[0].image * v->batch + k0 / p->masks) * size;
+    p->kernels->respond_rows[activation](panel, ld, x, step, mask, 0, columns->columns, maps, k0, p->masks, p->shared);
+    return;
+  }
   for (int64_t i = 0; i < columns->segments; i++) {
     const pnn_segment *s = &columns->segment[i];
     for (int64_t done = 0, count; done < s->columns; done += count) {
@@ -99,7 +111,7 @@ static void respond(const pnn_problem *p, const row_masks *m, int64_t mask_k0, c
       count = rows_join ? s->columns - done : PNN_MIN(width - from, s->columns - done);
       const char *x =
           v->data + (s->image * v->batch + k0 / p->masks + row * v->row + from * v->column) * size;
-      p->kernels->respond_rows[activation](panel + (s->column + done) * ld * size, ld, x, v->column,
+      p->kernels->respond_rows[activation](panel + (s->column + done) * ld * size, ld, x, step,
                                            mask ? mask + (pixel - columns->range->pixel) * m->ld * size : NULL, m->ld,
                                            count, maps, k0, p->masks, p->shared);
     }
@@ -145,7 +157,7 @@ void pnn_rows_forward_item(void *state, int32_t worker, int64_t item) {
   pixel_run runs[PNN_PANEL];
   for (; column < end; column += PNN_PANEL) {
     pnn_columns_set(&columns, &range, column, PNN_MIN(PNN_PANEL, end - column));
-    const int64_t count = pixel_runs(p, &columns, &p->output, runs);
+    const int64_t count = pixel_runs(p, &columns, &p->output, runs), step = pixel_step(p, &p->output);
     for (int64_t k = 0; k < p->group_maps || k == 0; k += PNN_MAX(f->block, 1)) {
       const int64_t depth = PNN_MIN(f->block, p->group_maps - k);
       respond(p, &s.masks, k_first, &columns, k_first + k, depth, p->activation, s.panel, s.ld);
@@ -156,11 +168,11 @@ void pnn_rows_forward_item(void *state, int32_t worker, int64_t item) {
         const char *start = from_map(p, f->bias, group * f->sum_rows + t);
         for (int64_t r = 0; r < count; r++)
           for (int64_t i = 0; i < runs[r].columns; i += kernels->tile_rows) {
-            const int64_t offset = runs[r].offset + i * p->output.column + group * p->group_outputs + t;
+            const int64_t offset = runs[r].offset + i * step + group * p->group_outputs + t;
             kernels->product_rows(k ? PNN_PRODUCT_CONTINUE : PNN_PRODUCT_START,
                                   PNN_MIN(kernels->tile_rows, runs[r].columns - i), PNN_MIN(tile, p->group_outputs - t),
                                   depth, s.panel + (runs[r].column + i) * s.ld * size, s.ld, 1, b, tile,
-                                  p->output.data + offset * size, p->output.column, start);
+                                  p->output.data + offset * size, step, start);
           }
       }
     }
@@ -195,7 +207,7 @@ static void gradient_tile(const pnn_problem *p, const pixel_run *runs, int64_t c
   const pnn_view *g = &p->grad_output;
   for (int64_t r = 0; r < count; r++)
     p->kernels->load[g->dtype](dst + runs[r].column * tile * size, tile, g->data + (runs[r].offset + t) * size,
-                               runs[r].columns, g->column, rows, 1);
+                               runs[r].columns, pixel_step(p, g), rows, 1);
   for (int64_t j = 0; j < columns && rows < tile; j++)
     memset(dst + (j * tile + rows) * size, 0, (size_t)((tile - rows) * size));
 }
@@ -275,6 +287,7 @@ void pnn_rows_inputs_item(void *inputs, int32_t worker, int64_t item) {
   masks_make(p, &s.masks, k_first, p->group_maps, &range);
   pnn_columns columns;
   pixel_run gradient[PNN_PANEL], out[PNN_PANEL];
+  const int64_t gradient_step = pixel_step(p, &p->grad_output), out_step = pixel_step(p, &p->grad_input);
   for (; column < end; column += PNN_PANEL) {
     pnn_columns_set(&columns, &range, column, PNN_MIN(PNN_PANEL, end - column));
     const int64_t gradients = pixel_runs(p, &columns, &p->grad_output, gradient);
@@ -286,10 +299,10 @@ void pnn_rows_inputs_item(void *inputs, int32_t worker, int64_t item) {
         const void *b = pnn_packing_tile(p, &in->packing, in->packed, group, block, j / tile, 0);
         for (int64_t r = 0; r < gradients; r++)
           for (int64_t i = 0; i < gradient[r].columns; i += kernels->tile_rows) {
-            const int64_t offset = gradient[r].offset + i * p->grad_output.column + group * p->group_outputs;
+            const int64_t offset = gradient[r].offset + i * gradient_step + group * p->group_outputs;
             kernels->product_rows(PNN_PRODUCT_START, PNN_MIN(kernels->tile_rows, gradient[r].columns - i),
                                   PNN_MIN(tile, maps - j), p->group_outputs, p->grad_output.data + offset * size,
-                                  p->grad_output.column, 1, b, tile,
+                                  gradient_step, 1, b, tile,
                                   s.d + ((gradient[r].column + i) * s.ld + j) * size, s.ld, NULL);
           }
       }
@@ -303,7 +316,7 @@ void pnn_rows_inputs_item(void *inputs, int32_t worker, int64_t item) {
       }
       kernels->activate_grad[p->activation](s.d, s.ld, s.u, s.ld, columns.columns, lanes);
       for (int64_t r = 0; r < outs; r++)
-        kernels->reduce_rows(p->grad_input.data + (out[r].offset + k0 / p->masks) * size, p->grad_input.column,
+        kernels->reduce_rows(p->grad_input.data + (out[r].offset + k0 / p->masks) * size, out_step,
                              s.d + out[r].column * s.ld * size, s.ld, out[r].columns, maps / p->masks, p->masks);
     }
   }
