@@ -126,7 +126,7 @@ def summary(results: Sequence[Result]) -> tuple[list[str], bool]:
 def quiet_ctest(line: str) -> bool:
     """Whether a line of ctest's says nothing but that a test started or passed."""
     return bool(
-        re.match(r"\s*Start\s+\d+: |\s*\d+/\d+ Test\s+#\d+: .*\s(Passed|\*\*\*Skipped)\s|^\s*$", line)
+        re.match(r"\s*Start\s+\d+: |\s*\d+/\d+ Test\s+#\d+: .*[\s.](Passed|\*\*\*Skipped)\s|^\s*$", line)
         or re.match(r"Test project |Label Time Summary|\S+\s+=\s+[0-9.]+ sec\*proc", line)
         or re.match(r"The following tests did not run|\s*\d+ - .*\(Skipped\)", line)
     )
