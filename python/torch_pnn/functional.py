@@ -82,8 +82,8 @@ def _scripts_as(twin: Callable[..., Any]) -> Callable[[Callable[..., Any]], Call
 
     def mark(function: Callable[..., Any]) -> Callable[..., Any]:
         twin.__name__ = function.__name__
-        setattr(function, "__script_if_tracing_wrapper", True)  # noqa: B010  (a class body would mangle the name)
-        setattr(function, "__original_fn", twin)  # noqa: B010
+        setattr(function, "__script_if_tracing_wrapper", True)
+        setattr(function, "__original_fn", twin)
         return function
 
     return mark

@@ -344,7 +344,7 @@ def _perturbed(
     level: float,
     stride: tuple[int, int],
 ) -> Tensor:
-    """u = x + level * N at the computed pixels: [B, C, M, H', W'] in the type that computes."""
+    """The perturbed input u = x + level * N at the computed pixels: [B, C, M, H', W'] in the type that computes."""
     compute = _compute_dtype(input)
     x = input[:, :, :: stride[0], :: stride[1]].to(compute).unsqueeze(2)
     if seed is not None:
@@ -637,7 +637,7 @@ def _gradient_to_pixels(grad: Tensor, input: Tensor, stride: tuple[int, int]) ->
 
 
 def _mask_gradient(grad_u: Tensor, mask: Tensor, level: float, stride: tuple[int, int]) -> Tensor:
-    """dN from du [B, C, M, H', W']: summed over the batch, and over the channels where they share masks."""
+    """The mask's gradient from du [B, C, M, H', W']: summed over the batch, and over channels that share masks."""
     grad = grad_u.sum((0, 1), keepdim=True).squeeze(0) if mask.shape[0] == 1 else grad_u.sum(0)
     grad = grad * level
     full = grad.new_zeros(mask.shape)
