@@ -90,7 +90,8 @@ inline const char *name_of(pnn_noise n) {
 // The slope in the type that the arithmetic is done in.
 inline double leaky_slope(bool wide) { return wide ? 0.01 : static_cast<double>(0.01f); }
 
-// The activation of u, unrounded; `wide` tells float64 arithmetic.
+// The activation of u, unrounded; `wide` tells float64 arithmetic. As PyTorch's formulas have it, gelu and silu are NaN
+// at -infinity (0 times infinity), their derivatives at both infinities.
 inline long double activate(pnn_activation f, long double u, bool wide) {
   const long double half_root = std::sqrt(0.5L);
   switch (f) {
@@ -98,8 +99,8 @@ inline long double activate(pnn_activation f, long double u, bool wide) {
     case PNN_ACTIVATION_LEAKY_RELU: return u > 0 ? u : static_cast<long double>(leaky_slope(wide)) * u;
     case PNN_ACTIVATION_ELU: return u > 0 ? u : std::expm1(u);
     case PNN_ACTIVATION_SELU: return kSeluScale * (u > 0 ? u : kSeluAlpha * std::expm1(u));
-    case PNN_ACTIVATION_GELU: return u == -INFINITY ? -0.0L : 0.5L * u * std::erfc(-u * half_root);
-    case PNN_ACTIVATION_SILU: return u == -INFINITY ? -0.0L : u / (1 + std::exp(-u));
+    case PNN_ACTIVATION_GELU: return 0.5L * u * std::erfc(-u * half_root);
+    case PNN_ACTIVATION_SILU: return u / (1 + std::exp(-u));
     case PNN_ACTIVATION_TANH: return std::tanh(u);
     case PNN_ACTIVATION_SIGMOID: return 1 / (1 + std::exp(-u));
     case PNN_ACTIVATION_HARDTANH: return u < -1 ? -1 : u > 1 ? 1 : u;
@@ -117,10 +118,8 @@ inline long double derivative(pnn_activation f, long double u, bool wide) {
     case PNN_ACTIVATION_ELU: return u > 0 ? 1 : std::exp(u);
     case PNN_ACTIVATION_SELU: return kSeluScale * (u > 0 ? 1 : kSeluAlpha * std::exp(u));
     case PNN_ACTIVATION_GELU:
-      if (std::isinf(u)) return u > 0 ? 1 : 0;
       return 0.5L * std::erfc(-u * half_root) + u * std::exp(-0.5L * u * u) / std::sqrt(2 * pi);
     case PNN_ACTIVATION_SILU: {
-      if (std::isinf(u)) return u > 0 ? 1 : 0;
       const long double s = 1 / (1 + std::exp(-u));
       return s + u * s * (1 / (1 + std::exp(u)));
     }
@@ -222,7 +221,9 @@ class Reference {
             if (in_.has_bias) out.output.add(q, static_cast<R>(in_.bias[static_cast<size_t>(t)]));
             for (int64_t column = 0; column < columns_; column++) {
               const int64_t k = map_of(t, column);
-              out.output.add(q, product_weight(t, column, k) * operand_[index_map(b, k, i * in_.stride_h, j * in_.stride_w)]);
+              const int64_t p = index_map(b, k, i * in_.stride_h, j * in_.stride_w);
+              const R v = product_weight(t, column, k);
+              out.output.add(q, v * operand_[p], std::fabs(v) * operand_size(p));
               if (in_.norm) out.output.add(q, weight(t, column) * beta(k));
             }
           }
@@ -251,8 +252,8 @@ class Reference {
         const int64_t k = map_of(t, column);
         const int64_t p = index_map(b, k, i * in_.stride_h, j * in_.stride_w);
         dz.add(p, weight(t, column) * g);
-        const R normal = in_.norm ? gamma(k) * operand_[p] * r_[static_cast<size_t>(k)] : operand_[p];
-        out.grad_weight.add(t * columns_ + column, g * normal);
+        const R scale = in_.norm ? gamma(k) * r_[static_cast<size_t>(k)] : R{1};
+        out.grad_weight.add(t * columns_ + column, g * scale * operand_[p], std::fabs(g * scale) * operand_size(p));
         if (in_.norm) out.grad_weight.add(t * columns_ + column, g * beta(k));
       }
     });
@@ -263,7 +264,8 @@ class Reference {
         const size_t p = static_cast<size_t>(index_map(b, k, i, j));
         const R normal = operand_[p] * r_[static_cast<size_t>(k)];
         out.grad_norm_bias.add(k, dz.value[p], dz.magnitude[p]);
-        out.grad_norm_weight.add(k, dz.value[p] * normal, dz.magnitude[p] * std::fabs(normal));
+        const R size = operand_size(static_cast<int64_t>(p)) * r_[static_cast<size_t>(k)];
+        out.grad_norm_weight.add(k, dz.value[p] * normal, dz.magnitude[p] * size);
       });
     }
 
@@ -278,7 +280,8 @@ class Reference {
         if (in_.training) {
           const R normal = operand_[p] * r_[s];
           da = scale / n * (n * da - out.grad_norm_bias.value[s] - normal * out.grad_norm_weight.value[s]);
-          size += (out.grad_norm_bias.magnitude[s] + std::fabs(normal) * out.grad_norm_weight.magnitude[s]) / n;
+          const R normal_size = operand_size(static_cast<int64_t>(p)) * r_[s];
+          size += (out.grad_norm_bias.magnitude[s] + normal_size * out.grad_norm_weight.magnitude[s]) / n;
         } else {
           da = scale * da;
         }
@@ -318,6 +321,12 @@ class Reference {
   R weight(int64_t t, int64_t column) const { return static_cast<R>(in_.weight[static_cast<size_t>(t * columns_ + column)]); }
   R gamma(int64_t k) const { return in_.gamma.empty() ? R{1} : static_cast<R>(in_.gamma[static_cast<size_t>(k)]); }
   R beta(int64_t k) const { return in_.beta.empty() ? R{0} : static_cast<R>(in_.beta[static_cast<size_t>(k)]); }
+
+  // What errors of the operand are relative to: an activation that is not exact errs relative to a, not to a - mean.
+  R operand_size(int64_t p) const {
+    const R size = std::fabs(operand_[p]);
+    return is_exact(in_.activation) ? size : std::max(size, std::fabs(a_[static_cast<size_t>(p)]));
+  }
 
   // V, or with norm V*alpha, rounded to a 16-bit weight's type.
   R product_weight(int64_t t, int64_t column, int64_t k) const {
