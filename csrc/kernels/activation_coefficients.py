@@ -10,9 +10,10 @@ M is the normal distribution's upper tail without its exponential, Mills' ratio 
 
 P is a polynomial. For float, M is N(z)/D(z) of degrees 5 and 6, which interpolates it at Chebyshev's points of
 w = (z - 3)/(z + 3); all coefficients are positive, so that the sums do not cancel, but their rounding errors add up.
-For double, therefore, M is F(w)/(1 + 0.796875 z) with a polynomial F in w = (z - 5)/(z + 5): F stays between 0.49 and 0.6
-and |w| below 1, so that little but the last step's rounding counts. (The idea of such a w: Shepherd and Laframboise, "Chebyshev
-approximation of (1 + 2x) exp(x^2) erfc x", 1981.)
+For double, therefore, M is F(w)/(1 + 0.796875 z) with a polynomial F in w = (z - 5)/(z + 5): F falls from 0.5 to 0.32
+and |w| stays below 1, so that little but the last step's rounding counts; the factor makes F flat at z = 0, where w's
+own rounding error is largest. (The idea of such a w: Shepherd and Laframboise, "Chebyshev approximation of
+(1 + 2x) exp(x^2) erfc x", 1981.)
 
 The polynomials are Chebyshev's near-minimax fits. All is computed with 60 digits and each coefficient rounded once.
 
