@@ -250,6 +250,7 @@ class PerturbMixConv2d(nn.Module):
         self.mix = nn.Conv2d(out_channels, out_channels, 1, groups=groups, bias=bias, device=device, dtype=dtype)
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
+        """The layer's output; see the class for shapes."""
         return self.mix(self.activation(self.norm(self.perturb(input))))
 
 

@@ -566,6 +566,16 @@ def test_a_model_that_can_not_be_copied():
 # Models that others wrote
 
 
+def shapes_inside(model, input):
+    """The output sizes of all modules, in the order of their calls."""
+    seen = []
+    handles = [m.register_forward_hook(lambda m, i, o: seen.append(o.shape)) for m in model.modules()]
+    model(input)
+    for handle in handles:
+        handle.remove()
+    return seen
+
+
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
 def test_torchvision_resnet18():
@@ -578,15 +588,7 @@ def test_torchvision_resnet18():
         "conv1", "layer2.0.downsample.0", "layer3.0.downsample.0", "layer4.0.downsample.0",
     }  # fmt: skip
     assert len(pnn.conversion.converted) == 16
-    shapes = []
-    for net in (model, pnn):
-        seen = []
-        handles = [m.register_forward_hook(lambda m, i, o: seen.append(o.shape)) for m in net.modules()]
-        net.eval()(input)
-        shapes.append(seen)
-        for handle in handles:
-            handle.remove()
-    assert [s for s in shapes[0]] == [s for s in shapes[1]]
+    assert shapes_inside(pnn.eval(), input) == shapes_inside(model.eval(), input)
     scripted = torch.jit.script(pnn)
     assert torch.equal(scripted(input), pnn(input))
     pnn.train()
