@@ -39,7 +39,8 @@ class Ledger {
     for (const auto &entry : ratios_) {
       if (entry.second.count == 0) continue;
       std::printf("  %-36s worst %9.3g  mean %9.3g  of %lld\n", entry.first.c_str(), entry.second.worst,
-                  entry.second.sum / static_cast<double>(entry.second.count), static_cast<long long>(entry.second.count));
+                  entry.second.sum / static_cast<double>(entry.second.count),
+                  static_cast<long long>(entry.second.count));
     }
   }
   const std::map<std::string, Ratio> &ratios() const { return ratios_; }
@@ -60,8 +61,9 @@ void expect_bounded(const Tensor &tensor, const Sums<long double> &expected, dou
   const double u = unit_of(compute);
   const double u_out = unit_of(tensor.type());
   const long double underflow = (4 * terms + 8) * tiny_of(compute) + 2 * tiny_of(tensor.type());
-  const long double largest = static_cast<long double>(
-      tensor.type() == PNN_FLOAT64 ? std::numeric_limits<double>::max() : tensor.type() == PNN_FLOAT16 ? 65504.0 : 3.38e38);
+  const long double largest = static_cast<long double>(tensor.type() == PNN_FLOAT64 ? std::numeric_limits<double>::max()
+                                                       : tensor.type() == PNN_FLOAT16 ? 65504.0
+                                                                                      : 3.38e38);
   Ratio &ratio = ledger.at(c, name);
   int64_t wrong = 0;
   for (int64_t i = 0; i < tensor.count(); i++) {
@@ -75,8 +77,7 @@ void expect_bounded(const Tensor &tensor, const Sums<long double> &expected, dou
       // NaN there and the other way round, but never a number.
       if (c.norm) good = !std::isfinite(got);
     } else {
-      const long double bound =
-          (gamma_bound(terms, u) + slack) * size + u_out * std::fabs(want) * 1.01L + underflow;
+      const long double bound = (gamma_bound(terms, u) + slack) * size + u_out * std::fabs(want) * 1.01L + underflow;
       if (std::fabs(want) + bound >= largest) {
         good = std::isinf(got) || std::fabs(got - want) <= bound;
       } else {
@@ -89,8 +90,9 @@ void expect_bounded(const Tensor &tensor, const Sums<long double> &expected, dou
       }
     }
     if (!good && wrong++ < 3) {
-      ADD_FAILURE() << name << "[" << i << "] is " << got << ", should be " << static_cast<double>(want) << ", sum|terms| "
-                    << static_cast<double>(size) << ", error/(u*sum) " << static_cast<double>(std::fabs(got - want) / (u * size));
+      ADD_FAILURE() << name << "[" << i << "] is " << got << ", should be " << static_cast<double>(want)
+                    << ", sum|terms| " << static_cast<double>(size) << ", error/(u*sum) "
+                    << static_cast<double>(std::fabs(got - want) / (u * size));
     }
   }
   if (wrong > 3) ADD_FAILURE() << name << ": " << wrong << " of " << tensor.count() << " elements are out of bounds";
@@ -132,16 +134,18 @@ void check_bounded(const Case &c, Ledger &ledger) {
       }
       const long double size = out.mean.magnitude[s];
       const long double mean_error = std::fabs(problem.mean.value(k) - mean);
-      EXPECT_LE(mean_error, u * std::fabs(mean) + (u_sum + slack) * size + tiny_of(c.statistics_type())) << "mean[" << k << "]";
+      EXPECT_LE(mean_error, u * std::fabs(mean) + (u_sum + slack) * size + tiny_of(c.statistics_type()))
+          << "mean[" << k << "]";
       const long double variance_error = std::fabs(problem.variance.value(k) - variance);
       // The centre that deviations are taken from is known to u * size; in float64 the chunks' means are, too.
       const long double blur = u * size;
       const long double joint = c.input_type == PNN_FLOAT64 ? 2 * blur * std::sqrt(variance) : 0;
       ledger.at(c, "mean").add(static_cast<double>(mean_error / (u * size + tiny_of(c.statistics_type()))));
       if (variance > 0) ledger.at(c, "variance").add(static_cast<double>(variance_error / (u * variance)));
-      EXPECT_LE(variance_error, u * variance + u_sum * variance + blur * blur + joint + 4 * slack * std::sqrt(variance) * size +
-                                    tiny_of(c.statistics_type()))
-          << "variance[" << k << "] is " << problem.variance.value(k) << ", should be " << static_cast<double>(variance);
+      EXPECT_LE(variance_error, u * variance + u_sum * variance + blur * blur + joint +
+                                    4 * slack * std::sqrt(variance) * size + tiny_of(c.statistics_type()))
+          << "variance[" << k << "] is " << problem.variance.value(k) << ", should be "
+          << static_cast<double>(variance);
     }
   }
   expect_bounded(problem.output, out.output, depth + (c.norm ? 8 : 2), slack, c, "output", ledger);
@@ -149,8 +153,8 @@ void check_bounded(const Case &c, Ledger &ledger) {
                  "grad_input", ledger);
   expect_bounded(problem.grad_weight, out.grad_weight, n + (c.norm ? 8 : 2), slack, c, "grad_weight", ledger);
   expect_bounded(problem.grad_bias, out.grad_bias, n + 2, 0, c, "grad_bias", ledger);
-  expect_bounded(problem.grad_mask, out.grad_mask, outputs + static_cast<double>(c.B) * channels + 4 + norm_terms, slack, c,
-                 "grad_mask", ledger);
+  expect_bounded(problem.grad_mask, out.grad_mask, outputs + static_cast<double>(c.B) * channels + 4 + norm_terms,
+                 slack, c, "grad_mask", ledger);
   expect_bounded(problem.grad_norm_weight, out.grad_norm_weight, n + outputs + 8, slack, c, "grad_norm_weight", ledger);
   expect_bounded(problem.grad_norm_bias, out.grad_norm_bias, n + outputs + 8, slack, c, "grad_norm_bias", ledger);
 }

@@ -82,11 +82,12 @@ enum class Fill {
   kHuge,        // near the largest numbers, sums still finite in float32
   kTiny,        // around and below the smallest normal numbers
   kNearConstant,  // maps whose spread is a thousandth of their mean
-  kSpecial,     // random with zeros of both signs, infinities and NaN strewn in
+  kSpecial,       // random with zeros of both signs, infinities and NaN strewn in
 };
 
 inline const char *name_of(Fill fill) {
-  static const char *const names[] = {"lattice", "unit", "random", "cancelling", "huge", "tiny", "near-constant", "special"};
+  static const char *const names[] = {"lattice", "unit", "random",        "cancelling",
+                                      "huge",    "tiny", "near-constant", "special"};
   return names[static_cast<int>(fill)];
 }
 
@@ -138,15 +139,15 @@ struct Case {
 
   std::string describe() const {
     std::ostringstream s;
-    s << "x " << name_of(input_type) << " V " << name_of(weight_type) << " N " << name_of(mask_type) << " B" << B << " C"
-      << C << " H" << H << " W" << W << " T" << T << " M" << M << " groups " << groups << " stride " << stride_h << ","
-      << stride_w << " " << name_of(noise) << (shared ? " shared" : "") << " level " << level << " "
+    s << "x " << name_of(input_type) << " V " << name_of(weight_type) << " N " << name_of(mask_type) << " B" << B
+      << " C" << C << " H" << H << " W" << W << " T" << T << " M" << M << " groups " << groups << " stride " << stride_h
+      << "," << stride_w << " " << name_of(noise) << (shared ? " shared" : "") << " level " << level << " "
       << name_of(activation) << (bias ? "" : " no bias");
     if (norm) s << (training ? " norm training" : " norm eval") << (affine ? "" : " plain") << " eps " << eps;
     s << " fill " << name_of(fill) << " gradients " << gradients << " layouts x " << name_of(input_layout) << " V "
       << name_of(weight_layout) << " N " << name_of(mask_layout) << " vectors " << name_of(vector_layout) << " y "
-      << name_of(output_layout) << " g " << name_of(grad_output_layout) << " dx " << name_of(grad_input_layout) << " dV "
-      << name_of(grad_weight_layout) << " dN " << name_of(grad_mask_layout) << " placement "
+      << name_of(output_layout) << " g " << name_of(grad_output_layout) << " dx " << name_of(grad_input_layout)
+      << " dV " << name_of(grad_weight_layout) << " dN " << name_of(grad_mask_layout) << " placement "
       << static_cast<int>(placement) << " poison " << static_cast<int>(poison) << " seed " << seed;
     return s.str();
   }
@@ -170,7 +171,8 @@ class Problem {
     }
     if (c.norm) {
       // Written in training: not with strides of zero.
-      const LayoutKind layout = c.training && c.vector_layout == LayoutKind::kBroadcast ? LayoutKind::kPrime : c.vector_layout;
+      const LayoutKind layout =
+          c.training && c.vector_layout == LayoutKind::kBroadcast ? LayoutKind::kPrime : c.vector_layout;
       make(mean, statistics, {c.K()}, layout);
       make(variance, statistics, {c.K()}, layout);
     }
@@ -285,13 +287,15 @@ class Problem {
   }
 
   std::vector<const Tensor *> tensors() const {
-    return {&input,      &weight,      &bias,      &mask,      &norm_weight,      &norm_bias,     &mean,   &variance,
-            &grad_input, &grad_weight, &grad_bias, &grad_mask, &grad_norm_weight, &grad_norm_bias, &output, &grad_output};
+    return {&input,    &weight,     &bias,        &mask,      &norm_weight, &norm_bias,        &mean,
+            &variance, &grad_input, &grad_weight, &grad_bias, &grad_mask,   &grad_norm_weight, &grad_norm_bias,
+            &output,   &grad_output};
   }
   static const std::vector<const char *> &tensor_names() {
     static const std::vector<const char *> names = {
-        "input",      "weight",      "bias",      "mask",      "norm_weight",      "norm_bias",      "mean",   "variance",
-        "grad_input", "grad_weight", "grad_bias", "grad_mask", "grad_norm_weight", "grad_norm_bias", "output", "grad_output"};
+        "input",    "weight",     "bias",        "mask",      "norm_weight", "norm_bias",        "mean",
+        "variance", "grad_input", "grad_weight", "grad_bias", "grad_mask",   "grad_norm_weight", "grad_norm_bias",
+        "output",   "grad_output"};
     return names;
   }
 
@@ -401,7 +405,9 @@ class Problem {
         break;
       }
       case Fill::kHuge: {
-        const double scale = is_half(c_.input_type) && c_.input_type == PNN_FLOAT16 ? 3e4 : c_.input_type == PNN_FLOAT64 ? 1e307 : 1e37;
+        const double scale = is_half(c_.input_type) && c_.input_type == PNN_FLOAT16 ? 3e4
+                             : c_.input_type == PNN_FLOAT64                         ? 1e307
+                                                                                    : 1e37;
         input.fill(scaled_uniform(scale));
         weight.fill(scaled_uniform(c_.weight_type == PNN_FLOAT16 ? 0.015625 : 1.0 / 64));
         grad_output.fill(scaled_uniform(c_.weight_type == PNN_FLOAT16 ? 0.015625 : 1.0 / 64));
@@ -491,8 +497,8 @@ void expect_exact(const Tensor &tensor, const Sums<R> &expected, const char *nam
     const double want = static_cast<double>(round_to(tensor.type(), expected.value[static_cast<size_t>(i)]));
     const double got = tensor.value(i);
     if (!same_value(got, want, signs) && wrong++ < 3) {
-      ADD_FAILURE() << name << "[" << i << "] is " << std::hexfloat << got << ", should be " << want << std::defaultfloat
-                    << " (" << got << " and " << want << ")";
+      ADD_FAILURE() << name << "[" << i << "] is " << std::hexfloat << got << ", should be " << want
+                    << std::defaultfloat << " (" << got << " and " << want << ")";
     }
   }
   if (wrong > 3) ADD_FAILURE() << name << ": " << wrong << " of " << tensor.count() << " elements differ";

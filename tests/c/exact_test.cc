@@ -350,8 +350,8 @@ TEST_P(ExactTypes, RandomCombinations) {
     c.grad_input_layout = random.pick(output_layouts());
     c.grad_weight_layout = random.pick(output_layouts());
     c.grad_mask_layout = random.pick(output_layouts());
-    c.placement = random.pick(std::vector<Placement>{Placement::kZones, Placement::kEndsAtPage, Placement::kBeginsAtPage,
-                                                     Placement::kHeap});
+    c.placement = random.pick(
+        std::vector<Placement>{Placement::kZones, Placement::kEndsAtPage, Placement::kBeginsAtPage, Placement::kHeap});
     c.poison = random.flip() ? Poison::kNan : Poison::kLarge;
     check_exact(c, 0);
     columns_met.insert(c.W);

@@ -117,8 +117,7 @@ inline long double derivative(pnn_activation f, long double u, bool wide) {
     case PNN_ACTIVATION_LEAKY_RELU: return u > 0 ? 1 : static_cast<long double>(leaky_slope(wide));
     case PNN_ACTIVATION_ELU: return u > 0 ? 1 : std::exp(u);
     case PNN_ACTIVATION_SELU: return kSeluScale * (u > 0 ? 1 : kSeluAlpha * std::exp(u));
-    case PNN_ACTIVATION_GELU:
-      return 0.5L * std::erfc(-u * half_root) + u * std::exp(-0.5L * u * u) / std::sqrt(2 * pi);
+    case PNN_ACTIVATION_GELU: return 0.5L * std::erfc(-u * half_root) + u * std::exp(-0.5L * u * u) / std::sqrt(2 * pi);
     case PNN_ACTIVATION_SILU: {
       const long double s = 1 / (1 + std::exp(-u));
       return s + u * s * (1 / (1 + std::exp(u)));
@@ -310,15 +309,21 @@ class Reference {
 
  private:
   int64_t mask_channels() const { return in_.shared ? 1 : in_.C; }
-  int64_t index_input(int64_t b, int64_t c, int64_t i, int64_t j) const { return ((b * in_.C + c) * in_.H + i) * in_.W + j; }
+  int64_t index_input(int64_t b, int64_t c, int64_t i, int64_t j) const {
+    return ((b * in_.C + c) * in_.H + i) * in_.W + j;
+  }
   int64_t index_map(int64_t b, int64_t k, int64_t i, int64_t j) const { return ((b * K_ + k) * in_.H + i) * in_.W + j; }
-  int64_t index_output(int64_t b, int64_t t, int64_t i, int64_t j) const { return ((b * in_.T + t) * out_h_ + i) * out_w_ + j; }
+  int64_t index_output(int64_t b, int64_t t, int64_t i, int64_t j) const {
+    return ((b * in_.T + t) * out_h_ + i) * out_w_ + j;
+  }
   int64_t index_mask(int64_t c, int64_t m, int64_t i, int64_t j) const {
     return (((in_.shared ? 0 : c) * in_.M + m) * in_.H + i) * in_.W + j;
   }
   int64_t map_of(int64_t t, int64_t column) const { return t / (in_.T / in_.groups) * columns_ + column; }
   bool kept(int64_t i, int64_t j) const { return i % in_.stride_h == 0 && j % in_.stride_w == 0; }
-  R weight(int64_t t, int64_t column) const { return static_cast<R>(in_.weight[static_cast<size_t>(t * columns_ + column)]); }
+  R weight(int64_t t, int64_t column) const {
+    return static_cast<R>(in_.weight[static_cast<size_t>(t * columns_ + column)]);
+  }
   R gamma(int64_t k) const { return in_.gamma.empty() ? R{1} : static_cast<R>(in_.gamma[static_cast<size_t>(k)]); }
   R beta(int64_t k) const { return in_.beta.empty() ? R{0} : static_cast<R>(in_.beta[static_cast<size_t>(k)]); }
 

@@ -79,9 +79,7 @@ inline const char *name_of(pnn_dtype type) {
 inline double unit_of(pnn_dtype type) { return std::ldexp(1.0, -format_of(type).precision); }
 
 // Half the distance between the smallest numbers: the largest error of one rounding where numbers are denormal.
-inline long double tiny_of(pnn_dtype type) {
-  return std::ldexp(1.0L, format_of(type).low - format_of(type).precision);
-}
+inline long double tiny_of(pnn_dtype type) { return std::ldexp(1.0L, format_of(type).low - format_of(type).precision); }
 
 // x rounded once, to nearest even, with gradual underflow.
 template <class R>
@@ -180,10 +178,9 @@ enum class LayoutKind {
 };
 
 inline const std::vector<LayoutKind> &input_layouts() {
-  static const std::vector<LayoutKind> list = {LayoutKind::kContiguous, LayoutKind::kChannelsLast,
-                                               LayoutKind::kPermuted,   LayoutKind::kSliced,
-                                               LayoutKind::kPrime,      LayoutKind::kNegative,
-                                               LayoutKind::kBroadcast};
+  static const std::vector<LayoutKind> list = {
+      LayoutKind::kContiguous, LayoutKind::kChannelsLast, LayoutKind::kPermuted, LayoutKind::kSliced,
+      LayoutKind::kPrime,      LayoutKind::kNegative,     LayoutKind::kBroadcast};
   return list;
 }
 
