@@ -48,6 +48,11 @@ def _check_types(arguments: dict[str, Any]) -> None:
             raise TypeError(f"activation is {found}, it should be a str")
         if name == "dtype" and not isinstance(value, torch.dtype):
             raise TypeError(f"dtype is {found}, it should be a torch.dtype")
+        if name == "seed" and isinstance(value, Tensor):
+            if value.dtype != torch.int64:
+                raise TypeError(f"seed has type {value.dtype}, it should be int64")
+            if value.numel() != 1:
+                raise ValueError(f"seed has size {list(value.shape)}, it should have exactly one element")
         if name == "stride":
             pair = value if isinstance(value, (tuple, list)) else [value]
             if any(isinstance(step, bool) or not isinstance(step, (int, torch.SymInt)) for step in pair):
@@ -56,7 +61,7 @@ def _check_types(arguments: dict[str, Any]) -> None:
                 raise ValueError(f"stride is {value!r}, it should be one int or two")
 
 
-def _explained(error: RuntimeError, arguments: dict[str, Any]) -> Exception:
+def _explained(error: Exception, arguments: dict[str, Any]) -> Exception:
     """What to raise in place of an operator's error: Python's own types where they fit, else the error itself."""
     if isinstance(error, (torch.OutOfMemoryError, NotImplementedError)):
         return error
@@ -65,12 +70,13 @@ def _explained(error: RuntimeError, arguments: dict[str, Any]) -> Exception:
     except (TypeError, ValueError) as found:
         return found
     operator, colon, sentence = str(error).partition(": ")
-    if not colon or not operator.startswith("torch_pnn::"):
+    if not colon or not operator.startswith("torch_pnn"):
         return error
     sentence = sentence.split("\nException raised from", 1)[0]
     if "out of memory" in sentence or "could not be allocated" in sentence:
         return torch.OutOfMemoryError(sentence)
-    return TypeError(sentence) if " has type " in sentence else ValueError(sentence)
+    about_type = " has type " in sentence or sentence.startswith("dtype is ")
+    return TypeError(sentence) if about_type else ValueError(sentence)
 
 
 def _scripts_as(twin: Callable[..., Any]) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
@@ -172,7 +178,7 @@ def _perturb_conv2d(
     except RuntimeError as error:
         names = ("input", "weight", "bias", "mask", "masks", "shared_masks", "noise", "level", "activation", "stride")
         values = (input, weight, bias, mask, masks, shared_masks, noise, level, activation, stride)
-        raise _explained(error, dict(zip(names, values, strict=True)) | {"groups": groups}) from error
+        raise _explained(error, dict(zip(names, values, strict=True)) | {"groups": groups, "seed": seed}) from error
     return output.squeeze(0) if image else output
 
 
@@ -374,7 +380,7 @@ def _perturb_norm_conv2d(
         names = ("input", "weight", "bias", "norm_weight", "norm_bias", "training", "eps", "mask", "masks")
         values = (input, weight, bias, norm_weight, norm_bias, training, eps, mask, masks)
         arguments = dict(zip(names, values, strict=True)) | {"shared_masks": shared_masks, "noise": noise}
-        arguments |= {"level": level, "activation": activation, "stride": stride, "groups": groups}
+        arguments |= {"level": level, "activation": activation, "stride": stride, "groups": groups, "seed": seed}
         raise _explained(error, arguments) from error
     if training:
         pixels = output.shape[0] * output.shape[2] * output.shape[3]
@@ -598,8 +604,8 @@ def _perturbation_mask(
     try:
         return torch.ops.torch_pnn.perturbation_mask(seed, channels, masks, height, width, shared_masks, noise, dtype)
     except RuntimeError as error:
-        names = ("channels", "masks", "height", "width", "shared_masks", "noise", "dtype")
-        values = (channels, masks, height, width, shared_masks, noise, dtype)
+        names = ("seed", "channels", "masks", "height", "width", "shared_masks", "noise", "dtype")
+        values = (seed, channels, masks, height, width, shared_masks, noise, dtype)
         raise _explained(error, dict(zip(names, values, strict=True))) from error
 
 

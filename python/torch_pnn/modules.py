@@ -246,6 +246,7 @@ class PerturbConv2d(nn.Module):
     bias: Tensor | None
     mask: Tensor | None
     mask_seed: Tensor | None
+    mask_version: Tensor
 
     def __init__(
         self,

@@ -219,7 +219,7 @@ def _check_noise(noise: str) -> None:
         raise ValueError(f'noise is {noise!r}, it should be "uniform", "normal" or "waves"')
 
 
-def _pair(name: str, value: int | Sequence[int]) -> tuple[int, int]:
+def _pair(name: str, value: Any) -> tuple[int, int]:
     if isinstance(value, (tuple, list, torch.Size)):
         if len(value) == 1:
             return value[0], value[0]
