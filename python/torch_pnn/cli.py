@@ -1,7 +1,7 @@
 """The command line: ``torch-pnn ablate | report | info``, also ``python -m torch_pnn``.
 
-Exit status: 0 done; 1 it could not be done (the reason is one line on standard error); 2 the command itself is wrong; 130
-interrupted by Ctrl-C. Results go to standard output, everything else to standard error.
+Exit status: 0 done; 1 it could not be done (the reason is one line on standard error); 2 the command itself is wrong;
+130 interrupted by Ctrl-C. Results go to standard output, everything else to standard error.
 """
 
 from __future__ import annotations
@@ -43,33 +43,50 @@ def _positive(text: str) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="torch-pnn", description="Perturbative neural networks: studies, reports, and what is installed.",
-        epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter,
+        prog="torch-pnn",
+        description="Perturbative neural networks: studies, reports, and what is installed.",
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     commands = parser.add_subparsers(dest="command", metavar="command", required=True)
 
     ablate = commands.add_parser(
-        "ablate", help="train the arms of a study and write a report",
+        "ablate",
+        help="train the arms of a study and write a report",
         description="Trains every arm of a study with every seed, then writes DIR/report.html (open it in a browser), "
-                    "DIR/results.jsonl (a row per arm and seed) and DIR/epochs.jsonl (a row per epoch). Interrupted, the same "
-                    "command goes on where it stopped.",
+        "DIR/results.jsonl (a row per arm and seed) and DIR/epochs.jsonl (a row per epoch). Interrupted, the same "
+        "command goes on where it stopped.",
     )
     ablate.add_argument("study", nargs="?", default="digits", help="the study (default: digits, the only one so far)")
-    ablate.add_argument("--out", metavar="DIR", required=True, type=Path, help="the folder for results; made where missing")
-    ablate.add_argument("--quick", action="store_true", help="fewer seeds and epochs: under a minute, too few for a verdict")
+    ablate.add_argument(
+        "--out", metavar="DIR", required=True, type=Path, help="the folder for results; made where missing"
+    )
+    ablate.add_argument(
+        "--quick", action="store_true", help="fewer seeds and epochs: under a minute, too few for a verdict"
+    )
     ablate.add_argument("--seeds", metavar="N", type=_positive, help="run seeds 0 to N-1 in place of the study's")
     ablate.add_argument("--epochs", metavar="N", type=_positive, help="train for N epochs in place of the study's")
     ablate.add_argument("--arms", metavar="A,B,...", help="run only these arms; the compared pair must be among them")
-    ablate.add_argument("--jobs", metavar="N", type=_positive,
-                        help=f"runs side by side (default: one a core, {MOST_JOBS} at most); the results don't depend on it")
+    ablate.add_argument(
+        "--jobs",
+        metavar="N",
+        type=_positive,
+        help=f"runs side by side (default: one a core, {MOST_JOBS} at most); the results don't depend on it",
+    )
 
-    report = commands.add_parser("report", help="make the report again from the raw rows",
-                                 description="Prints the table and writes DIR/report.html from the rows in DIR; trains nothing.")
+    report = commands.add_parser(
+        "report",
+        help="make the report again from the raw rows",
+        description="Prints the table and writes DIR/report.html from the rows in DIR; trains nothing.",
+    )
     report.add_argument("directory", metavar="DIR", type=Path, help="a folder that torch-pnn ablate wrote")
 
-    commands.add_parser("info", help="show versions, libraries and what computes here",
-                        description="Shows versions, the compiled libraries found, the instruction set in use, the CUDA half and "
-                                    "the number of threads.")
+    commands.add_parser(
+        "info",
+        help="show versions, libraries and what computes here",
+        description="Shows versions, the compiled libraries found, the instruction set in use, the CUDA half and "
+        "the number of threads.",
+    )
     return parser
 
 
@@ -94,8 +111,10 @@ def _study(arguments: argparse.Namespace) -> object:
             raise UsageError(f"--arms {arguments.arms} names an arm twice")
         lacking = [name for name in (study.candidate, study.control) if name not in wanted]
         if lacking:
-            raise UsageError(f"--arms {arguments.arms} lacks {' and '.join(lacking)}: the study compares {study.candidate} "
-                             f"with {study.control}")
+            raise UsageError(
+                f"--arms {arguments.arms} lacks {' and '.join(lacking)}: the study compares {study.candidate} "
+                f"with {study.control}"
+            )
         changes["arms"] = tuple(wanted)
     return dataclasses.replace(study, **changes)
 
@@ -135,19 +154,25 @@ def _ablate(arguments: argparse.Namespace, command: str) -> int:
         except KeyboardInterrupt:
             progress.close()
             kept = len(study.runs) - len(store.records.missing)
-            raise AblationError(f"interrupted; {kept} of {len(study.runs)} runs are kept in {arguments.out}, and the same "
-                                f"command goes on from there") from KeyboardInterrupt()
+            raise AblationError(
+                f"interrupted; {kept} of {len(study.runs)} runs are kept in {arguments.out}, and the same "
+                f"command goes on from there"
+            ) from KeyboardInterrupt()
         finally:
             progress.close()
         path = report.write(store.records, data)
         result = tables.evaluate(store.records)
         print(tables.text_report(store.records, result))
         print()
-        print(f"{duration(time.monotonic() - started)} of training; report: {path}")
+        trained = len(study.runs) - done
+        taken = f"{trained} runs in {duration(time.monotonic() - started)}; " if trained else ""
+        print(f"{taken}report: {path}")
         broken = [row for row in store.records.results if row["status"] == "broken"]
     if broken:
-        raise AblationError(f"{len(broken)} of {len(study.runs)} runs broke ({broken[0]['arm']}, seed {broken[0]['seed']}: "
-                            f"{broken[0]['problem']}); the same command tries them again")
+        raise AblationError(
+            f"{len(broken)} of {len(study.runs)} runs broke ({broken[0]['arm']}, seed {broken[0]['seed']}: "
+            f"{broken[0]['problem']}); the same command tries them again"
+        )
     return 0
 
 
@@ -159,7 +184,9 @@ def _report(arguments: argparse.Namespace) -> int:
     found = records.read(arguments.directory)
     data = datasets.load(found.study.data)
     if data.sha256 != found.data_sha256:
-        raise AblationError(f"{arguments.directory} holds results on other data than is installed here (scikit-learn's version?)")
+        raise AblationError(
+            f"{arguments.directory} holds results on other data than is installed here (scikit-learn's version?)"
+        )
     path = report.write(found, data)
     print(tables.text_report(found, tables.evaluate(found)))
     print()
@@ -180,15 +207,20 @@ def _info() -> int:
         "torch-pnn": environment["torch_pnn"],
         "PyTorch": f"{torch.__version__}, CUDA {torch.version.cuda or 'not in this build'}",
         "Python": f"{environment['python']} on {environment['system']} {environment['machine']}",
-        "operators": f"compiled (libpnn {status.library_version})" if compiled
+        "operators": f"compiled (libpnn {status.library_version})"
+        if compiled
         else f"plain-PyTorch reference: right, but slow and large ({status.ops_error})",
         "operator library": status.ops_path if compiled else f"looked for {status.ops_path}",
-        "derivatives": "compiled" if status.autograd == "loaded" else f"registered from Python ({status.autograd_error})",
+        "derivatives": "compiled"
+        if status.autograd == "loaded"
+        else f"registered from Python ({status.autograd_error})",
         "instruction set": status.isa if compiled else "whatever PyTorch uses",
         "CUDA half": status.cuda,
         "threads": f"{torch.get_num_threads()} in an operator, {environment['cores']} cores",
-        "for ablate": ", ".join(f"{name} {environments.version(name) or 'missing'}"
-                                for name in ("scikit-learn", "scipy", "matplotlib", "tqdm", "numpy")),
+        "for ablate": ", ".join(
+            f"{name} {environments.version(name) or 'missing'}"
+            for name in ("scikit-learn", "scipy", "matplotlib", "tqdm", "numpy")
+        ),
     }
     width = max(map(len, lines))
     for name, text in lines.items():

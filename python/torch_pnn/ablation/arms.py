@@ -1,8 +1,8 @@
 """The arms of a study: which network is built, and how it differs from its neighbours.
 
-An arm is one entry in ``ARMS``, a network one entry in ``NETWORKS``. An arm can be matched to another's cost (``match``: its
-width is searched until it has as many learnable parameters) and paired with another (``weights_from``: it starts from that
-arm's weights, bit for bit, wherever names and shapes agree).
+An arm is one entry in ``ARMS``, a network one entry in ``NETWORKS``. An arm can be matched to another's cost
+(``match``: its width is searched until it has as many learnable parameters) and paired with another (``weights_from``:
+it starts from that arm's weights, bit for bit, wherever names and shapes agree).
 """
 
 from __future__ import annotations
@@ -37,6 +37,7 @@ class Arm:
         options: further options of ``torch_pnn.models``: a preset, a noise level.
         match: the arm whose number of learnable parameters this one's width is chosen to meet.
         weights_from: the arm whose initial weights it starts from.
+        phrase: what a sentence calls it; "" = its title.
     """
 
     name: str
@@ -46,6 +47,7 @@ class Arm:
     options: Mapping[str, Any] = field(default_factory=lambda: MappingProxyType({}))
     match: str | None = None
     weights_from: str | None = None
+    phrase: str = ""
 
 
 def _arms(*arms: Arm) -> dict[str, Arm]:
@@ -55,31 +57,68 @@ def _arms(*arms: Arm) -> dict[str, Arm]:
 #: Every arm by its name.
 ARMS: dict[str, Arm] = _arms(
     Arm("cnn", "CNN", "The same network with ordinary 3×3 convolutions.", "conv"),
-    Arm("cnn-narrow", "CNN, narrowed",
-        "The CNN made narrower, until it has as many learnable parameters as the PNN.", "conv", match="pnn"),
-    Arm("lbcnn", "LBCNN",
-        "Fixed sparse ternary 3×3 filters, ReLU, then a learnable 1×1 convolution (local binary convolution).", "lbc"),
-    Arm("pnn", "PNN",
-        "Fixed noise added to the input (level 0.1), ReLU, batch normalisation, then a learnable 1×1 convolution; stride by "
-        "max pooling: the layer that the authors published.", "perturb", {"preset": "juefeix2018"}),
-    Arm("control", "control",
+    Arm(
+        "cnn-narrow",
+        "CNN, narrowed",
+        "The CNN made narrower, until it has as many learnable parameters as the PNN.",
+        "conv",
+        match="pnn",
+    ),
+    Arm(
+        "lbcnn",
+        "LBCNN",
+        "Fixed sparse ternary 3×3 filters, ReLU, then a learnable 1×1 convolution (local binary convolution).",
+        "lbc",
+    ),
+    Arm(
+        "pnn",
+        "PNN",
+        "Fixed noise added to the input (level 0.1), ReLU, batch normalisation, then a learnable 1×1 convolution: "
+        "the layer that the authors published.",
+        "perturb",
+        {"preset": "juefeix2018"},
+    ),
+    Arm(
+        "control",
+        "control",
         "The PNN at noise level 0: the same modules, pooling, normalisation, initial weights and seeds, no noise.",
-        "perturb", {"preset": "juefeix2018", "level": 0.0}, weights_from="pnn"),
-    Arm("waves", "PNN, waves",
-        "The PNN with smooth waves in place of noise: the same mask values, arranged so that they still tell a pixel where "
-        "it is, but are no noise.", "perturb", {"preset": "juefeix2018", "noise": "waves"}, weights_from="pnn"),
+        "perturb",
+        {"preset": "juefeix2018", "level": 0.0},
+        weights_from="pnn",
+        phrase="its control without noise",
+    ),
+    Arm(
+        "waves",
+        "PNN, waves",
+        "The PNN with smooth waves in place of noise: the same mask values, arranged so that they still tell a pixel "
+        "where it is, but are no noise.",
+        "perturb",
+        {"preset": "juefeix2018", "noise": "waves"},
+        weights_from="pnn",
+    ),
+    Arm("conv1x1", "plain 1×1", "The same network with plain 1×1 convolutions.", "conv1x1"),
 )
 
 
-def _resnet(classes: int, *, in_channels: int, width: int, layer: str, seed: int, preset: str | None = None,
-            **options: Any) -> nn.Module:
+def _resnet(
+    classes: int, *, in_channels: int, width: int, layer: str, seed: int, preset: str | None = None, **options: Any
+) -> nn.Module:
     """A residual network of six inner layers for small images: three stages, the second and third of half the size."""
     chosen = layer_options(preset, **options) if layer == "perturb" else options
-    return models.ResNet(PerturbBasicBlock, (1, 1, 1, 0), classes, in_channels=in_channels, width=width, stem="cifar",
-                         layer=layer, seed=seed, **chosen)
+    return models.ResNet(
+        PerturbBasicBlock,
+        (1, 1, 1, 0),
+        classes,
+        in_channels=in_channels,
+        width=width,
+        stem="cifar",
+        layer=layer,
+        seed=seed,
+        **chosen,
+    )
 
 
-#: Every network by its name: a function of the number of classes, in_channels, width, layer, seed (of the masks), options.
+#: Every network by its name: a function of the number of classes, in_channels, width, layer, seed (of masks), options.
 NETWORKS: dict[str, Callable[..., nn.Module]] = {"lenet": models.lenet, "resnet": _resnet}
 
 
@@ -113,7 +152,9 @@ def _network(study: Study, arm: Arm, seed: int, width: int, channels: int, class
     if study.network not in NETWORKS:
         raise UsageError(f"unknown network {study.network!r}; there is: {', '.join(NETWORKS)}")
     torch.manual_seed(seed)
-    return NETWORKS[study.network](classes, in_channels=channels, width=width, layer=arm.layer, seed=seed, **arm.options)
+    return NETWORKS[study.network](
+        classes, in_channels=channels, width=width, layer=arm.layer, seed=seed, **arm.options
+    )
 
 
 def _learnable(model: nn.Module) -> int:

@@ -73,8 +73,9 @@ def load_digits() -> Dataset:
     # 0 .. 16 becomes 0 .. 1, exact in float32.
     images = torch.from_numpy(scans.images).to(torch.float32).div_(16).unsqueeze(1)
     labels = torch.from_numpy(scans.target).to(torch.int64)
-    train, test = train_test_split(range(len(labels)), test_size=DIGITS_TEST_IMAGES, stratify=scans.target,
-                                   random_state=DIGITS_SPLIT_SEED)
+    train, test = train_test_split(
+        range(len(labels)), test_size=DIGITS_TEST_IMAGES, stratify=scans.target, random_state=DIGITS_SPLIT_SEED
+    )
     train_images, train_labels = images[train].contiguous(), labels[train].contiguous()
     test_images, test_labels = images[test].contiguous(), labels[test].contiguous()
     # Centred and scaled by the training images' own mean and deviation; the test images play no part in it.
@@ -88,8 +89,16 @@ def load_digits() -> Dataset:
         f"chose anything by looking at the test images. The same people wrote both parts, so strangers' digits would "
         f"be read less well."
     )
-    return Dataset("digits", description, train_images, train_labels, test_images, test_labels, classes=10,
-                   sha256=_digest(train_images, train_labels, test_images, test_labels))
+    return Dataset(
+        "digits",
+        description,
+        train_images,
+        train_labels,
+        test_images,
+        test_labels,
+        classes=10,
+        sha256=_digest(train_images, train_labels, test_images, test_labels),
+    )
 
 
 #: Every data set by its name.

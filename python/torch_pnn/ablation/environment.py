@@ -1,4 +1,4 @@
-"""What computes here: versions, instruction set, whether the compiled operators or their stand-in; noted beside results."""
+"""What computes here: versions, instruction set, compiled operators or their stand-in; noted beside results."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ Environment = dict[str, Any]
 
 
 def version(package: str) -> str | None:
+    """The installed version of a package; None where it is missing."""
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
@@ -38,9 +39,9 @@ def describe() -> Environment:
     """What stands beside the results of a study.
 
     Returns:
-        JSON values: ``torch_pnn``, ``libpnn``, ``torch``, ``python``, ``numpy``, ``scikit-learn`` and ``scipy`` (versions;
-        None where missing), ``operators`` ("compiled" or "reference"), ``derivatives`` ("compiled", "python" or
-        "reference"), ``isa``, ``machine``, ``system``, ``cores``.
+        JSON values: ``torch_pnn``, ``libpnn``, ``torch``, ``python``, ``numpy``, ``scikit-learn`` and ``scipy``
+        (versions; None where missing), ``operators`` ("compiled" or "reference"), ``derivatives`` ("compiled", "python"
+        or "reference"), ``isa``, ``machine``, ``system``, ``cores``.
 
     Example:
         >>> describe()["operators"] in ("compiled", "reference")
@@ -76,8 +77,10 @@ def operators_sentence(environment: Environment) -> str:
         'Computed by the compiled operators (libpnn 0.1.0, instruction set avx2).'
     """
     if environment["operators"] != "compiled":
-        return ("NOT computed by the compiled operators: they could not be loaded, and the plain-PyTorch reference stood in. "
-                "Accuracies mean the same, times do not.")
+        return (
+            "NOT computed by the compiled operators: they could not be loaded, and the plain-PyTorch reference stood "
+            "in. Accuracies mean the same, times do not."
+        )
     text = f"Computed by the compiled operators (libpnn {environment['libpnn']}, instruction set {environment['isa']})"
     if environment["derivatives"] != "compiled":
         text += "; their derivatives were registered from Python, since no compiled ones fit this PyTorch"

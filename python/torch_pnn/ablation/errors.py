@@ -45,8 +45,9 @@ def require(module: str, package: str, purpose: str) -> ModuleType:
     except ImportError as error:
         missing = getattr(error, "name", None) or module
         broken = "" if missing.split(".")[0] == module.split(".")[0] else f" ({error})"
-        raise AblationError(f"{package} is needed for {purpose} and can't be imported{broken}: "
-                            f"pip install {package}") from error
+        raise AblationError(
+            f"{package} is needed for {purpose} and can't be imported{broken}: pip install {package}"
+        ) from error
 
 
 def describe_os_error(error: OSError) -> str:

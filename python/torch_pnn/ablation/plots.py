@@ -1,7 +1,7 @@
 """The report's plots, as SVG text that takes its colours from the page.
 
-matplotlib draws with placeholder colours; ``_finish`` replaces them by the page's CSS variables, so that one drawing serves the
-light and the dark page. Text stays text: it can be selected, and it is set in the page's own typeface.
+matplotlib draws with placeholder colours; ``_finish`` replaces them by the page's CSS variables, so that one drawing
+serves the light and the dark page. Text stays text: it can be selected, and it is set in the page's own typeface.
 """
 
 from __future__ import annotations
@@ -25,8 +25,13 @@ if TYPE_CHECKING:
 INK, MUTED, GRID, ACCENT = "#010101", "#020202", "#030303", "#040404"
 #: As many colours as the style sheet has; further arms begin again.
 ARM_COLOURS = tuple(f"#0a00{number:02x}" for number in range(1, 9))
-_VARIABLES = {INK: "--ink", MUTED: "--muted", GRID: "--grid", ACCENT: "--accent",
-              **{colour: f"--arm-{number}" for number, colour in enumerate(ARM_COLOURS, start=1)}}
+_VARIABLES = {
+    INK: "--ink",
+    MUTED: "--muted",
+    GRID: "--grid",
+    ACCENT: "--accent",
+    **{colour: f"--arm-{number}" for number, colour in enumerate(ARM_COLOURS, start=1)},
+}
 _MARKERS = "osD^vPX*"
 
 #: Drawn for a column of this width in inches, which a phone shows at about its natural size.
@@ -35,24 +40,49 @@ WIDTH = 5.0
 
 def _settings() -> dict[str, Any]:
     return {
-        "svg.fonttype": "none", "svg.hashsalt": "torch-pnn", "font.family": "sans-serif", "font.size": 10.5,
-        "text.color": INK, "axes.labelcolor": INK, "axes.edgecolor": MUTED, "axes.facecolor": "none",
-        "axes.grid": True, "grid.color": GRID, "grid.linewidth": 0.8, "axes.axisbelow": True,
-        "axes.spines.top": False, "axes.spines.right": False, "xtick.color": MUTED, "ytick.color": MUTED,
-        "xtick.labelcolor": INK, "ytick.labelcolor": INK, "figure.facecolor": "none", "legend.frameon": False,
-        "axes.unicode_minus": True, "image.interpolation": "nearest",
+        "svg.fonttype": "none",
+        "svg.hashsalt": "torch-pnn",
+        "font.family": "sans-serif",
+        "font.size": 10.5,
+        "text.color": INK,
+        "axes.labelcolor": INK,
+        "axes.edgecolor": MUTED,
+        "axes.facecolor": "none",
+        "axes.grid": True,
+        "grid.color": GRID,
+        "grid.linewidth": 0.8,
+        "axes.axisbelow": True,
+        "axes.spines.top": False,
+        "axes.spines.right": False,
+        "xtick.color": MUTED,
+        "ytick.color": MUTED,
+        "xtick.labelcolor": INK,
+        "ytick.labelcolor": INK,
+        "figure.facecolor": "none",
+        "legend.frameon": False,
+        "axes.unicode_minus": True,
+        "image.interpolation": "nearest",
     }
 
 
 def _finish(figure: Figure, name: str, label: str) -> str:
     """An SVG element for the page: no prologue, ids of its own, colours from the page, a text for screen readers."""
     buffer = io.StringIO()
-    figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None, "Creator": None}, bbox_inches="tight",
-                   pad_inches=0.04)
+    figure.savefig(
+        buffer,
+        format="svg",
+        transparent=True,
+        metadata={"Date": None, "Creator": None},
+        bbox_inches="tight",
+        pad_inches=0.04,
+    )
     text = buffer.getvalue()
-    text = text[text.index("<svg"):]
+    text = text[text.index("<svg") :]
     text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
-    text = re.sub(r'\bid="([^"]+)"', rf'id="{name}-\1"', text)
+    # Only ids that something refers to are kept, and none is another plot's.
+    needed = set(re.findall(r'href="#([^"]+)"|url\(#([^)]+)\)', text))
+    kept = {first or second for first, second in needed}
+    text = re.sub(r' id="([^"]+)"', lambda found: f' id="{name}-{found[1]}"' if found[1] in kept else "", text)
     text = re.sub(r'href="#([^"]+)"', rf'href="#{name}-\1"', text)
     text = re.sub(r"url\(#([^)]+)\)", rf"url(#{name}-\1)", text)
     for colour, variable in _VARIABLES.items():
@@ -98,11 +128,19 @@ def paired_differences(records: Records, result: StudyResult) -> str:
             seen: dict[float, int] = {}
             for value in paired.values:
                 seen[value] = seen.get(value, 0) + 1
-                axes.plot(value, line - 0.16 - 0.075 * (seen[value] - 1), "o", color=colour, alpha=0.45, markersize=4,
-                          markeredgewidth=0)
+                axes.plot(
+                    value,
+                    line - 0.16 - 0.075 * (seen[value] - 1),
+                    "o",
+                    color=colour,
+                    alpha=0.45,
+                    markersize=4,
+                    markeredgewidth=0,
+                )
             if paired.count > 1:
-                axes.plot([paired.low, paired.high], [line + 0.16] * 2, color=colour, linewidth=2.4,
-                          solid_capstyle="butt")
+                axes.plot(
+                    [paired.low, paired.high], [line + 0.16] * 2, color=colour, linewidth=2.4, solid_capstyle="butt"
+                )
             axes.plot(paired.mean, line + 0.16, marker, color=colour, markersize=8)
         axes.axvline(0, color=INK, linewidth=1.2)
         axes.set_yticks(range(len(shown)), [arm.title for arm in reversed(shown)])
@@ -128,10 +166,18 @@ def accuracy_against_parameters(records: Records, result: StudyResult) -> str:
         for arm in shown:
             colour, marker = _style(records, arm.arm)
             group = next(members for members in groups.values() if arm.arm in members)
-            shift = 1.06 ** (group.index(arm.arm) - (len(group) - 1) / 2)
+            shift = 1.09 ** (group.index(arm.arm) - (len(group) - 1) / 2)
             spread = 0.0 if arm.accuracy.count < 2 else 100 * arm.accuracy.deviation
-            axes.errorbar(arm.parameters * shift, 100 * arm.accuracy.mean, yerr=spread, fmt=marker, color=colour,
-                          markersize=7, capsize=3, label=arm.title)
+            axes.errorbar(
+                arm.parameters * shift,
+                100 * arm.accuracy.mean,
+                yerr=spread,
+                fmt=marker,
+                color=colour,
+                markersize=7,
+                capsize=3,
+                label=arm.title,
+            )
         axes.set_xscale("log")
         low, high = min(a.parameters for a in shown), max(a.parameters for a in shown)
         axes.set_xlim(low / 1.6, high * 1.6)
@@ -170,8 +216,9 @@ def learning_curves(records: Records, result: StudyResult) -> str:
             colour, _ = _style(records, arm.arm)
             epochs = sorted(curves[arm.arm])
             values = [curves[arm.arm][epoch] for epoch in epochs]
-            axes.fill_between(epochs, [min(v) for v in values], [max(v) for v in values], color=colour, alpha=0.15,
-                              linewidth=0)
+            axes.fill_between(
+                epochs, [min(v) for v in values], [max(v) for v in values], color=colour, alpha=0.15, linewidth=0
+            )
             means = [sum(v) / len(v) for v in values]
             axes.plot(epochs, means, color=colour, linewidth=1.8, label=arm.title)
             settled = min(settled, means[len(means) // 4])
@@ -188,17 +235,18 @@ def learning_curves(records: Records, result: StudyResult) -> str:
 
 
 def masks(showcase: Showcase) -> str:
-    """What the first perturbation layer does to one image: input, mask, sum, response after the activation."""
+    """What the first perturbation layer does to one image: input, mask, response map, and what the mask changed."""
 
     def draw(figure: Figure) -> None:
         grid = figure.subplots(len(showcase.rows), 4, squeeze=False)
-        heads = ("input channel", "mask × level", "sum", f"after {showcase.activation}")
+        heads = ("input channel", "mask × level", "response map", "change")
+        small = max(float(row.mask.abs().max()) for row in showcase.rows)
+        large = max(float(torch.cat([row.input, row.response]).abs().max()) for row in showcase.rows)
         for line, (axes_row, row) in enumerate(zip(grid, showcase.rows, strict=True)):
-            limit = max(float(torch.cat([row.input, row.response]).abs().max()), 1e-6)
-            pictures = (row.input, row.mask, row.sum, row.response)
-            for column, (axes, picture) in enumerate(zip(axes_row, pictures, strict=True)):
-                scale = max(float(row.mask.abs().max()), 1e-6) if column == 1 else limit
-                axes.imshow(picture.numpy(), cmap="RdBu_r", vmin=-scale, vmax=scale)
+            pictures = ((row.input, large), (row.mask, small), (row.response, large), (row.change, small))
+            for column, (axes, (picture, limit)) in enumerate(zip(axes_row, pictures, strict=True)):
+                limit = max(limit, 1e-6)
+                axes.imshow(picture.numpy(), cmap="RdBu_r", vmin=-limit, vmax=limit)
                 axes.set_xticks([])
                 axes.set_yticks([])
                 axes.grid(visible=False)
@@ -208,5 +256,5 @@ def masks(showcase: Showcase) -> str:
                     axes.set_title(heads[column], fontsize=10)
             axes_row[0].set_ylabel(row.title, fontsize=10)
 
-    return _figure(draw, "masks", "Masks and response maps of the first perturbation layer",
-                   0.35 + 1.28 * len(showcase.rows))
+    label = "Masks and response maps of the first perturbation layer"
+    return _figure(draw, "masks", label, 0.35 + 1.28 * len(showcase.rows))

@@ -64,23 +64,35 @@ class Lines:
     Args:
         runs: runs in the whole study.
         done: those that were finished before.
+        epochs: epochs of a run.
         stream: where lines go.
         clock: seconds, for the tests.
     """
 
-    def __init__(self, runs: int, done: int, stream: TextIO, clock: Callable[[], float] = time.monotonic) -> None:
-        self._runs, self._done, self._stream, self._clock = runs, done, stream, clock
-        self._first, self._start = done, clock()
+    def __init__(
+        self, runs: int, done: int, epochs: int, stream: TextIO, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        self._runs, self._done, self._epochs, self._stream, self._clock = runs, done, epochs, stream, clock
+        self._left = (runs - done) * epochs  # epochs
+        self._passed = 0
+        self._seen: dict[tuple[str, int], int] = {}
+        self._start = clock()
 
     def epoch(self, row: Row) -> None:
-        """Says nothing: a line an epoch would be too many."""
+        """Counts an epoch; a line an epoch would be too many."""
+        run = row["arm"], row["seed"]
+        self._seen[run] = self._seen.get(run, 0) + 1
+        self._passed += 1
+        self._left -= 1
 
     def result(self, row: Row) -> None:
         """Prints the run, its accuracy and the time left."""
         self._done += 1
-        left = self._runs - self._done
-        passed = self._clock() - self._start
-        remaining = f", about {duration(passed / (self._done - self._first) * left)} left" if left else ""
+        self._left -= self._epochs - self._seen.pop((row["arm"], row["seed"]), 0)
+        remaining = ""
+        if self._left > 0 and self._passed > 0:
+            seconds = (self._clock() - self._start) / self._passed * self._left
+            remaining = f", about {duration(seconds)} left"
         width = len(str(self._runs))
         self.say(f"[{self._done:{width}}/{self._runs}] {row['arm']}, seed {row['seed']}: {outcome(row)}{remaining}")
 
@@ -108,8 +120,14 @@ class Bar:
         self._epochs, self._runs, self._done = epochs, runs, done
         self._seen: dict[tuple[str, int], int] = {}
         self._bar = tqdm(
-            total=runs * epochs, initial=done * epochs, file=stream, unit="epoch", dynamic_ncols=True, leave=False,
-            smoothing=0.05, mininterval=0.2,
+            total=runs * epochs,
+            initial=done * epochs,
+            file=stream,
+            unit="epoch",
+            dynamic_ncols=True,
+            leave=False,
+            smoothing=0.05,
+            mininterval=0.2,
             bar_format="{desc} {percentage:3.0f} % |{bar}| {elapsed} passed, {remaining} left{postfix}",
         )
         self._bar.set_description_str(f"run {done}/{runs}")
@@ -147,4 +165,4 @@ def make_progress(runs: int, done: int, epochs: int, stream: TextIO | None = Non
             return Bar(runs, done, epochs, stream)
         except ImportError:
             print("(no progress bar without tqdm: pip install tqdm)", file=stream)
-    return Lines(runs, done, stream)
+    return Lines(runs, done, epochs, stream)

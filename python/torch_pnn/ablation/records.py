@@ -1,13 +1,13 @@
 """The folder of a study: what is kept, how an interrupted study goes on, and what is refused.
 
-    DIR/study.json      the settings, their fingerprint, the data's fingerprint, and every command that added to the folder
-    DIR/results.jsonl   a row per arm and seed, written when that run has ended
+    DIR/study.json      the settings, their fingerprint, the data's fingerprint, and every command that added to the
+    folder DIR/results.jsonl   a row per arm and seed, written when that run has ended
     DIR/epochs.jsonl    a row per epoch of each run
     DIR/report.html     made from the three above, and from nothing else
-    DIR/lock            held by the process that is writing
 
-Rows are appended whole and flushed to the disk. A process that is killed can leave half a row at a file's end and the
-epochs of a run that never ended: both are dropped when the study goes on, and that run is done again.
+The folder itself is locked by the process that is writing. Rows are appended whole and flushed to the disk. A process
+that is killed can leave half a row at a file's end and the epochs of a run that never ended: both are dropped when the
+study goes on, and that run is done again.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ class Records:
         return sorted((row for row in self.results if row["arm"] == arm), key=lambda row: row["seed"])
 
     def correct(self, arm: str) -> dict[int, int]:
-        """seed -> number of correct test images, over the arm's runs that learned to the end."""
+        """Seed -> number of correct test images, over the arm's runs that learned to the end."""
         return {row["seed"]: row["correct"] for row in self.of_arm(arm) if row["status"] == "finished"}
 
     @property
@@ -104,8 +104,10 @@ def read_rows(path: Path) -> tuple[list[Row], bool]:
         except ValueError:
             if number == len(lines) and not half:
                 return rows, True
-            raise AblationError(f"{path}, line {number} is not a row of results; nothing was changed. Remove that line to "
-                                f"have its run done again") from None
+            raise AblationError(
+                f"{path}, line {number} is not a row of results; nothing was changed. Remove that line to "
+                f"have its run done again"
+            ) from None
         rows.append(row)
     return rows, half
 
@@ -174,8 +176,8 @@ def read(directory: Path) -> Records:
 class Store:
     """The folder while a study is running: the only writer of its rows.
 
-    Use as a context manager. The folder is made where it is missing, locked against a second writer, checked to belong to
-    this study, and cleared of what an interrupted run left half done.
+    Use as a context manager. The folder is made where it is missing, locked against a second writer, checked to belong
+    to this study, and cleared of what an interrupted run left half done.
 
     Args:
         directory: the folder.
@@ -193,7 +195,7 @@ class Store:
         self._streams: dict[str, int] = {}
         try:
             directory.mkdir(parents=True, exist_ok=True)
-            self._lock = os.open(directory / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+            self._lock = os.open(directory, os.O_RDONLY | os.O_CLOEXEC)
         except (FileExistsError, NotADirectoryError):
             raise AblationError(f"--out {directory} is a file (or lies inside one), a folder is needed") from None
         except OSError as error:
@@ -202,8 +204,9 @@ class Store:
             self._claim()
             self.records = self._open(study, data_sha256, invocation)
             for name in ("results.jsonl", "epochs.jsonl"):
-                self._streams[name] = os.open(directory / name, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC,
-                                              0o666)
+                self._streams[name] = os.open(
+                    directory / name, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o666
+                )
         except OSError as error:
             self.close()
             raise AblationError(f"can't write into --out {directory}: {describe_os_error(error)}") from error
@@ -218,8 +221,9 @@ class Store:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             if error.errno in (errno.EAGAIN, errno.EACCES):
-                raise AblationError(f"another torch-pnn is writing into {self.directory}; wait for it or choose another "
-                                    f"--out") from None
+                raise AblationError(
+                    f"another torch-pnn is writing into {self.directory}; wait for it or choose another --out"
+                ) from None
             # A file system without locks: go on without.
 
     def _open(self, study: Study, data_sha256: str, invocation: Row) -> Records:
@@ -227,23 +231,34 @@ class Store:
         if not (directory / "study.json").exists():
             for name in ("results.jsonl", "epochs.jsonl", "report.html"):
                 if (directory / name).exists():
-                    raise UsageError(f"{directory} holds a {name} but no study.json, so it is not known what it belongs "
-                                     f"to; choose another --out")
+                    raise UsageError(
+                        f"{directory} holds a {name} but no study.json, so it is not known what it belongs "
+                        f"to; choose another --out"
+                    )
             records = Records(directory, study, data_sha256, [], [], [])
         else:
             records = read(directory)
             if records.study.fingerprint() != study.fingerprint():
                 differences = "; ".join(records.study.differences(study))
-                raise UsageError(f"{directory} holds the results of another study ({differences}); choose another --out, or "
-                                 f"give the settings that it was begun with")
+                raise UsageError(
+                    f"{directory} holds the results of another study ({differences}); choose another --out, or "
+                    f"give the settings that it was begun with"
+                )
             if records.data_sha256 != data_sha256:
-                raise UsageError(f"{directory} holds results on other data: the images or their split have changed since "
-                                 f"(scikit-learn's version?); choose another --out")
+                raise UsageError(
+                    f"{directory} holds results on other data: the images or their split have changed since "
+                    f"(scikit-learn's version?); choose another --out"
+                )
         self._sweep(records)
         if records.missing or not records.invocations:
             records.invocations.append(invocation)
-        head = {"format": FORMAT, "fingerprint": study.fingerprint(), "study": study.to_json(),
-                "data_sha256": data_sha256, "invocations": records.invocations}
+        head = {
+            "format": FORMAT,
+            "fingerprint": study.fingerprint(),
+            "study": study.to_json(),
+            "data_sha256": data_sha256,
+            "invocations": records.invocations,
+        }
         write_whole(directory / "study.json", json.dumps(head, indent=1, allow_nan=False) + "\n")
         return records
 
@@ -273,13 +288,13 @@ class Store:
         data = (json.dumps(row, allow_nan=False) + "\n").encode()
         try:
             while data:
-                data = data[os.write(self._streams[name], data):]
+                data = data[os.write(self._streams[name], data) :]
             if sync:
                 os.fsync(self._streams[name])
         except OSError as error:
             raise AblationError(
-                f"can't write {self.directory / name}: {describe_os_error(error)}; finished runs are kept, and the same "
-                f"command goes on from there once that is mended"
+                f"can't write {self.directory / name}: {describe_os_error(error)}; finished runs are kept, and the "
+                f"same command goes on from there once that is mended"
             ) from error
 
     def add_epoch(self, row: Row) -> None:
@@ -307,4 +322,3 @@ class Store:
 
     def __exit__(self, *_: object) -> None:
         self.close()
-

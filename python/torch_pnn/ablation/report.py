@@ -1,6 +1,7 @@
 """The report: one HTML file that holds everything it shows, made from a study's rows and nothing else.
 
-The order is that of a reader's questions: what came out, how sure is it, what does it look like, what exactly was done, with what.
+The order is that of a reader's questions: what came out, how sure is it, what does it look like, what exactly was done,
+with what.
 """
 
 from __future__ import annotations
@@ -36,14 +37,20 @@ def _alarms(records: Records, result: StudyResult) -> list[str]:
         found.append(operators_sentence(reference[-1]))
     setups = {tuple(str(e.get(key)) for key in BITS_DEPEND_ON) for e in environments}
     if len(setups) > 1:
-        found.append("The rows were computed with more than one setup (see 'With what'); the comparison stays paired by seed, "
-                     "but a repetition need not give the same last bits.")
+        found.append(
+            "The rows were computed with more than one setup (see 'With what'); the comparison stays paired by seed, "
+            "but a repetition need not give the same last bits."
+        )
     if result.missing:
-        found.append(f"Incomplete: {result.missing} of {len(records.study.runs)} runs have no result yet. "
-                     f"The same command goes on from here.")
+        found.append(
+            f"Incomplete: {result.missing} of {len(records.study.runs)} runs have no result yet. "
+            f"The same command goes on from here."
+        )
     for arm in result.arms:
-        found += [f"{arm.title}, seed {seed}: {problem}. It is left out of every mean and pair."
-                  for seed, problem in arm.unfinished]
+        found += [
+            f"{arm.title}, seed {seed}: {problem}. It is left out of every mean and pair."
+            for seed, problem in arm.unfinished
+        ]
     return found
 
 
@@ -75,8 +82,10 @@ def _seed_table(records: Records) -> str:
             else:
                 cells.append(f"<td>{row['correct']}</td>")
         body.append(f"<tr><th scope='row'>{html.escape(title(arm))}</th>{''.join(cells)}</tr>")
-    return (f"<div class='scroll'><table><thead><tr><th scope='col'>arm</th>{heads}</tr></thead>"
-            f"<tbody>{''.join(body)}</tbody></table></div>")
+    return (
+        f"<div class='scroll'><table><thead><tr><th scope='col'>arm</th>{heads}</tr></thead>"
+        f"<tbody>{''.join(body)}</tbody></table></div>"
+    )
 
 
 def _evidence(result: StudyResult, records: Records) -> str:
@@ -86,8 +95,10 @@ def _evidence(result: StudyResult, records: Records) -> str:
         return "The question was fixed beforehand; there is nothing to answer it with yet."
     ups = sum(value > 0 for value in primary.values)
     downs = sum(value < 0 for value in primary.values)
-    text = (f"Question fixed beforehand: {title(records.study.candidate)} against {title(records.study.control)}. Of {n} seeds, "
-            f"{ups} went up, {downs} down, {n - ups - downs} stayed level; mean {points(primary.mean)} points")
+    text = (
+        f"Question fixed beforehand: {title(records.study.candidate)} against {title(records.study.control)}. Of {n} "
+        f"seeds, {ups} went up, {downs} down, {n - ups - downs} stayed level; mean {points(primary.mean)} points"
+    )
     if n > 1:
         text += f", 95 % t interval {interval(primary)}, exact two-sided sign-flip test p = {primary.p_value:.3g}"
     text += "."
@@ -102,22 +113,35 @@ def _list(items: Sequence[str]) -> str:
 
 def _method(records: Records, data: Dataset) -> str:
     study = records.study
-    arms = _list([f"<b>{html.escape(title(arm))}</b>: {html.escape(ARMS[arm].summary)}" for arm in study.arms if arm in ARMS])
+    arms = _list(
+        [f"<b>{html.escape(title(arm))}</b>: {html.escape(ARMS[arm].summary)}" for arm in study.arms if arm in ARMS]
+    )
     steps = -(-len(data.train_labels) // study.batch_size)
     schedule = (
-        f"Every arm has the same schedule, seeds and order of the data: {study.epochs} epochs of {steps} steps with up to "
-        f"{study.batch_size} images, stochastic gradient descent with Nesterov momentum {study.momentum:g}, learning rate rising "
-        f"to {study.learning_rate:g} over {study.warmup_epochs:g} epochs and then falling to zero along a cosine, weight decay "
-        f"{study.weight_decay:g}. No augmentation. The settings were not tuned arm by arm."
+        f"Every arm has the same schedule, seeds and order of the data: {study.epochs} epochs of {steps} steps with "
+        f"up to {study.batch_size} images, stochastic gradient descent with Nesterov momentum {study.momentum:g}, "
+        f"learning rate rising to {study.learning_rate:g} over the first {study.warmup_epochs:g} epochs, then falling to "
+        f"zero along a cosine, weight decay {study.weight_decay:g}. No augmentation. The settings were not tuned arm "
+        "by arm."
     )
-    pairs = ("Paired: with one seed, all arms see the same batches in the same order, and PNN, its control and its variants start "
-             "from the same weights, bit for bit.")
-    accuracy = (f"Accuracy is the number of correct answers over all {len(data.test_labels)} test images, counted in evaluation "
-                f"mode after the last epoch. No epoch is picked by its test result, and nothing is averaged over batches.")
-    limits = ("What the intervals do not cover: other splits of the data, other data, other schedules, other networks. Only the "
-              "question fixed beforehand has a test; the other intervals are 95 % each, not corrected for their number.")
-    return (f"{_paragraph(data.description)}{_paragraph(schedule)}{_paragraph(pairs)}{_paragraph(accuracy)}"
-            f"{_paragraph(limits)}{arms}")
+    pairs = (
+        "Paired: with one seed, all arms see the same batches in the same order, and PNN, its control and its "
+        "variants start from the same weights, bit for bit."
+    )
+    accuracy = (
+        f"Accuracy is the number of correct answers over all {len(data.test_labels)} test images, counted in "
+        f"evaluation mode after the last epoch. No epoch is picked by its test result, and nothing is averaged over "
+        "batches."
+    )
+    limits = (
+        "What the intervals do not cover: other splits of the data, other data, other schedules, other networks. "
+        "Only the question fixed beforehand has a test; the other intervals are 95 % each, not corrected for their "
+        "number."
+    )
+    return (
+        f"{_paragraph(data.description)}{_paragraph(schedule)}{_paragraph(pairs)}{_paragraph(accuracy)}"
+        f"{_paragraph(limits)}{arms}"
+    )
 
 
 def _setups(records: Records) -> str:
@@ -129,17 +153,23 @@ def _setups(records: Records) -> str:
         if environment in shown:
             continue
         shown.append(environment)
-        versions = ", ".join(f"{name} {environment[name]}" for name in ("torch", "python", "numpy", "scikit-learn", "scipy")
-                             if environment.get(name))
+        versions = ", ".join(
+            f"{name} {environment[name]}"
+            for name in ("torch", "python", "numpy", "scikit-learn", "scipy")
+            if environment.get(name)
+        )
         facts = {
             "operators": operators_sentence(environment),
             "torch-pnn": environment["torch_pnn"],
             "versions": versions,
             "machine": f"{environment['system']}, {environment['machine']}, {environment['cores']} cores; "
-                       f"{invocation['jobs']} runs side by side, {records.study.threads} thread each",
+            f"{invocation['jobs']} runs side by side, {records.study.threads} thread each",
         }
-        parts.append("<dl>" + "".join(f"<dt>{html.escape(k)}</dt><dd>{html.escape(str(v))}</dd>" for k, v in facts.items())
-                     + "</dl>")
+        parts.append(
+            "<dl>"
+            + "".join(f"<dt>{html.escape(k)}</dt><dd>{html.escape(str(v))}</dd>" for k, v in facts.items())
+            + "</dl>"
+        )
     return "".join(parts)
 
 
@@ -170,15 +200,30 @@ def render(records: Records, data: Dataset) -> str:
     control = title(study.control)
     figures = []
     if any(arm.difference is not None and arm.difference.count for arm in result.arms):
-        figures.append(_plot("Against the control, seed by seed", plots.paired_differences(records, result),
-                             f"Pale dots: one seed each. Marker and bar: mean and 95 % t interval. Right of zero is better than "
-                             f"{control}. Shaded: the question fixed beforehand."))
+        figures.append(
+            _plot(
+                "Against the control, seed by seed",
+                plots.paired_differences(records, result),
+                f"Pale dots: one seed each. Marker and bar: mean and 95 % t interval. Right of zero is better than "
+                f"{control}. Shaded: the question fixed beforehand.",
+            )
+        )
     if any(arm.accuracy.count for arm in result.arms):
-        figures.append(_plot("Accuracy against size", plots.accuracy_against_parameters(records, result),
-                             "Mean and standard deviation over seeds. Arms of equal size stand side by side."))
-        figures.append(_plot("Learning curves", plots.learning_curves(records, result),
-                             "Mean over seeds; the band reaches from the lowest to the highest seed. The first epochs are cut off "
-                             "below."))
+        figures.append(
+            _plot(
+                "Accuracy against size",
+                plots.accuracy_against_parameters(records, result),
+                "Mean and standard deviation over seeds. Arms of equal size stand side by side.",
+            )
+        )
+        figures.append(
+            _plot(
+                "Learning curves",
+                plots.learning_curves(records, result),
+                "Mean over seeds; the band reaches from the lowest to the highest seed. The first epochs are cut off "
+                "below.",
+            )
+        )
     showcase = make_showcase(study, data)
     if showcase is not None:
         figures.append(_plot("What a mask does", plots.masks(showcase), showcase.caption))
@@ -193,9 +238,9 @@ def render(records: Records, data: Dataset) -> str:
 <div class="plots">{"".join(figures)}</div>
 <h2>All arms</h2>
 {_table(records, result)}
-<p class="kicker">Accuracy: mean ± standard deviation over seeds. Against control: paired by seed, mean and 95 % t interval, in
-points. Mask bytes: stored masks and fixed filters; a mask made from a seed costs the seed. Multiply-adds: of one image.</p>
-<h2>Seed by seed: correct answers of {len(data.test_labels)}</h2>
+<p class="kicker">Accuracy: mean ± standard deviation over seeds. Against control: paired by seed, mean and 95 % t
+interval, in points. Mask bytes: stored masks and fixed filters; a mask made from a seed costs the seed. Multiply-adds:
+of one image.</p> <h2>Seed by seed: correct answers of {len(data.test_labels)}</h2>
 {_seed_table(records)}
 <h2>What was done</h2>
 {_method(records, data)}
@@ -206,15 +251,21 @@ epochs.jsonl, the settings in study.json.</p>
 <h2>The command</h2>
 {_commands(records)}"""
     heading = html.escape(f"{study.title}: torch-pnn ablation")
-    return (f'<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
-            f'<meta name="viewport" content="width=device-width, initial-scale=1">\n<title>{heading}</title>\n'
-            f"<style>\n{style}</style>\n</head>\n<body>\n<main>\n{body}\n</main>\n"
-            f'<script type="application/json" id="settings">{_settings(records)}</script>\n</body>\n</html>\n')
+    return (
+        f'<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
+        f'<meta name="viewport" content="width=device-width, initial-scale=1">\n<title>{heading}</title>\n'
+        f"<style>\n{style}</style>\n</head>\n<body>\n<main>\n{body}\n</main>\n"
+        f'<script type="application/json" id="settings">{_settings(records)}</script>\n</body>\n</html>\n'
+    )
 
 
 def _settings(records: Records) -> str:
     """The settings for programs that read the report; "<" is escaped so that no text can end the element."""
-    values = {"study": records.study.to_json(), "fingerprint": records.study.fingerprint(), "data_sha256": records.data_sha256}
+    values = {
+        "study": records.study.to_json(),
+        "fingerprint": records.study.fingerprint(),
+        "data_sha256": records.data_sha256,
+    }
     return json.dumps(values).replace("<", "\\u003c")
 
 

@@ -1,7 +1,7 @@
 """Carries out the runs of a study that have no result yet, one after another or several side by side.
 
-Runs are independent of each other, each has one intra-operator thread, and on small images two such runs side by side use
-two cores better than one run with two threads. Where more than one is wanted, each worker is a process of its own
+Runs are independent of each other, each has one intra-operator thread, and on small images two such runs side by side
+use two cores better than one run with two threads. Where more than one is wanted, each worker is a process of its own
 (see ``worker``); only this process writes the study's folder.
 """
 
@@ -69,8 +69,13 @@ class _Worker:
         environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": str(threads)}
         try:
             self._process = subprocess.Popen(
-                [sys.executable, "-m", "torch_pnn.ablation.worker"], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-                stderr=self._errors, env=environment, text=True, encoding="utf-8",
+                [sys.executable, "-m", "torch_pnn.ablation.worker"],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=self._errors,
+                env=environment,
+                text=True,
+                encoding="utf-8",
             )
         except OSError as error:
             raise AblationError(f"can't start a worker process: {error}; --jobs 1 does without") from error
@@ -173,6 +178,14 @@ class _Pool:
         self._progress.result(row)
 
     def _lost(self, run: tuple[str, int], words: str) -> dict[str, Any]:
-        return {"study": self._study.name, "arm": run[0], "seed": run[1], "status": "broken",
-                "problem": f"its process died ({words})", "accuracy": None, "correct": None,
-                "total": len(self._data.test_labels), "epochs": 0}
+        return {
+            "study": self._study.name,
+            "arm": run[0],
+            "seed": run[1],
+            "status": "broken",
+            "problem": f"its process died ({words})",
+            "accuracy": None,
+            "correct": None,
+            "total": len(self._data.test_labels),
+            "epochs": 0,
+        }

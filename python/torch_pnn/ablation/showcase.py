@@ -10,7 +10,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from torch_pnn import PerturbConv2d, reference
+from torch_pnn import functional
+from torch_pnn.modules import PerturbConv2d
 
 from .arms import ARMS, build
 from .data import Dataset
@@ -19,13 +20,21 @@ from .study import Study
 
 @dataclass(frozen=True)
 class Row:
-    """One arm's pictures, each float32 [H, W]: sum = input + mask, response = activation(sum)."""
+    """One arm's pictures, each float32 [H, W].
+
+    Attributes:
+        title: the arm's.
+        input: one channel of the layer's input.
+        mask: its mask, times the level.
+        response: activation(input + mask), the response map.
+        change: response - activation(input), what the mask did.
+    """
 
     title: str
     input: Tensor
     mask: Tensor
-    sum: Tensor
     response: Tensor
+    change: Tensor
 
 
 @dataclass(frozen=True)
@@ -51,7 +60,7 @@ def _row(study: Study, arm: str, data: Dataset) -> tuple[Row, PerturbConv2d] | N
     with torch.random.fork_rng(devices=[]):
         model = build(study, arm, study.seeds[0], data).model
     layer = _first_layer(model)
-    if layer is None or layer.level == 0 or layer.noise is None:
+    if layer is None:
         return None
     seen: list[Tensor] = []
     handle = layer.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].detach().clone()))
@@ -62,24 +71,41 @@ def _row(study: Study, arm: str, data: Dataset) -> tuple[Row, PerturbConv2d] | N
     handle.remove()
     images = seen[0]
     height, width = images.shape[-2:]
-    mask = layer.perturbation_mask(height, width).detach().float()
+    mask = layer.perturbation(height, width)
+    if mask is None:
+        return None
+    mask = mask.detach().float()
     # The channel that shows most, of the first image.
     channel = int(images[0].flatten(1).std(dim=1).argmax())
     picture = images[0, channel].float()
-    scaled = layer.level * mask[min(channel, mask.shape[0] - 1), 0]
-    total = picture + scaled
-    response = reference.activate(total, layer.activation)
-    return Row(ARMS[arm].title, picture, scaled, total, response), layer
+    own = mask[min(channel, mask.shape[0] - 1), 0].reshape(1, 1, height, width)
+
+    def response(level: float) -> Tensor:
+        """The operator itself, with a weight of one."""
+        image, one = picture.reshape(1, 1, height, width), torch.ones(1, 1, 1, 1)
+        maps = functional.perturb_conv2d(image, one, mask=own, level=level, activation=layer.activation)
+        return maps.detach().reshape(height, width)
+
+    perturbed = response(layer.level)
+    scaled = layer.level * own.reshape(height, width)
+    return Row(ARMS[arm].title, picture, scaled, perturbed, perturbed - response(0.0)), layer
 
 
 def make_showcase(study: Study, data: Dataset) -> Showcase | None:
     """The pictures for the report; None where no arm of the study has a mask."""
-    found = [made for arm in study.arms if arm in ARMS and ARMS[arm].layer == "perturb"
-             for made in [_row(study, arm, data)] if made is not None]
+    found = [
+        made
+        for arm in study.arms
+        if arm in ARMS and ARMS[arm].layer == "perturb"
+        for made in [_row(study, arm, data)]
+        if made is not None
+    ]
     if not found:
         return None
     layer = found[0][1]
-    caption = (f"One channel of one test image at the first perturbation layer, with the masks of seed {study.seeds[0]}, before any "
-               f"training. The mask, {layer.level:g} times values between −1 and 1, is drawn on a scale of its own; the other "
-               f"pictures share theirs. Red is positive, blue negative.")
+    caption = (
+        f"One channel of one test image at the first perturbation layer, with the masks of seed {study.seeds[0]}, before "
+        f"any training. The response map is {layer.activation}(input + mask); the change is what it owes to the mask. "
+        f"Masks and changes share a colour scale of ±{layer.level:g}, the others theirs. Red is positive, blue negative."
+    )
     return Showcase(tuple(row for row, _ in found), layer.activation, caption)

@@ -115,12 +115,12 @@ STUDIES: dict[str, Study] = {
         name="digits",
         title="Handwritten digits, 8×8 pixels",
         data="digits",
-        network="resnet",
+        network="lenet",
         width=16,
         arms=("cnn", "cnn-narrow", "lbcnn", "pnn", "control", "waves"),
         candidate="pnn",
         control="control",
-        seeds=tuple(range(8)),
+        seeds=tuple(range(10)),
         epochs=20,
         batch_size=32,
         learning_rate=0.1,
@@ -132,7 +132,7 @@ STUDIES: dict[str, Study] = {
 
 #: What ``--quick`` changes in each of them.
 QUICK: dict[str, dict[str, Any]] = {
-    "digits": {"epochs": 6, "seeds": tuple(range(3)), "warmup_epochs": 1},
+    "digits": {"epochs": 8, "seeds": tuple(range(3)), "warmup_epochs": 1},
 }
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from .arms import ARMS
 from .records import Records
-from .statistics import PairedDifference, Summary, compare, interval, points, summarise, verdict
+from .statistics import PairedDifference, Summary, compare, points, summarise, verdict
 from .study import SEEDS_TO_DECIDE
 
 
@@ -62,6 +62,11 @@ def title(arm: str) -> str:
     return ARMS[arm].title if arm in ARMS else arm
 
 
+def phrase(arm: str) -> str:
+    """What a sentence calls an arm."""
+    return (ARMS[arm].phrase if arm in ARMS else "") or title(arm)
+
+
 def _median(values: list[float]) -> float | None:
     if not values:
         return None
@@ -84,20 +89,22 @@ def evaluate(records: Records) -> StudyResult:
         rows = records.of_arm(arm)
         known = next((row for row in rows if "parameters" in row), {})
         times = [row["seconds_per_epoch"] for row in rows if row.get("seconds_per_epoch") is not None]
-        arms.append(ArmResult(
-            arm=arm,
-            title=title(arm),
-            parameters=known.get("parameters"),
-            mask_bytes=known.get("mask_bytes"),
-            macs=known.get("macs"),
-            width=known.get("width"),
-            accuracy=summarise([row["accuracy"] for row in rows if row["status"] == "finished"]),
-            difference=None if arm == study.control else compare(records.correct(arm), control, total),
-            seconds_per_epoch=_median(times),
-            unfinished=tuple((row["seed"], row["problem"]) for row in rows if row["status"] != "finished"),
-        ))
+        arms.append(
+            ArmResult(
+                arm=arm,
+                title=title(arm),
+                parameters=known.get("parameters"),
+                mask_bytes=known.get("mask_bytes"),
+                macs=known.get("macs"),
+                width=known.get("width"),
+                accuracy=summarise([row["accuracy"] for row in rows if row["status"] == "finished"]),
+                difference=None if arm == study.control else compare(records.correct(arm), control, total),
+                seconds_per_epoch=_median(times),
+                unfinished=tuple((row["seed"], row["problem"]) for row in rows if row["status"] != "finished"),
+            )
+        )
     primary = compare(records.correct(study.candidate), control, total)
-    sentence = verdict(primary, title(study.candidate), title(study.control))
+    sentence = verdict(primary, phrase(study.candidate), phrase(study.control))
     return StudyResult(sentence, primary, tuple(arms), len(records.missing))
 
 
@@ -145,14 +152,30 @@ def seconds(value: float | None) -> str:
     return "–" if value is None else f"{value:.2f}"
 
 
-COLUMNS = ("arm", "seeds", "parameters", "mask bytes", "multiply-adds", "accuracy, %", "against control, points", "s/epoch")
+COLUMNS = (
+    "arm",
+    "seeds",
+    "parameters",
+    "mask bytes",
+    "multiply-adds",
+    "accuracy, %",
+    "against control, points",
+    "s/epoch",
+)
 
 
 def cells(result: ArmResult) -> tuple[str, ...]:
     """The cells of an arm under ``COLUMNS``."""
-    return (result.title, str(result.accuracy.count), number(result.parameters), number(result.mask_bytes),
-            number(result.macs), accuracy(result.accuracy), difference(result.difference),
-            seconds(result.seconds_per_epoch))
+    return (
+        result.title,
+        str(result.accuracy.count),
+        number(result.parameters),
+        number(result.mask_bytes),
+        number(result.macs),
+        accuracy(result.accuracy),
+        difference(result.difference),
+        seconds(result.seconds_per_epoch),
+    )
 
 
 def text_table(result: StudyResult) -> str:
@@ -162,7 +185,9 @@ def text_table(result: StudyResult) -> str:
 
     def line(row: tuple[str, ...]) -> str:
         first, *rest = row
-        return "  ".join([first.ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(rest, widths[1:], strict=True))])
+        return "  ".join(
+            [first.ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(rest, widths[1:], strict=True))]
+        )
 
     head, *body = rows
     return "\n".join([line(head), "  ".join("-" * width for width in widths), *map(line, body)])
@@ -175,8 +200,10 @@ def text_report(records: Records, result: StudyResult) -> str:
     images = "" if total is None else f" over all {total} test images"
     lines = [result.verdict, "", text_table(result), ""]
     lines.append(f"accuracy: correct answers{images} after the last epoch, mean ± standard deviation over seeds")
-    lines.append(f"against control: paired by seed, mean and 95 % t interval; only {title(study.candidate)} against "
-                 f"{title(study.control)}")
+    lines.append(
+        f"against control: paired by seed, mean and 95 % t interval; only {title(study.candidate)} against "
+        f"{title(study.control)}"
+    )
     lines.append("    was fixed as the question beforehand, the other intervals are not corrected for their number")
     for arm in result.arms:
         lines += [f"{arm.title}, seed {seed}: {problem}" for seed, problem in arm.unfinished]

@@ -1,8 +1,8 @@
 """Trains one arm with one seed, and measures it on the whole test set.
 
-Everything random hangs on the seed alone: the initial weights and masks through PyTorch's default generator, the order of the
-data through a generator of its own, which every arm draws from alike. So two arms with the same seed see the same batches, and
-the same run done twice gives the same weights to the last bit.
+Everything random hangs on the seed alone: the initial weights and masks through PyTorch's default generator, the order
+of the data through a generator of its own, which every arm draws from alike. So two arms with the same seed see the
+same batches, and the same run done twice gives the same weights to the last bit.
 """
 
 from __future__ import annotations
@@ -90,8 +90,12 @@ def _optimizer(model: nn.Module, study: Study) -> torch.optim.Optimizer:
     decayed = [p for p in model.parameters() if p.requires_grad and p.ndim > 1]
     plain = [p for p in model.parameters() if p.requires_grad and p.ndim <= 1]
     groups = [{"params": decayed, "weight_decay": study.weight_decay}, {"params": plain, "weight_decay": 0.0}]
-    return torch.optim.SGD([group for group in groups if group["params"]], lr=study.learning_rate,
-                           momentum=study.momentum, nesterov=study.momentum > 0)
+    return torch.optim.SGD(
+        [group for group in groups if group["params"]],
+        lr=study.learning_rate,
+        momentum=study.momentum,
+        nesterov=study.momentum > 0,
+    )
 
 
 def learning_rate(study: Study, step: int, steps_per_epoch: int) -> float:
@@ -122,8 +126,9 @@ def train(study: Study, arm: str, seed: int, data: Dataset, on_epoch: Callable[[
         on_epoch: receives a row for epochs.jsonl after every epoch.
 
     Returns:
-        The row for results.jsonl. Its ``status`` is "finished", or "diverged" where the loss became NaN or infinite; then the
-        run stops there and ``accuracy`` is None. The accuracy is that of the last epoch: none is picked by its test result.
+        The row for results.jsonl. Its ``status`` is "finished", or "diverged" where the loss became NaN or infinite;
+        then the run stops there and ``accuracy`` is None. The accuracy is that of the last epoch: none is picked by its
+        test result.
     """
     started = time.perf_counter()
     with _isolated(study.threads):
@@ -166,21 +171,27 @@ def train(study: Study, arm: str, seed: int, data: Dataset, on_epoch: Callable[[
             correct, test_loss = evaluate(model, data.test_images, data.test_labels)
             if not math.isfinite(test_loss):
                 problem = f"the test loss became {test_loss} after epoch {epoch}"
-            on_epoch({
-                "arm": arm, "seed": seed, "epoch": epoch,
-                "train_loss": loss_sum / count,
-                # Counted while the weights were changing: a running figure, for the curves alone.
-                "train_accuracy_running": right / count,
-                "test_loss": None if problem else test_loss,
-                "test_correct": correct,
-                "test_accuracy": correct / len(data.test_labels),
-                "seconds": seconds[-1],
-            })
+            on_epoch(
+                {
+                    "arm": arm,
+                    "seed": seed,
+                    "epoch": epoch,
+                    "train_loss": loss_sum / count,
+                    # Counted while the weights were changing: a running figure, for the curves alone.
+                    "train_accuracy_running": right / count,
+                    "test_loss": None if problem else test_loss,
+                    "test_correct": correct,
+                    "test_accuracy": correct / len(data.test_labels),
+                    "seconds": seconds[-1],
+                }
+            )
             if problem is not None:
                 break
         diverged = problem is not None
         return {
-            "study": study.name, "arm": arm, "seed": seed,
+            "study": study.name,
+            "arm": arm,
+            "seed": seed,
             "status": "diverged" if diverged else "finished",
             "problem": problem,
             "accuracy": None if diverged else correct / len(data.test_labels),

@@ -1,9 +1,9 @@
 """A process that trains one run after another for the runner: ``python -m torch_pnn.ablation.worker``.
 
-It reads JSON lines from standard input: first ``{"study": …, "data_sha256": …}``, then ``{"arm": …, "seed": …}`` for each
-run. It writes JSON lines to what was its standard output: ``{"ready": true}``, ``{"epoch": row}``, ``{"result": row}``, or
-``{"refused": sentence}``. It ends when its input ends, or when nobody reads its output any more: a killed runner leaves no
-workers behind.
+It reads JSON lines from standard input: first ``{"study": …, "data_sha256": …}``, then ``{"arm": …, "seed": …}`` for
+each run. It writes JSON lines to what was its standard output: ``{"ready": true}``, ``{"epoch": row}``, ``{"result":
+row}``, or ``{"refused": sentence}``. It ends when its input ends, or when nobody reads its output any more: a killed
+runner leaves no workers behind.
 """
 
 from __future__ import annotations
@@ -29,9 +29,17 @@ def attempt(study: Study, arm: str, seed: int, data: Any, on_epoch: Any) -> dict
         raise
     except (RuntimeError, ValueError, TypeError, ArithmeticError, MemoryError, NotImplementedError) as error:
         reason = " ".join(str(error).split()) or "no reason given"
-        return {"study": study.name, "arm": arm, "seed": seed, "status": "broken",
-                "problem": f"{type(error).__name__}: {reason}", "accuracy": None, "correct": None,
-                "total": len(data.test_labels), "epochs": 0}
+        return {
+            "study": study.name,
+            "arm": arm,
+            "seed": seed,
+            "status": "broken",
+            "problem": f"{type(error).__name__}: {reason}",
+            "accuracy": None,
+            "correct": None,
+            "total": len(data.test_labels),
+            "epochs": 0,
+        }
 
 
 def serve(requests: TextIO, answers: TextIO) -> None:

@@ -1,0 +1,70 @@
+"""Small studies for the tests of the ablation tool, and a way to run its command as a process of its own."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+
+import torch_pnn
+from torch_pnn.ablation.data import Dataset
+from torch_pnn.ablation.study import STUDIES, Study
+
+PACKAGE_PARENT = Path(torch_pnn.__file__).resolve().parents[1]
+
+
+def tiny_study(**changes: object) -> Study:
+    """Two arms, two seeds, one epoch, few channels."""
+    settings = {
+        "width": 4,
+        "arms": ("pnn", "control"),
+        "seeds": (0, 1),
+        "epochs": 1,
+        "batch_size": 64,
+        "warmup_epochs": 0.5,
+        **changes,
+    }
+    return dataclasses.replace(STUDIES["digits"], **settings)
+
+
+def tiny_data(images: int = 96, classes: int = 10) -> Dataset:
+    """Random images whose label is the brightest of ten pixels, so that something can be learned."""
+    generator = torch.Generator().manual_seed(0)
+    pictures = torch.randn(images, 1, 8, 8, generator=generator)
+    labels = pictures.flatten(1)[:, :classes].argmax(dim=1)
+    cut = images * 2 // 3
+    return Dataset(
+        "tiny", "Random images.", pictures[:cut], labels[:cut], pictures[cut:], labels[cut:], classes, sha256="0" * 64
+    )
+
+
+def environment(**changes: str) -> dict[str, str]:
+    """The variables of a process that runs the command: this checkout's package first."""
+    path = os.pathsep.join([str(PACKAGE_PARENT), *filter(None, [os.environ.get("PYTHONPATH")])])
+    return {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", **changes}
+
+
+def command(*arguments: object, timeout: float = 120, **changes: str) -> subprocess.CompletedProcess[str]:
+    """Runs `python -m torch_pnn` and returns what came of it."""
+    return subprocess.run(
+        [sys.executable, "-m", "torch_pnn", *map(str, arguments)],
+        env=environment(**changes),
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+        check=False,
+    )
+
+
+def one_line_error(finished: subprocess.CompletedProcess[str], status: int) -> str:
+    """The last line of standard error, after checking that it stands for a clear refusal."""
+    assert finished.returncode == status, finished.stderr
+    assert "Traceback" not in finished.stderr, finished.stderr
+    lines = [line for line in finished.stderr.splitlines() if line.startswith("torch-pnn:")]
+    assert lines, finished.stderr
+    assert finished.stderr.splitlines()[-1] == lines[-1], finished.stderr
+    return lines[-1]
