@@ -1,0 +1,276 @@
+/*
+ * ptx.h - every instruction that C++ has no word for, each with its twin for the host.
+ *
+ * This is the only file with inline PTX. With nvcc it is that; with a C++ compiler the twins of
+ * tests/cuda/cuda_on_host.h stand behind the same names, so that the kernels run on a CPU for their tests. Device code
+ * uses nothing that is missing here: no CUDA math, no CUDA types, so that both compile to the same arithmetic.
+ * Compile with -fmad=false (nvcc) or -ffp-contract=off (host): a fused multiply-add happens where fma_ is written.
+ */
+#ifndef PNN_CUDA_PTX_H
+#define PNN_CUDA_PTX_H
+
+#include <stdint.h>
+#include <string.h>
+
+#if !defined(__CUDACC__)
+#include "cuda_on_host.h"
+#else
+#include <cuda_runtime.h>
+#endif
+
+#define PNN_DEVICE __device__ __forceinline__
+#define PNN_HOST_DEVICE __host__ __device__ __forceinline__
+
+namespace pnn_cuda {
+
+struct bfloat16 {
+  uint16_t bits;
+};
+struct float16 {
+  uint16_t bits;
+};
+/* 16 bytes, as they move in one instruction. */
+struct alignas(16) words4 {
+  uint32_t w[4];
+};
+
+#if defined(__CUDACC__)
+
+#define PNN_SHARED_MEMORY(name)                              \
+  extern __shared__ __align__(128) unsigned char name##_[];  \
+  char *const name = reinterpret_cast<char *>(name##_)
+
+PNN_DEVICE uint32_t shared_address(const void *p) { return static_cast<uint32_t>(__cvta_generic_to_shared(p)); }
+
+/* 16 bytes from global to shared memory, of which the first `valid` are read and the rest become zero. */
+PNN_DEVICE void copy_async16(void *to, const void *from, int valid) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(to)), "l"(from), "r"(valid)
+               : "memory");
+}
+PNN_DEVICE void copy_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+template <int PENDING>
+PNN_DEVICE void copy_wait() {
+  asm volatile("cp.async.wait_group %0;" ::"n"(PENDING) : "memory");
+}
+
+/* Four 8x8 matrices of 16-bit elements; lane i gives the address of row i % 8 of matrix i / 8 and gets, of each matrix,
+ * the two elements (i / 4, 2 * (i % 4) + {0, 1}); of the transposed one in the second function. */
+PNN_DEVICE void load_matrices(uint32_t r[4], const void *row) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+               : "r"(shared_address(row))
+               : "memory");
+}
+PNN_DEVICE void load_matrices_transposed(uint32_t r[4], const void *row) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+               : "r"(shared_address(row))
+               : "memory");
+}
+
+/* c[16][8] += a[16][16] * b[16][8], the operands spread over the warp as the PTX manual draws them (m16n8k16). */
+PNN_DEVICE void multiply(bfloat16, float c[4], const uint32_t a[4], const uint32_t b[2]) {
+  asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+               "{%0, %1, %2, %3};"
+               : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+}
+PNN_DEVICE void multiply(float16, float c[4], const uint32_t a[4], const uint32_t b[2]) {
+  asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+               "{%0, %1, %2, %3};"
+               : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+}
+/* c[16][8] += a[16][8] * b[8][8] of TF32 values, one to a register (m16n8k8). */
+PNN_DEVICE void multiply_tf32(float c[4], const uint32_t a[4], const uint32_t b[2]) {
+  asm volatile("mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+               "{%0, %1, %2, %3};"
+               : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+}
+/* Rounds to TF32's 10 bits of fraction, to nearest, ties away from zero. */
+PNN_DEVICE uint32_t to_tf32(float x) {
+  uint32_t r;
+  asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(r) : "f"(x));
+  return r;
+}
+
+PNN_DEVICE float fma_(float a, float b, float c) { return __fmaf_rn(a, b, c); }
+PNN_DEVICE double fma_(double a, double b, double c) { return __fma_rn(a, b, c); }
+PNN_DEVICE uint32_t bits_of(float x) { return __float_as_uint(x); }
+PNN_DEVICE float float_of(uint32_t x) { return __uint_as_float(x); }
+PNN_DEVICE uint64_t bits_of(double x) { return static_cast<uint64_t>(__double_as_longlong(x)); }
+PNN_DEVICE double double_of(uint64_t x) { return __longlong_as_double(static_cast<long long>(x)); }
+PNN_DEVICE uint32_t multiply_high(uint32_t a, uint32_t b) { return __umulhi(a, b); }
+PNN_DEVICE uint64_t multiply_high(uint64_t a, uint64_t b) { return __umul64hi(a, b); }
+
+PNN_DEVICE bfloat16 round_to(bfloat16, float x) {
+  bfloat16 r;
+  asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(r.bits) : "f"(x));
+  return r;
+}
+PNN_DEVICE float16 round_to(float16, float x) {
+  float16 r;
+  asm("cvt.rn.f16.f32 %0, %1;" : "=h"(r.bits) : "f"(x));
+  return r;
+}
+PNN_DEVICE float widen(float16 x) {
+  float r;
+  asm("cvt.f32.f16 %0, %1;" : "=f"(r) : "h"(x.bits));
+  return r;
+}
+
+/* Shared memory, by whole words; the host's twins count the banks. */
+PNN_DEVICE words4 load_shared(const words4 *p) { return *p; }
+PNN_DEVICE void store_shared(words4 *p, words4 v) { *p = v; }
+PNN_DEVICE void note_load(const void *, int) {}
+PNN_DEVICE void note_store(void *, int) {}
+
+#else /* ---- the twins ---- */
+
+#define PNN_SHARED_MEMORY(name) char *const name = cuda_on_host::block->shared
+
+inline void copy_async16(void *to, const void *from, int valid) { cuda_on_host::copy_async(to, from, 16, valid); }
+inline void copy_commit() { cuda_on_host::copy_commit(); }
+template <int PENDING>
+void copy_wait() {
+  cuda_on_host::copy_wait(PENDING);
+}
+
+inline void load_matrices_twin(uint32_t r[4], const void *row, bool transposed) {
+  const uint64_t address = reinterpret_cast<uintptr_t>(row);
+  if (address % 16) cuda_on_host::fail("ldmatrix of a row that is not aligned to 16 bytes");
+  cuda_on_host::count_access(cuda_on_host::MATRIX, row, 16);
+  const uint32_t words[2] = {static_cast<uint32_t>(address), static_cast<uint32_t>(address >> 32)};
+  uint32_t(*all)[8] = cuda_on_host::exchange(0xffffffffu, words, 2);
+  const int lane = cuda_on_host::fiber->index % 32;
+  for (int matrix = 0; matrix < 4; matrix++) {
+    uint16_t pair[2];
+    for (int e = 0; e < 2; e++) {
+      const int i = lane / 4, j = lane % 4 * 2 + e;
+      const uint32_t *from = all[matrix * 8 + (transposed ? j : i)];
+      const char *data = reinterpret_cast<const char *>(static_cast<uintptr_t>(from[1]) << 32 | from[0]);
+      memcpy(&pair[e], data + (transposed ? i : j) * 2, 2);
+    }
+    r[matrix] = static_cast<uint32_t>(pair[1]) << 16 | pair[0];
+  }
+}
+inline void load_matrices(uint32_t r[4], const void *row) { load_matrices_twin(r, row, false); }
+inline void load_matrices_transposed(uint32_t r[4], const void *row) { load_matrices_twin(r, row, true); }
+
+inline float fma_(float a, float b, float c) { return __builtin_fmaf(a, b, c); }
+inline double fma_(double a, double b, double c) { return __builtin_fma(a, b, c); }
+template <class To, class From>
+To reinterpret(From from) {
+  To to;
+  static_assert(sizeof to == sizeof from, "same bits");
+  memcpy(&to, &from, sizeof to);
+  return to;
+}
+inline uint32_t bits_of(float x) { return reinterpret<uint32_t>(x); }
+inline float float_of(uint32_t x) { return reinterpret<float>(x); }
+inline uint64_t bits_of(double x) { return reinterpret<uint64_t>(x); }
+inline double double_of(uint64_t x) { return reinterpret<double>(x); }
+inline uint32_t multiply_high(uint32_t a, uint32_t b) { return static_cast<uint32_t>(static_cast<uint64_t>(a) * b >> 32); }
+inline uint64_t multiply_high(uint64_t a, uint64_t b) {
+  __extension__ typedef unsigned __int128 wide;
+  return static_cast<uint64_t>(static_cast<wide>(a) * b >> 64);
+}
+
+inline bfloat16 round_to(bfloat16, float x) {
+  const uint32_t bits = bits_of(x);
+  if (x != x) return {0x7fff};
+  return {static_cast<uint16_t>((bits + 0x7fffu + (bits >> 16 & 1u)) >> 16)};
+}
+inline float16 round_to(float16, float x) {
+  const uint32_t bits = bits_of(x), rest = bits & 0x7fffffffu, sign = bits >> 16 & 0x8000u;
+  uint32_t r;
+  if (x != x)
+    return {0x7fff};
+  else if (rest >= 0x477ff000u) /* 65520 and above */
+    r = 0x7c00u;
+  else if (rest >= 0x38800000u)
+    r = (rest + 0xfffu + (rest >> 13 & 1u) - 0x38000000u) >> 13;
+  else /* a multiple of 2^-24, which is what adding 0.5 rounds to */
+    r = bits_of(float_of(rest) + 0.5f) - 0x3f000000u;
+  return {static_cast<uint16_t>(sign | r)};
+}
+inline float widen(float16 x) {
+  const uint32_t rest = x.bits & 0x7fffu, sign = static_cast<uint32_t>(x.bits & 0x8000u) << 16;
+  const uint32_t bits = rest >= 0x7c00u ? 0x7f800000u | rest << 13 : bits_of(float_of(rest << 13) * 0x1p112f);
+  return float_of(bits | sign);
+}
+inline uint32_t to_tf32(float x) {
+  const uint32_t bits = bits_of(x);
+  if (x != x) return 0x7fffffffu;
+  return (bits & 0x7f800000u) == 0x7f800000u ? bits : (bits + 0x1000u) & 0xffffe000u;
+}
+
+inline float element_of(bfloat16, uint32_t word, int half) { return float_of(half ? word & 0xffff0000u : word << 16); }
+inline float element_of(float16, uint32_t word, int half) {
+  return widen(float16{static_cast<uint16_t>(half ? word >> 16 : word)});
+}
+constexpr int smallest_exponent(bfloat16) { return -126; }
+constexpr int smallest_exponent(float16) { return -14; }
+
+/* Lane i holds, of a: rows i / 4 (+ 8), columns 2 * (i % 4) + {0, 1} (+ 8); of b: rows 2 * (i % 4) + {0, 1} (+ 8), column
+ * i / 4; of c: rows i / 4 (+ 8), columns 2 * (i % 4) + {0, 1}. */
+template <class T>
+void multiply(T type, float c[4], const uint32_t a[4], const uint32_t b[2]) {
+  const uint32_t words[6] = {a[0], a[1], a[2], a[3], b[0], b[1]};
+  uint32_t(*all)[8] = cuda_on_host::exchange(0xffffffffu, words, 6);
+  const int lane = cuda_on_host::fiber->index % 32;
+  for (int e = 0; e < 4; e++) {
+    const int row = lane / 4 + e / 2 * 8, column = lane % 4 * 2 + e % 2;
+    float x[16], y[16];
+    for (int k = 0; k < 16; k++) {
+      x[k] = element_of(type, all[row % 8 * 4 + k % 8 / 2][row / 8 + k / 8 * 2], k % 2);
+      y[k] = element_of(type, all[column * 4 + k % 8 / 2][4 + k / 8], k % 2);
+    }
+    c[e] = cuda_on_host::tensor_core(c[e], x, y, 16, smallest_exponent(type));
+  }
+}
+/* a: rows i / 4 (+ 8), columns i % 4 (+ 4); b: rows i % 4 (+ 4), column i / 4. */
+inline void multiply_tf32(float c[4], const uint32_t a[4], const uint32_t b[2]) {
+  const uint32_t words[6] = {a[0], a[1], a[2], a[3], b[0], b[1]};
+  uint32_t(*all)[8] = cuda_on_host::exchange(0xffffffffu, words, 6);
+  const int lane = cuda_on_host::fiber->index % 32;
+  for (int e = 0; e < 4; e++) {
+    const int row = lane / 4 + e / 2 * 8, column = lane % 4 * 2 + e % 2;
+    float x[8], y[8];
+    for (int k = 0; k < 8; k++) {
+      /* The hardware reads the upper 19 bits. */
+      x[k] = float_of(all[row % 8 * 4 + k % 4][row / 8 + k / 4 * 2] & 0xffffe000u);
+      y[k] = float_of(all[column * 4 + k % 4][4 + k / 4] & 0xffffe000u);
+    }
+    c[e] = cuda_on_host::tensor_core(c[e], x, y, 8, -126);
+  }
+}
+
+inline void check_shared_alignment(const void *p, unsigned bytes) {
+  if (reinterpret_cast<uintptr_t>(p) % bytes) cuda_on_host::fail("a misaligned access to shared memory");
+}
+inline words4 load_shared(const words4 *p) {
+  check_shared_alignment(p, 16);
+  cuda_on_host::count_access(cuda_on_host::LOAD, p, 16);
+  return *p;
+}
+inline void store_shared(words4 *p, words4 v) {
+  check_shared_alignment(p, 16);
+  cuda_on_host::count_access(cuda_on_host::STORE, p, 16);
+  *p = v;
+}
+inline void note_load(const void *p, int bytes) { cuda_on_host::count_access(cuda_on_host::LOAD, p, bytes); }
+inline void note_store(void *p, int bytes) { cuda_on_host::count_access(cuda_on_host::STORE, p, bytes); }
+
+#endif
+
+PNN_DEVICE float widen(bfloat16 x) { return float_of(static_cast<uint32_t>(x.bits) << 16); }
+PNN_DEVICE float widen(float x) { return x; }
+PNN_DEVICE double widen(double x) { return x; }
+PNN_DEVICE float round_to(float, float x) { return x; }
+PNN_DEVICE double round_to(double, double x) { return x; }
+
+}  // namespace pnn_cuda
+
+#endif
