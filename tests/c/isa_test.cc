@@ -1,0 +1,121 @@
+// isa_test.cc - float32 and float64 results, and masks, have the same bits on every instruction set that this machine
+// has, and PNN_MAX_ISA really chose the set. The set is fixed at a process's first call, so this program runs itself
+// once for each, with --print-hashes.
+#include "isa_hashes.h"
+
+#include <gtest/gtest.h>
+
+#include <fstream>
+#include <sstream>
+
+namespace pnn_test {
+namespace {
+
+// Runs this program with PNN_MAX_ISA set to `cap` (nullptr: unset) and returns what it prints.
+std::string print_under(const char *cap) {
+  std::string command = cap != nullptr ? std::string("PNN_MAX_ISA='") + cap + "' " : std::string("env -u PNN_MAX_ISA ");
+  // The shell would resolve /proc/self to itself.
+  char path[4096] = {};
+  const ssize_t length = readlink("/proc/self/exe", path, sizeof path - 1);
+  EXPECT_GT(length, 0);
+  command += std::string("'") + path + "' --print-hashes";
+  std::FILE *pipe = popen(command.c_str(), "r");
+  if (pipe == nullptr) {
+    ADD_FAILURE() << "could not run " << command;
+    return "";
+  }
+  std::string text;
+  char buffer[4096];
+  while (std::fgets(buffer, sizeof buffer, pipe) != nullptr) text += buffer;
+  EXPECT_EQ(pclose(pipe), 0) << command;
+  return text;
+}
+
+std::string isa_of(const std::string &text) {
+  const size_t end = text.find('\n');
+  return text.substr(0, 4) == "isa " && end != std::string::npos ? text.substr(4, end - 4) : "";
+}
+
+std::string hashes_of(const std::string &text) {
+  const size_t end = text.find('\n');
+  return end == std::string::npos ? "" : text.substr(end + 1);
+}
+
+// The sets of this machine by the operating system's account, best first.
+std::vector<std::string> machine_sets() {
+  std::vector<std::string> sets;
+#if defined(__x86_64__)
+  __builtin_cpu_init();
+#if defined(PNN_HAVE_AVX512)
+  if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512bw") &&
+      __builtin_cpu_supports("avx512vl")) {
+    sets.push_back("avx512");
+  }
+#endif
+#if defined(PNN_HAVE_AVX2)
+  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c")) {
+    sets.push_back("avx2");
+  }
+#endif
+#elif defined(__aarch64__) && defined(PNN_HAVE_NEON)
+  sets.push_back("neon");
+#endif
+  sets.push_back("portable");
+  return sets;
+}
+
+TEST(Isa, EverySetOfThisMachineGivesTheSameBits) {
+  const std::vector<std::string> sets = machine_sets();
+  const std::string first = print_under(sets.front().c_str());
+  ASSERT_GT(hashes_of(first).size(), 2000u);
+  int64_t ran = 0;
+  for (const std::string &set : sets) {
+    const std::string text = print_under(set.c_str());
+    EXPECT_EQ(isa_of(text), set) << "PNN_MAX_ISA=" << set << " on a machine that has it";
+    std::printf("[          ] %s ran\n", isa_of(text).c_str());
+    std::istringstream left(hashes_of(first));
+    std::istringstream right(hashes_of(text));
+    std::string a;
+    std::string b;
+    while (std::getline(left, a)) {
+      ASSERT_TRUE(static_cast<bool>(std::getline(right, b)));
+      EXPECT_EQ(a, b) << sets.front() << " and " << set << " differ";
+    }
+    EXPECT_FALSE(static_cast<bool>(std::getline(right, b)));
+    ran++;
+  }
+  EXPECT_EQ(ran, static_cast<int64_t>(sets.size()));
+}
+
+TEST(Isa, WithoutACapTheBestRuns) { EXPECT_EQ(isa_of(print_under(nullptr)), machine_sets().front()); }
+
+TEST(Isa, UnknownCapsChangeNothing) {
+  const std::string best = machine_sets().front();
+  for (const char *cap : {"", "nonsense", "AVX2", "avx", "avx5122", "sse2"})
+    EXPECT_EQ(isa_of(print_under(cap)), best) << cap;
+#if defined(__x86_64__)
+  EXPECT_EQ(isa_of(print_under("neon")), best);
+#endif
+}
+
+TEST(Isa, HashesSeeEveryBit) {
+  // A hash that ignored its input would make every comparison above pass.
+  EXPECT_NE(hash_bits(kHashStart, {1}), hash_bits(kHashStart, {2}));
+  EXPECT_NE(hash_bits(kHashStart, {uint64_t{1} << 63}), hash_bits(kHashStart, {0}));
+  std::vector<uint64_t> distinct;
+  for (const auto &entry : isa_hashes()) distinct.push_back(entry.second);
+  std::sort(distinct.begin(), distinct.end());
+  EXPECT_EQ(std::unique(distinct.begin(), distinct.end()), distinct.end());
+}
+
+}  // namespace
+}  // namespace pnn_test
+
+int main(int argc, char **argv) {
+  if (argc == 2 && std::string(argv[1]) == "--print-hashes") {
+    pnn_test::print_isa_hashes(stdout);
+    return 0;
+  }
+  testing::InitGoogleTest(&argc, argv);
+  return RUN_ALL_TESTS();
+}
