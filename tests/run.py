@@ -140,6 +140,7 @@ class Machine:
         self.jobs = jobs
         self.verbose = verbose
         self.python = Path(sys.executable)
+        self.prefix: list[str] = []  # put before every command that is run
 
     # ---- running things ----
 
@@ -154,7 +155,7 @@ class Machine:
         Returns:
             The exit status.
         """
-        arguments = [str(part) for part in command]
+        arguments = [*self.prefix, *(str(part) for part in command)]
         print(f"$ {' '.join(arguments)}", flush=True)
         if hide is None or self.verbose:
             done = subprocess.run(arguments, cwd=ROOT, env={**os.environ, **(environment or {})}, check=False)
@@ -368,8 +369,15 @@ def tier_tsan(machine: Machine) -> tuple[Counts, str]:
     """The C tests under the thread sanitizer: Clang's where it is installed with its runtime, else GCC's."""
     preset = "tsan-clang" if shutil.which("clang++-19") and clang_has_tsan() else "tsan"
     tree = ROOT / "build" / preset
-    machine.build_tree(preset, tree)
-    return machine.ctest(tree, "tsan", {"TSAN_OPTIONS": "halt_on_error=1"}, "-L", "^c$"), preset
+    if preset == "tsan" and subprocess.run(["setarch", "-R", "true"], capture_output=True, check=False).returncode == 0:
+        # GCC 12's runtime wants its fixed places in the address space, which randomisation can take away. The build runs
+        # the tests too, to list them.
+        machine.prefix = ["setarch", "-R"]
+    try:
+        machine.build_tree(preset, tree)
+        return machine.ctest(tree, "tsan", {"TSAN_OPTIONS": "halt_on_error=1"}, "-L", "^c$"), preset
+    finally:
+        machine.prefix = []
 
 
 def tier_slow(machine: Machine) -> tuple[Counts, str]:
