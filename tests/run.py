@@ -370,8 +370,8 @@ def tier_tsan(machine: Machine) -> tuple[Counts, str]:
     preset = "tsan-clang" if shutil.which("clang++-19") and clang_has_tsan() else "tsan"
     tree = ROOT / "build" / preset
     if preset == "tsan" and subprocess.run(["setarch", "-R", "true"], capture_output=True, check=False).returncode == 0:
-        # GCC 12's runtime wants its fixed places in the address space, which randomisation can take away. The build runs
-        # the tests too, to list them.
+        # GCC 12's runtime wants its fixed places in the address space, which randomisation can take away. Building
+        # runs the tests too, to list them.
         machine.prefix = ["setarch", "-R"]
     try:
         machine.build_tree(preset, tree)
