@@ -9,8 +9,8 @@
  * and the same with _f64 on vd. A new activation is one new entry in the list and these four functions.
  *
  * The idea. Nothing is called from a math library, nothing is looked up and no branch depends on data: there is one
- * exponential, one ratio of polynomials for the normal distribution's tail, and everything else is made of them by
- * formulas that do not cancel. Every operation is one that IEEE 754 rounds correctly (+ - * / and fma), written in a
+ * exponential, one function for the normal distribution's tail, and everything else is made of them by formulas that
+ * do not cancel. Every operation is one that IEEE 754 rounds correctly (+ - * / and fma), written in a
  * fixed order, so the bits are the same on every instruction set, compiler and width.
  *
  *     exp(x), x <= 0     x = n ln(2) + r with |r| <= ln(2)/2, exp(x) = 2^n (1 + r + r^2 P(r)). n comes from adding
@@ -25,6 +25,8 @@
  *     gelu(x)            -|x| Q where x < 0, else x - |x| Q; Q = exp(-x^2/2) M(|x|) is the normal distribution's upper
  *                        tail (Cody, "Rational Chebyshev approximations for the error function", 1969, splits it so
  *                        too). Derivative G where x < 0, else 1 - G, with G = exp(-x^2/2) (M(|x|) - |x| / sqrt(2 pi)).
+ *     M(z)               float: N(z) / D(z); double: F(w) / (1 + 0.796875 z) with w = (z - 5) / (z + 5), after Shepherd
+ *                        and Laframboise, "Chebyshev approximation of (1 + 2x) exp(x^2) erfc x", 1981
  *
  * float is computed in double lanes with polynomials of about 2^-32 and rounded once: range and digits to spare make
  * the result all but correctly rounded (denormals included) and need neither scaling nor sums in two parts; that costs
