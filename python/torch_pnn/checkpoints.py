@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import copy
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -38,7 +38,7 @@ _ACTIVATIONS: Mapping[type[nn.Module], str] = {
     nn.Tanh: "tanh",
     nn.Sigmoid: "sigmoid",
 }
-_DEPTHS = {
+_DEPTHS: Mapping[tuple[bool, tuple[int, ...]], Callable[..., models.ResNet]] = {
     (False, (2, 2, 2, 2)): models.noise_resnet18,
     (False, (3, 4, 6, 3)): models.noise_resnet34,
     (True, (3, 4, 6, 3)): models.noise_resnet50,
@@ -253,7 +253,7 @@ def load_noise_resnet(
         if name in masks:
             target = _our_name(name, bottleneck)
             parent, _, child = target.rpartition(".")
-            old = model.get_submodule(target)
+            old: Any = model.get_submodule(target)
             setattr(
                 model.get_submodule(parent), child, _with_mask(old, _noise_mask(name, masks[name], old.in_channels))
             )
@@ -355,12 +355,13 @@ def _with_mask(layer: PerturbConv2d, mask: torch.Tensor) -> PerturbConv2d:
     return new.train(layer.training)
 
 
-def _from_noise_layer(name: str, module: nn.Module, mask: torch.Tensor, seed: int | None) -> PerturbConv2d:
+def _from_noise_layer(name: str, module: Any, mask: torch.Tensor, seed: int | None) -> PerturbConv2d:
     steps = list(getattr(module, "layers", ()))
     kinds = [type(step) for step in steps]
     if kinds != [nn.ReLU, nn.BatchNorm2d, nn.Conv2d]:
         raise ValueError(
-            f"{name}: a NoiseLayer of {', '.join(kind.__name__ for kind in kinds)}, should be of ReLU, BatchNorm2d, Conv2d"
+            f"{name}: a NoiseLayer of {', '.join(kind.__name__ for kind in kinds)}, should be of ReLU, BatchNorm2d and "
+            "Conv2d"
         )
     _, norm, mix = steps
     options: dict[str, Any] = {"level": float(module.level), "seed": seed}
@@ -381,7 +382,7 @@ def _from_noise_layer(name: str, module: nn.Module, mask: torch.Tensor, seed: in
     return new.train(module.training)
 
 
-def _from_perturb_layer(name: str, module: nn.Module) -> nn.Sequential:
+def _from_perturb_layer(name: str, module: Any) -> nn.Sequential:
     steps = list(module.layers)
     if not steps or type(steps[0]) is not nn.Conv2d or steps[0].kernel_size != (1, 1):
         raise ValueError(
@@ -425,7 +426,7 @@ def _take_weights(new: PerturbConv2d, mix: nn.Conv2d) -> None:
     with torch.no_grad():
         new.weight.copy_(mix.weight)
         new.weight.requires_grad_(mix.weight.requires_grad)
-        if mix.bias is not None:
+        if mix.bias is not None and new.bias is not None:
             new.bias.copy_(mix.bias)
             new.bias.requires_grad_(mix.bias.requires_grad)
 
@@ -444,7 +445,7 @@ def _missing_message(what: str, names: Iterable[str]) -> str:
     some = ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
     return (
         f"{what} doesn't hold the perturbation masks of {len(names)} layers ({some}). The published code draws them at "
-        "the first forward and keeps them out of its state_dict, so this file alone is not the network that was trained. "
+        "the first forward and keeps them out of its state_dict, so this alone is not the network that was trained. "
         "Either give them, noise={name: tensor [C, H, W]}, taken from the process that trained it (each NoiseLayer's "
         "attribute `noise`), or give new_masks_seed=... to draw new masks and train further"
     )

@@ -27,6 +27,7 @@ __all__ = ["Conversion", "ConversionRow", "convert", "layer_seed"]
 
 Predicate = Callable[[str, nn.Module], "bool | None"]
 
+_RECORD = "conversion"
 _STEM_TRACED = "stem: it reads the model's input"
 _STEM_GUESSED = "stem: the first convolution in registration order"
 _BY_PREDICATE = "left by the predicate"
@@ -241,7 +242,7 @@ def convert(
     for flag, value in (("inplace", inplace), ("dry_run", dry_run)):
         if not isinstance(value, bool):
             raise TypeError(f"{flag} is {value!r}, should be True or False")
-    previous = getattr(model, "conversion", None)
+    previous = getattr(model, _RECORD, None)
     if previous is not None and not isinstance(previous, Conversion):
         raise ValueError(
             f"model has an attribute 'conversion' of type {type(previous).__name__}, which is where convert keeps its "
@@ -288,7 +289,7 @@ def convert(
     for old, new in plan:
         _carry_over(old, new)
     model = _swap(model, dict(plan))
-    model.conversion = _merged_record(previous, record)
+    setattr(model, _RECORD, _merged_record(previous, record))
     return model
 
 
@@ -348,7 +349,7 @@ def _pair(value: Any) -> tuple[int, int]:
     return (value, value) if isinstance(value, int) else (value[0], value[1])
 
 
-def _geometry(module: nn.Module) -> str:
+def _geometry(module: Any) -> str:
     """The convolution's geometry in short; what is default is left out."""
 
     def both(value: tuple[int, ...]) -> str:
@@ -364,7 +365,7 @@ def _geometry(module: nn.Module) -> str:
     return ", ".join(words)
 
 
-def _fixed_reason(module: nn.Module) -> str | None:
+def _fixed_reason(module: Any) -> str | None:
     """Why the module can't be converted whatever a predicate says; None where it can."""
     dimensions = {nn.Conv1d: "1-d", nn.Conv3d: "3-d"}
     if isinstance(module, nn.modules.conv._ConvTransposeNd):
@@ -374,7 +375,7 @@ def _fixed_reason(module: nn.Module) -> str | None:
             return f"{words} convolution"
     if not isinstance(module, nn.Conv2d):
         return f"{_class_name(module)} is not an nn.Conv2d"
-    if isinstance(module, nn.modules.lazy.LazyModuleMixin) and module.has_uninitialized_params():
+    if any(nn.parameter.is_lazy(parameter) for parameter in module.parameters()):
         return "lazy: its sizes aren't known until the model has run once"
     if parametrize.is_parametrized(module):
         how = ", ".join(
@@ -392,7 +393,7 @@ def _fixed_reason(module: nn.Module) -> str | None:
     return None
 
 
-def _default_reason(module: nn.Conv2d, owners: Mapping[int, list[str]], stem: Mapping[nn.Module, str]) -> str | None:
+def _default_reason(module: Any, owners: Mapping[int, list[str]], stem: Mapping[nn.Module, str]) -> str | None:
     """Why the rules leave the module; None where they convert it."""
     if type(module) is not nn.Conv2d:
         return f"subclass {_class_name(module)} of nn.Conv2d"
@@ -454,7 +455,7 @@ def _decide(
 
 def _replacement(
     name: str,
-    module: nn.Conv2d,
+    module: Any,
     seed: int | None,
     options: Mapping[str, Any],
     trace: _Trace | None,
@@ -497,7 +498,7 @@ def _replacement(
             raise type(error)(f"{name or 'the model'}: {error}") from error
 
 
-def _carry_over(old: nn.Conv2d, new: nn.Module) -> None:
+def _carry_over(old: Any, new: Any) -> None:
     """Mode, requires_grad and hooks of the old module; the hook tables themselves, so that handles stay good."""
     new.train(old.training)
     fixed = {id(p) for layer in new.modules() if isinstance(layer, PerturbConv2d) for p in _masks_of(layer)}
@@ -526,20 +527,27 @@ def _swap(model: nn.Module, plan: Mapping[nn.Module, nn.Module]) -> nn.Module:
     if model in plan:
         return plan[model]
 
+    done: dict[int, Any] = {}
+
     def swapped(value: Any) -> Any:
         """The value with old modules replaced, in plain containers too; the same object where nothing is to be done."""
         if isinstance(value, nn.Module):
             return plan.get(value, value)
+        if type(value) not in (list, dict, tuple):
+            return value
+        if id(value) in done:
+            return done[id(value)]
+        done[id(value)] = value
         if type(value) is list:
             value[:] = [swapped(item) for item in value]
         elif type(value) is dict:
             for key in value:
                 value[key] = swapped(value[key])
-        elif type(value) is tuple:
+        else:
             changed = tuple(swapped(item) for item in value)
             if any(a is not b for a, b in zip(changed, value, strict=True)):
-                return changed
-        return value
+                done[id(value)] = changed
+        return done[id(value)]
 
     for module in list(model.modules()):
         for key, child in module._modules.items():
@@ -609,12 +617,10 @@ def _trace(model: nn.Module, example_input: Any) -> _Trace:
             "example_input out"
         ) from error
     clone.eval()
+    args: tuple[Any, ...] = example_input if isinstance(example_input, tuple) else (example_input,)
+    kwargs: dict[str, Any] = {}
     if isinstance(example_input, Mapping):
         args, kwargs = (), dict(example_input)
-    elif isinstance(example_input, tuple):
-        args, kwargs = example_input, {}
-    else:
-        args, kwargs = (example_input,), {}
     inputs = [value for value in tree_flatten((args, kwargs))[0] if isinstance(value, torch.Tensor)]
     if not inputs:
         raise ValueError(

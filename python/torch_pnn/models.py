@@ -565,7 +565,7 @@ def match_width(
 _COUNTED = (nn.modules.conv._ConvNd, nn.Linear, PerturbConv2d, LBConv2d)
 
 
-def _macs(module: nn.Module, input: torch.Tensor, output: torch.Tensor) -> int:
+def _macs(module: Any, input: torch.Tensor, output: torch.Tensor) -> int:
     """Multiply-adds of one call of a layer, for the one image that runs."""
     if isinstance(module, (PerturbConv2d, LBConv2d)):
         return module.multiply_adds(input.shape[-2], input.shape[-1])

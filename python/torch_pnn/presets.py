@@ -201,6 +201,7 @@ class PerturbMixConv2d(nn.Module):
         Input [B, C, H, W], output [B, T, H', W'] as `torch.nn.Conv2d` gives.
 
     Attributes:
+        in_channels: As given, like out_channels, kernel_size, stride, padding, dilation, groups and padding_mode.
         perturb: The `PerturbConv2d` with the grouped 1x1.
         norm: The `BatchNorm2d` between the two 1x1 products.
         activation: The activation after it, of the same kind as the perturbed maps'.
@@ -231,6 +232,9 @@ class PerturbMixConv2d(nn.Module):
         **options: Any,
     ) -> None:
         super().__init__()
+        self.in_channels = in_channels
+        self.out_channels = out_channels
+        self.groups = groups
         self.perturb = PerturbConv2d(
             in_channels,
             out_channels,
@@ -247,6 +251,11 @@ class PerturbMixConv2d(nn.Module):
         )
         self.norm = nn.BatchNorm2d(out_channels, device=device, dtype=dtype)
         self.activation = _ACTIVATIONS[options.get("activation", "relu")]()
+        self.kernel_size = self.perturb.kernel_size
+        self.stride = self.perturb.stride
+        self.padding = self.perturb.padding
+        self.dilation = self.perturb.dilation
+        self.padding_mode = padding_mode
         self.mix = nn.Conv2d(out_channels, out_channels, 1, groups=groups, bias=bias, device=device, dtype=dtype)
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:

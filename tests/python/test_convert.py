@@ -319,6 +319,10 @@ class Aliases(nn.Module):
         self.in_a_list = [self.conv, "other"]
         self.in_a_dict = {"conv": self.conv}
         self.in_a_tuple = (self.conv, 1)
+        self.the_same_tuple = self.in_a_tuple
+        self.in_a_tuple_in_a_dict = {"pair": (1, [self.conv])}
+        self.loop = [self.in_a_list]
+        self.loop.append(self.loop)
         self.__dict__["plain"] = self.conv
 
 
@@ -326,7 +330,24 @@ def test_aliases_in_plain_attributes_follow():
     model = convert(Aliases())
     assert isinstance(model.conv, PerturbConv2d)
     assert model.in_a_list[0] is model.conv and model.in_a_dict["conv"] is model.conv
+    assert model.in_a_tuple_in_a_dict["pair"][1][0] is model.conv
+    assert model.in_a_tuple is model.the_same_tuple
     assert model.in_a_tuple[0] is model.conv and model.__dict__["plain"] is model.conv
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
+def test_models_of_other_kinds_around_and_inside():
+    inner = torch.jit.script(nn.Sequential(nn.Conv2d(8, 8, 3, padding=1)))
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3), inner)
+    pnn = convert(model)
+    assert isinstance(pnn[1], PerturbConv2d) and pnn(torch.zeros(1, 3, 8, 8)).shape == (1, 8, 4, 4)
+
+    graph = convert(torch.fx.symbolic_trace(small_net()), seed=1)
+    assert len(graph.conversion.converted) == 2
+    assert graph(torch.randn(1, 3, 8, 8)).shape == (1, 5)
+
+    wrapped = convert(torch.nn.DataParallel(small_net()), seed=2)
+    assert int(wrapped.module[3].mask_seed) == int(convert(small_net(), seed=2)[3].mask_seed)
 
 
 def test_the_model_itself():
