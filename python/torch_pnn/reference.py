@@ -195,6 +195,8 @@ def perturbation_mask(
     for name, size in (("channels", channels), ("masks", masks), ("height", height), ("width", width)):
         if size < 0:
             raise ValueError(f"{name} is {size}, it should not be negative")
+    if dtype not in _FLOATING:
+        raise TypeError(f"dtype is {dtype}, it should be float32, float64, bfloat16 or float16")
     seed = _as_seed(seed, None if device is None else torch.device(device))
     if device is not None:
         seed = seed.to(device)
