@@ -21,6 +21,7 @@
 
 typedef struct sums_scratch {
   char *maps, *outputs, *totals, *mask, *channels, *tile;
+  char *map_pairs, *output_pairs; /* the two operands as bfloat16 pairs along the pixels, or NULL */
 } sums_scratch;
 
 static int64_t round_up(int64_t x, int64_t to) { return (x + to - 1) / to * to; }
@@ -28,7 +29,8 @@ static int64_t round_up(int64_t x, int64_t to) { return (x + to - 1) / to * to; 
 static sums_scratch sums_take(const pnn_sums *s, pnn_arena *arena) {
   const pnn_problem *p = s->problem;
   const pnn_kernels *kernels = p->kernels;
-  sums_scratch t = {NULL, NULL, NULL, NULL, NULL, NULL};
+  sums_scratch t;
+  memset(&t, 0, sizeof t);
   t.outputs = pnn_arena_take(arena, round_up(OUTPUT_BLOCK, kernels->dot_rows) * PNN_CHUNK, p->real_size);
   t.totals = pnn_arena_take(arena, OUTPUT_BLOCK, p->real_size);
   if (!s->products) return t;
@@ -36,6 +38,10 @@ static sums_scratch sums_take(const pnn_sums *s, pnn_arena *arena) {
   t.mask = pnn_arena_take(arena, pnn_mask_rows(p, s->block) * s->chunks.pixels, p->real_size);
   if (p->masks > 1)
     t.channels = pnn_arena_take(arena, pnn_response_channels(p, s->block) * PNN_CHUNK, p->real_size);
+  if (p->pairs) {
+    t.map_pairs = pnn_arena_take(arena, round_up(s->block, kernels->dot_columns) * PNN_CHUNK, 2);
+    t.output_pairs = pnn_arena_take(arena, round_up(OUTPUT_BLOCK, kernels->dot_rows) * PNN_CHUNK, 2);
+  }
   t.tile = pnn_arena_take(arena, kernels->dot_rows * kernels->dot_columns, p->real_size);
   return t;
 }
@@ -52,8 +58,12 @@ static void sums_products(const pnn_sums *s, const sums_scratch *t, int64_t colu
   const int64_t size = p->real_size, ld = p->group_maps;
   for (int64_t i = 0; i < outputs; i += kernels->dot_rows)
     for (int64_t j = 0; j < maps; j += kernels->dot_columns) {
-      kernels->dot(columns, t->outputs + i * PNN_CHUNK * size, PNN_CHUNK, t->maps + j * PNN_CHUNK * size, PNN_CHUNK,
-                   t->tile);
+      if (p->pairs)
+        kernels->dot_pairs(columns / 2, t->output_pairs + i * PNN_CHUNK * 2, PNN_CHUNK / 2,
+                           t->map_pairs + j * PNN_CHUNK * 2, PNN_CHUNK / 2, t->tile);
+      else
+        kernels->dot(columns, t->outputs + i * PNN_CHUNK * size, PNN_CHUNK, t->maps + j * PNN_CHUNK * size, PNN_CHUNK,
+                     t->tile);
       const int64_t rows = PNN_MIN(kernels->dot_rows, outputs - i), width = PNN_MIN(kernels->dot_columns, maps - j);
       for (int64_t r = 0; r < rows; r++)
         add_reals(p, into + ((i + r) * ld + j) * size, t->tile + r * kernels->dot_columns * size, width);
@@ -101,11 +111,16 @@ static void sums_item(void *sums_, int32_t worker, int64_t item) {
     if (at.maps) {
       pnn_response_activated(&response, &columns, at.k0, at.maps, t.maps, PNN_CHUNK);
       pnn_response_finish(&response, &columns, at.k0, at.maps, t.maps, PNN_CHUNK);
+      if (p->pairs)
+        p->kernels->pair_columns(t.map_pairs, PNN_CHUNK / 2, t.maps, PNN_CHUNK,
+                                 round_up(at.maps, p->kernels->dot_columns), columns.padded);
     }
     for (int64_t o = at.first; o < at.end; o += OUTPUT_BLOCK) {
       const int64_t rows = PNN_MIN(OUTPUT_BLOCK, at.end - o), padded = round_up(rows, p->kernels->dot_rows);
       pnn_columns_load(p, &columns, &p->grad_output, o, rows, t.outputs, PNN_CHUNK);
       memset(t.outputs + rows * PNN_CHUNK * size, 0, (size_t)((padded - rows) * PNN_CHUNK * size));
+      if (at.maps && p->pairs)
+        p->kernels->pair_columns(t.output_pairs, PNN_CHUNK / 2, t.outputs, PNN_CHUNK, padded, columns.padded);
       if (at.maps)
         sums_products(s, &t, columns.padded, at.products + (o * p->group_maps + at.k) * size, rows, at.maps);
       if (at.totals) {
@@ -173,14 +188,16 @@ static void sums_run(pnn_sums *s, const pnn_host *host) {
 #define INPUT_MAPS 64 /* response maps at a time, at least one channel's */
 
 typedef struct inputs_scratch {
-  char *gradient, *d, *u, *c, *mask, *channels, *mask_gradient;
+  char *gradient, *pairs, *d, *u, *c, *mask, *channels, *mask_gradient;
 } inputs_scratch;
 
 static inputs_scratch inputs_take(const pnn_inputs *in, pnn_arena *arena) {
   const pnn_problem *p = in->problem;
   const int64_t size = p->real_size;
-  inputs_scratch s = {NULL, NULL, NULL, NULL, NULL, NULL, NULL};
+  inputs_scratch s;
+  memset(&s, 0, sizeof s);
   s.gradient = pnn_arena_take(arena, p->group_outputs * PNN_PANEL, size);
+  if (p->pairs) s.pairs = pnn_arena_take(arena, (p->group_outputs + 1) / 2 * PNN_PANEL, 4);
   s.d = pnn_arena_take(arena, in->packing.block_tiles * in->packing.tile * PNN_PANEL, size);
   s.u = pnn_arena_take(arena, in->block * PNN_PANEL, size);
   if (in->affine) s.c = pnn_arena_take(arena, in->block * PNN_PANEL, size);
@@ -226,6 +243,14 @@ static void inputs_block(const pnn_inputs *in, const inputs_scratch *s, const pn
   pnn_columns_store(p, columns, &p->grad_input, k0 / p->masks, channels, s->d, p->masks * PNN_PANEL);
 }
 
+/* One tile of da, from the gradient's columns from j on. */
+static void inputs_product(const pnn_problem *p, const inputs_scratch *s, const void *a, int64_t j, char *to) {
+  if (p->pairs)
+    p->kernels->product_pairs((p->group_outputs + 1) / 2, a, s->pairs + j * 4, PNN_PANEL, to, PNN_PANEL, zero_start);
+  else
+    p->kernels->product(p->group_outputs, a, s->gradient + j * p->real_size, PNN_PANEL, to, PNN_PANEL, zero_start);
+}
+
 static void inputs_group(const pnn_inputs *in, const inputs_scratch *s, int64_t group, const pnn_range *range,
                          int64_t column, int64_t end) {
   const pnn_problem *p = in->problem;
@@ -238,14 +263,14 @@ static void inputs_group(const pnn_inputs *in, const inputs_scratch *s, int64_t 
   for (; column < end; column += PNN_PANEL) {
     pnn_columns_set(&columns, range, column, PNN_MIN(PNN_PANEL, end - column));
     pnn_columns_load(p, &columns, &p->grad_output, group * p->group_outputs, p->group_outputs, s->gradient, PNN_PANEL);
+    if (p->pairs) kernels->pair_rows(s->pairs, s->gradient, PNN_PANEL, p->group_outputs, columns.padded);
     for (int64_t block = 0; block < in->packing.blocks; block++) {
       const int64_t k = block * in->block, maps = PNN_MIN(in->block, p->group_maps - k);
       const int64_t tiles = (maps + kernels->tile_rows - 1) / kernels->tile_rows;
       for (int64_t tile = 0; tile < tiles; tile++) {
         const void *a = pnn_packing_tile(p, &in->packing, in->packed, group, block, tile, 0);
         for (int64_t j = 0; j < columns.columns; j += kernels->tile_columns)
-          kernels->product(p->group_outputs, a, s->gradient + j * size, PNN_PANEL,
-                           s->d + (tile * kernels->tile_rows * PNN_PANEL + j) * size, PNN_PANEL, zero_start);
+          inputs_product(p, s, a, j, s->d + (tile * kernels->tile_rows * PNN_PANEL + j) * size);
       }
       inputs_block(in, s, &response, &columns, k_first + k, maps);
     }
@@ -277,7 +302,7 @@ static pnn_inputs inputs_prepare(const pnn_problem *p, const pnn_host *host, boo
   in.packing = pnn_packing_backward(p, in.rows ? p->kernels->tile_columns : p->kernels->tile_rows, in.block);
   in.deal = pnn_deal_columns(p, host, in.masks ? p->maps : pnn_mask_rows(p, p->group_maps), in.masks ? 1 : p->groups,
                              in.masks);
-  in.packed = pnn_arena_take(arena, pnn_packing_size(p, &in.packing), p->real_size);
+  in.packed = pnn_arena_take(arena, 1, pnn_packing_bytes(p, &in.packing));
   if (affine) {
     in.offset = pnn_arena_take(arena, p->maps, p->real_size);
     in.slope = pnn_arena_take(arena, p->maps, p->real_size);

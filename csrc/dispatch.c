@@ -76,6 +76,14 @@ static const isa *chosen(void) {
   return &isas[i];
 }
 
+int pnn_kernels_pairs(const pnn_kernels *kernels) {
+#if defined(PNN_HAVE_AVX512)
+  return kernels->product_pairs && __builtin_cpu_supports("avx512bf16");
+#else
+  return kernels->product_pairs != NULL;
+#endif
+}
+
 const pnn_kernels *pnn_kernels_get(int precision) { return chosen()->table[precision]; }
 
 const char *pnn_isa_name(void) { return chosen()->table[0]->isa; }

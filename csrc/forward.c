@@ -12,13 +12,14 @@
 #define MAPS 256 /* response maps in a panel */
 
 typedef struct worker_scratch {
-  char *panel, *sums, *mask, *channels;
+  char *panel, *pairs, *sums, *mask, *channels;
 } worker_scratch;
 
 static worker_scratch scratch_take(const pnn_forward_state *f, pnn_arena *arena) {
   const pnn_problem *p = f->problem;
   worker_scratch s;
   s.panel = pnn_arena_take(arena, f->block * PNN_PANEL, p->real_size);
+  s.pairs = p->pairs ? pnn_arena_take(arena, (f->block + 1) / 2 * PNN_PANEL, 4) : NULL;
   s.sums = pnn_arena_take(arena, f->sum_rows * PNN_PANEL, p->real_size);
   s.mask = pnn_arena_take(arena, pnn_mask_rows(p, p->group_maps) * f->deal.pixels, p->real_size);
   s.channels = p->masks == 1 ? NULL
@@ -80,6 +81,7 @@ static void forward_item(void *forward_, int32_t worker, int64_t item) {
       const int64_t depth = PNN_MIN(f->block, p->group_maps - k);
       pnn_response_activated(&response, &columns, k_first + k, depth, s.panel, PNN_PANEL);
       pnn_response_finish(&response, &columns, k_first + k, depth, s.panel, PNN_PANEL);
+      if (p->pairs) kernels->pair_rows(s.pairs, s.panel, PNN_PANEL, depth, columns.padded);
       for (int64_t tile = 0; tile < f->packing.block_tiles; tile++) {
         const void *a = pnn_packing_tile(p, &f->packing, f->packed, group, 0, tile, k);
         const int64_t row = tile * kernels->tile_rows;
@@ -87,7 +89,11 @@ static void forward_item(void *forward_, int32_t worker, int64_t item) {
         for (int64_t j = 0; j < columns.columns; j += kernels->tile_columns) {
           const bool here = row < whole_rows && j < whole_columns;
           char *c = here ? place + (row * p->output.channel + j) * size : s.sums + (row * PNN_PANEL + j) * size;
-          kernels->product(depth, a, s.panel + j * size, PNN_PANEL, c, here ? p->output.channel : PNN_PANEL, start);
+          if (p->pairs)
+            kernels->product_pairs((depth + 1) / 2, a, s.pairs + j * 4, PNN_PANEL, c, PNN_PANEL, start);
+          else
+            kernels->product(depth, a, s.panel + j * size, PNN_PANEL, c, here ? p->output.channel : PNN_PANEL,
+                             start);
         }
       }
     }
@@ -116,7 +122,7 @@ void pnn_forward_pass(const pnn_problem *problem, const pnn_host *host, pnn_aren
   const int64_t items = p->group_outputs ? p->groups * f.deal.ranges * f.deal.cuts : 0;
 
   void *weights = pnn_arena_take(arena, p->outputs * p->group_maps, p->real_size);
-  f.packed = pnn_arena_take(arena, pnn_packing_size(p, &f.packing), p->real_size);
+  f.packed = pnn_arena_take(arena, 1, pnn_packing_bytes(p, &f.packing));
   double *start = pnn_arena_take(arena, p->outputs, 8);
   f.bias = pnn_arena_take(arena, p->groups * f.sum_rows, p->real_size);
   pnn_norm norm;

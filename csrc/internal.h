@@ -67,6 +67,7 @@ typedef struct pnn_problem {
   int precision; /* 0 float, 1 double: index of the kernels' table */
   int64_t real_size;
   const pnn_kernels *kernels;
+  bool pairs; /* products by bfloat16 dot products */
 
   pnn_view input, mask, output, grad_output, grad_input, grad_mask;
   const pnn_params *params;
@@ -188,7 +189,8 @@ void pnn_response_perturbed(const pnn_response *response, const pnn_columns *col
 /* a = activation(u), likewise. */
 void pnn_response_activated(const pnn_response *response, const pnn_columns *columns, int64_t k0, int64_t rows,
                             void *a, int64_t ld);
-/* From a to the product's operand, in place: minus the mean, rounded to the product's type; padding is zero. */
+/* From a to the product's operand, in place: minus the mean, rounded to the product's type (left to the pairs' own
+ * rounding where there are pairs); padding is zero. */
 void pnn_response_finish(const pnn_response *response, const pnn_columns *columns, int64_t k0, int64_t rows, void *a,
                          int64_t ld);
 
@@ -205,14 +207,15 @@ void pnn_weights_scale(const pnn_problem *problem, void *weights, const double *
 typedef struct pnn_packing {
   int64_t rows, depth, block, tile; /* per group */
   int64_t block_tiles, blocks;
-  bool transposed;            /* rows are the weight's columns */
+  bool transposed; /* rows are the weight's columns */
+  bool pairs;      /* bfloat16 pairs along the depth, [(depth + 1)/2][tile][2] */
 } pnn_packing;
 
 pnn_packing pnn_packing_forward(const pnn_problem *problem, int64_t tile);
 pnn_packing pnn_packing_backward(const pnn_problem *problem, int64_t tile, int64_t block);
-int64_t pnn_packing_size(const pnn_problem *problem, const pnn_packing *packing); /* reals, all groups */
+int64_t pnn_packing_bytes(const pnn_problem *problem, const pnn_packing *packing); /* all groups */
 void pnn_packing_fill(const pnn_problem *problem, const pnn_packing *packing, const void *weights, void *packed);
-/* The tile `tile` of block `block` of a group, from the depth `k` on. */
+/* The tile `tile` of block `block` of a group, from the depth `k` on (even, with pairs). */
 const void *pnn_packing_tile(const pnn_problem *problem, const pnn_packing *packing, const void *packed, int64_t group,
                              int64_t block, int64_t tile, int64_t k);
 

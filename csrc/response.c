@@ -74,7 +74,7 @@ void pnn_response_finish(const pnn_response *response, const pnn_columns *column
   const pnn_problem *p = response->problem;
   if (response->mean)
     p->kernels->center(a, ld, (const char *)response->mean + k0 * p->real_size, rows, columns->padded);
-  if (p->product_type == PNN_BFLOAT16 || p->product_type == PNN_FLOAT16)
+  if ((p->product_type == PNN_BFLOAT16 && !p->pairs) || p->product_type == PNN_FLOAT16)
     p->kernels->round16(p->product_type, a, ld, rows, columns->padded);
   if (response->mean) zero_padding(p, columns, rows, a, ld);
 }

@@ -61,47 +61,57 @@ void pnn_weights_scale(const pnn_problem *problem, void *weights, const double *
 pnn_packing pnn_packing_forward(const pnn_problem *problem, int64_t tile) {
   const int64_t rows = problem->group_outputs;
   return (pnn_packing){.rows = rows, .depth = problem->group_maps, .block = PNN_MAX(rows, 1), .tile = tile,
-                       .block_tiles = (PNN_MAX(rows, 1) + tile - 1) / tile, .blocks = rows > 0};
+                       .block_tiles = (PNN_MAX(rows, 1) + tile - 1) / tile, .blocks = rows > 0,
+                       .pairs = problem->pairs};
 }
 
 pnn_packing pnn_packing_backward(const pnn_problem *problem, int64_t tile, int64_t block) {
   const int64_t rows = problem->group_maps, step = PNN_MAX(block, 1);
   return (pnn_packing){.rows = rows, .depth = problem->group_outputs, .block = step, .tile = tile,
                        .block_tiles = (step + tile - 1) / tile, .blocks = (rows + step - 1) / step,
-                       .transposed = true};
+                       .transposed = true, .pairs = problem->pairs};
 }
 
-int64_t pnn_packing_size(const pnn_problem *problem, const pnn_packing *p) {
-  int64_t rows, size;
-  if (__builtin_mul_overflow(problem->groups * p->blocks, p->block_tiles * p->tile, &rows) ||
-      __builtin_mul_overflow(rows, p->depth, &size))
+/* Bytes of one tile's column of rows: an element each, at every depth. */
+static int64_t packing_step(const pnn_problem *problem, const pnn_packing *p) {
+  return p->tile * (p->pairs ? 2 : problem->real_size);
+}
+
+static int64_t packing_depth(const pnn_packing *p) { return p->pairs ? (p->depth + 1) / 2 * 2 : p->depth; }
+
+int64_t pnn_packing_bytes(const pnn_problem *problem, const pnn_packing *p) {
+  int64_t columns, bytes;
+  if (__builtin_mul_overflow(problem->groups * p->blocks, p->block_tiles * packing_step(problem, p), &columns) ||
+      __builtin_mul_overflow(columns, packing_depth(p), &bytes))
     return INT64_MAX; /* the arena reports it */
-  return size;
+  return bytes;
 }
 
 const void *pnn_packing_tile(const pnn_problem *problem, const pnn_packing *p, const void *packed, int64_t group,
                              int64_t block, int64_t tile, int64_t k) {
   const int64_t index = (group * p->blocks + block) * p->block_tiles + tile;
-  return (const char *)packed + (index * p->depth + k) * p->tile * problem->real_size;
+  return (const char *)packed + (index * packing_depth(p) + k) * packing_step(problem, p);
 }
 
 void pnn_packing_fill(const pnn_problem *problem, const pnn_packing *p, const void *weights, void *packed) {
-  const int64_t tile_rows = p->tile, size = problem->real_size, columns = problem->group_maps;
+  const int64_t size = problem->real_size, columns = problem->group_maps, depth = packing_depth(p);
   for (int64_t group = 0; group < problem->groups; group++)
     for (int64_t block = 0; block < p->blocks; block++)
       for (int64_t tile = 0; tile < p->block_tiles; tile++) {
         char *dst = (char *)(uintptr_t)pnn_packing_tile(problem, p, packed, group, block, tile, 0);
-        const int64_t first = block * p->block + tile * tile_rows;
-        const int64_t end = PNN_MIN(PNN_MIN(first + tile_rows, (block + 1) * p->block), p->rows);
-        const int64_t rows = PNN_MAX(end - first, 0);
-        for (int64_t k = 0; k < p->depth; k++, dst += tile_rows * size) {
-          for (int64_t i = 0; i < rows; i++) {
+        memset(dst, 0, (size_t)(depth * packing_step(problem, p)));
+        const int64_t first = block * p->block + tile * p->tile;
+        const int64_t end = PNN_MIN(PNN_MIN(first + p->tile, (block + 1) * p->block), p->rows);
+        for (int64_t k = 0; k < p->depth; k++)
+          for (int64_t i = 0; i < end - first; i++) {
             const int64_t t = group * problem->group_outputs + (p->transposed ? k : first + i);
             const int64_t column = p->transposed ? first + i : k;
-            memcpy(dst + i * size, (const char *)weights + (t * columns + column) * size, (size_t)size);
+            const char *from = (const char *)weights + (t * columns + column) * size;
+            if (p->pairs) /* the values are bfloat16 already: their upper half says it all */
+              problem->kernels->store[PNN_BFLOAT16](dst + ((k / 2 * p->tile + i) * 2 + k % 2) * 2, 0, 1, from, 1, 1, 1);
+            else
+              memcpy(dst + (k * p->tile + i) * size, from, (size_t)size);
           }
-          memset(dst + rows * size, 0, (size_t)((tile_rows - rows) * size));
-        }
       }
 }
 

@@ -243,6 +243,98 @@ static void dot(int64_t columns, const void *a_, int64_t lda, const void *b_, in
   lanes_sums(sum, out);
 }
 
+/* ---- bfloat16 dot products ---- */
+
+#if defined(PNN_ISA_AVX512) && defined(PNN_REAL_F32)
+#define HAVE_PAIRS 1
+#define PAIRS_TARGET __attribute__((target("avx512bf16")))
+
+/* VDPBF16PS adds two products to a float, rounding to nearest, with denormals as zero. */
+PAIRS_TARGET static void product_pairs(int64_t depth, const void *a_, const void *b_, int64_t ldb, void *c_,
+                                       int64_t ldc, const void *start_) {
+  const int32_t *restrict a = a_;
+  const int32_t *restrict b = b_;
+  const float *start = start_;
+  float *restrict c = c_;
+  __m512 sum[TILE_ROWS][TILE_VECTORS];
+#pragma GCC unroll 8
+  for (int i = 0; i < TILE_ROWS; i++)
+#pragma GCC unroll 2
+    for (int v = 0; v < TILE_VECTORS; v++)
+      sum[i][v] = start ? _mm512_set1_ps(start[i]) : _mm512_loadu_ps(c + i * ldc + v * VR);
+  for (int64_t k = 0; k < depth; k++, a += TILE_ROWS, b += ldb) {
+    __m512i bv[TILE_VECTORS];
+#pragma GCC unroll 2
+    for (int v = 0; v < TILE_VECTORS; v++) bv[v] = _mm512_loadu_si512(b + v * VR);
+#pragma GCC unroll 8
+    for (int i = 0; i < TILE_ROWS; i++) {
+      const __m512i av = _mm512_set1_epi32(a[i]);
+#pragma GCC unroll 2
+      for (int v = 0; v < TILE_VECTORS; v++) sum[i][v] = _mm512_dpbf16_ps(sum[i][v], (__m512bh)av, (__m512bh)bv[v]);
+    }
+  }
+#pragma GCC unroll 8
+  for (int i = 0; i < TILE_ROWS; i++)
+#pragma GCC unroll 2
+    for (int v = 0; v < TILE_VECTORS; v++) _mm512_storeu_ps(c + i * ldc + v * VR, sum[i][v]);
+}
+
+PAIRS_TARGET static void dot_pairs(int64_t columns, const void *a_, int64_t lda, const void *b_, int64_t ldb,
+                                   void *out) {
+  const int32_t *restrict a = a_;
+  const int32_t *restrict b = b_;
+  __m512 sum[DOT_ROWS][DOT_COLUMNS];
+#pragma GCC unroll 4
+  for (int i = 0; i < DOT_ROWS; i++)
+#pragma GCC unroll 4
+    for (int j = 0; j < DOT_COLUMNS; j++) sum[i][j] = _mm512_setzero_ps();
+  for (int64_t p = 0; p < columns; p += VR) {
+    __m512i bv[DOT_COLUMNS];
+#pragma GCC unroll 4
+    for (int j = 0; j < DOT_COLUMNS; j++) bv[j] = _mm512_loadu_si512(b + j * ldb + p);
+#pragma GCC unroll 4
+    for (int i = 0; i < DOT_ROWS; i++) {
+      const __m512i av = _mm512_loadu_si512(a + i * lda + p);
+#pragma GCC unroll 4
+      for (int j = 0; j < DOT_COLUMNS; j++) sum[i][j] = _mm512_dpbf16_ps(sum[i][j], (__m512bh)av, (__m512bh)bv[j]);
+    }
+  }
+  vr lanes[DOT_ROWS * DOT_COLUMNS][LANE_VECTORS];
+  memcpy(lanes, sum, sizeof lanes);
+  lanes_sums(lanes, out);
+}
+
+/* The bits of bfloat16(x) in the upper half of each lane; the lower half is anything. */
+static inline vu upper_half(vf x) {
+  const vu bits = (vu)x;
+  const vu rounded = bits + 0x7fff + ((bits >> 16) & 1);
+  const vu nan = (vu)(x != x);
+  return (nan & (bits | 0x400000)) | (~nan & rounded);
+}
+
+static void pair_rows(void *dst_, const void *a_, int64_t ld, int64_t rows, int64_t columns) {
+  uint32_t *dst = dst_;
+  const real *a = a_;
+  for (int64_t r = 0; r < rows; r += 2, a += 2 * ld, dst += ld)
+    for (int64_t j = 0; j < columns; j += VR) {
+      vu pair = upper_half(vr_load(a + j)) >> 16;
+      if (r + 1 < rows) pair |= upper_half(vr_load(a + ld + j)) & 0xffff0000u;
+      memcpy(dst + j, &pair, sizeof pair);
+    }
+}
+
+static void pair_columns(void *dst_, int64_t ldd, const void *a_, int64_t lda, int64_t rows, int64_t columns) {
+  for (int64_t r = 0; r < rows; r++) {
+    uint32_t *dst = (uint32_t *)dst_ + r * ldd;
+    const real *a = (const real *)a_ + r * lda;
+    for (int64_t j = 0; j < columns; j += VR) {
+      const __m256i half = _mm512_cvtepi32_epi16((__m512i)(upper_half(vr_load(a + j)) >> 16));
+      _mm256_storeu_si256((__m256i *)(void *)(dst + j / 2), half);
+    }
+  }
+}
+#endif
+
 static void sum_rows(int64_t columns, const void *a_, int64_t lda, int64_t rows, void *out_) {
   real *out = out_;
   for (int64_t r = 0; r < rows; r++) {
@@ -718,6 +810,12 @@ const pnn_kernels PNN_KERNEL_NAME(pnn_kernels) = {
     .round16 = round16,
     .moments = moments,
     .recipe = recipe_fill,
+#if defined(HAVE_PAIRS)
+    .product_pairs = product_pairs,
+    .dot_pairs = dot_pairs,
+    .pair_rows = pair_rows,
+    .pair_columns = pair_columns,
+#endif
     .product_rows = product_rows,
     .sum_columns = sum_columns,
     .respond_rows = {PNN_ACTIVATION_LIST(RESPOND_ROWS_ENTRY)},

@@ -90,6 +90,19 @@ typedef struct pnn_kernels {
   void (*recipe)(void *dst, int64_t ld, const pnn_recipe *recipe, double level, int64_t k0, int64_t rows, int64_t row,
                  int64_t column, int64_t step, int64_t columns);
 
+  /* ---- bfloat16 dot products; NULL where the instruction set has none (pnn_kernels_pairs) ---- */
+
+  /* A pair is two bfloat16 values in 32 bits, the even one low. `product` and `dot` on pairs: the same tiles and
+   * layouts with `depth` and `columns` in pairs; A is packed [depth][tile_rows] pairs along the depth. */
+  void (*product_pairs)(int64_t depth, const void *a, const void *b, int64_t ldb, void *c, int64_t ldc,
+                        const void *start);
+  void (*dot_pairs)(int64_t columns, const void *a, int64_t lda, const void *b, int64_t ldb, void *out);
+  /* dst[r/2][j] = (a[r][j], a[r+1][j]) rounded to bfloat16; behind an odd last row stands 0. columns: a multiple of
+   * PNN_LANES. */
+  void (*pair_rows)(void *dst, const void *a, int64_t ld, int64_t rows, int64_t columns);
+  /* dst[r][j/2] = (a[r][j], a[r][j+1]); ldd in pairs; columns: a multiple of 2 * PNN_LANES. */
+  void (*pair_columns)(void *dst, int64_t ldd, const void *a, int64_t lda, int64_t rows, int64_t columns);
+
   /* ---- panels whose rows are pixels, [pixels][ld], for channels-last tensors ---- */
 
   /* C[rows][columns] (at most tile_rows x tile_columns), each element one chain of fused multiply-adds over depth:
@@ -120,5 +133,7 @@ typedef struct pnn_kernels {
 
 /* The tables of the instruction set in use; precision 0 is float, 1 is double. */
 const pnn_kernels *pnn_kernels_get(int precision);
+/* Whether the table's pair kernels may be called: they are there, and the processor has the instructions. */
+int pnn_kernels_pairs(const pnn_kernels *kernels);
 
 #endif

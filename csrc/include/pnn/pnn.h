@@ -35,8 +35,8 @@
  *     output or the workspace.
  *   - float32, bfloat16 and float16 compute in float32, float64 in float64. The result has the same bits for every
  *     number of threads, in every run, and (forward, unless it takes the moments of the batch) for every split of
- *     the batch; in float32 and float64 also on every instruction set. The floating-point environment of the caller
- *     (rounding, flush to zero) neither matters nor changes.
+ *     the batch; in float32, float64 and float16, and in bfloat16 where `exact` is set, also on every instruction set.
+ *     The floating-point environment of the caller (rounding, flush to zero) neither matters nor changes.
  *   - NaN and infinity come out where the same formula in float64 has them.
  */
 #ifndef PNN_PNN_H
@@ -131,6 +131,8 @@ typedef struct pnn_params {
   const int64_t *seed;     /* one value, two's complement of the 64-bit seed; for the recipes. Device memory on CUDA */
   double level;            /* finite; every mask value is multiplied by it */
   pnn_activation activation;
+  int32_t exact;     /* not 0 = bfloat16 by float32 chains, with the same bits on every instruction set; 0 = by the
+                        processor's bfloat16 dot products where it has them: faster, rounded otherwise, denormals as 0 */
   int64_t stride[2]; /* rows, columns; >= 1 */
   int64_t groups;    /* divides C and T */
 
