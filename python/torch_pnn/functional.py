@@ -175,7 +175,7 @@ def _perturb_conv2d(
             stride,
             groups,
         )
-    except RuntimeError as error:
+    except (AttributeError, RuntimeError) as error:
         names = ("input", "weight", "bias", "mask", "masks", "shared_masks", "noise", "level", "activation", "stride")
         values = (input, weight, bias, mask, masks, shared_masks, noise, level, activation, stride)
         raise _explained(error, dict(zip(names, values, strict=True)) | {"groups": groups, "seed": seed}) from error
@@ -340,6 +340,8 @@ def _perturb_norm_conv2d(
         raise TypeError(f"input is {type(input).__name__}, it should be a tensor")
     if isinstance(momentum, bool) or not isinstance(momentum, (int, float, torch.SymFloat)):
         raise TypeError(f"momentum is {type(momentum).__name__}, it should be a number")
+    if not isinstance(training, bool):
+        raise TypeError(f"training is {type(training).__name__}, it should be True or False")
     if mask is None or seed is not None or noise is None:
         _check_source(mask, seed, noise)
         if noise is None:

@@ -33,19 +33,25 @@ NOISES = ("uniform", "normal", "waves")
 _SELU_ALPHA = 1.6732632423543772848170429916717
 _SELU_SCALE = 1.0507009873554804934193349852946
 
+
+def _gelu(u: Tensor) -> Tensor:
+    """The exact GELU, u times the normal distribution function; PyTorch's own gives NaN or infinity at +infinity."""
+    return u * (0.5 * torch.erfc(u * -math.sqrt(0.5)))
+
+
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "identity": lambda u: u,
     "relu": F.relu,
     "leaky_relu": F.leaky_relu,
     "elu": F.elu,
     "selu": F.selu,
-    "gelu": F.gelu,
+    "gelu": _gelu,
     "silu": F.silu,
     "tanh": torch.tanh,
     "sigmoid": torch.sigmoid,
     "hardtanh": F.hardtanh,
 }
-"""Each activation by its name, with PyTorch's default parameters."""
+"""Each activation by its name, with PyTorch's default parameters; gelu is the exact one."""
 
 # grad * activation'(u), selecting where PyTorch's own derivative selects (relu'(0) = 0 drops an infinite gradient).
 _ACTIVATION_GRADIENTS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
