@@ -99,8 +99,8 @@ $(VENV)/bin/python:
 # torch first and alone, at its exact version: a bare `torch` from another package's requirements would take the newest.
 $(VENV)/.packages-$(TORCH): requirements/build.txt requirements/run.txt requirements/test.txt requirements/lint.txt | $(VENV)/bin/python
 	@echo "installing PyTorch $(TORCH) and what building, studies and tests need into $(VENV)"
-	@$(VENV)/bin/python -m pip install -q --disable-pip-version-check $(PIP_ARGS) torch==$(TORCH)
-	@$(VENV)/bin/python -m pip install -q --disable-pip-version-check $(PIP_ARGS) torch==$(TORCH) $(patsubst %,-r %,$(filter %.txt,$^))
+	@$(VENV)/bin/python -m pip install -qq --disable-pip-version-check $(PIP_ARGS) torch==$(TORCH)
+	@$(VENV)/bin/python -m pip install -qq --disable-pip-version-check $(PIP_ARGS) torch==$(TORCH) $(patsubst %,-r %,$(filter %.txt,$^))
 	@rm -f $(VENV)/.packages-* $(VENV)/.installed-*
 	@touch $@
 
@@ -108,6 +108,6 @@ $(VENV)/.packages-$(TORCH): requirements/build.txt requirements/run.txt requirem
 $(VENV)/.installed-$(TORCH): $(VENV)/.packages-$(TORCH) $(SOURCES)
 	@command -v c++ >/dev/null || command -v g++ >/dev/null || { echo "no C++ compiler: apt-get install g++ (Debian)" >&2; exit 1; }
 	@echo "building torch-pnn and installing it into $(VENV)"
-	@PATH=$(abspath $(VENV))/bin:$$PATH $(VENV)/bin/python -m pip install -q --disable-pip-version-check --no-build-isolation --no-deps \
+	@PATH=$(abspath $(VENV))/bin:$$PATH $(VENV)/bin/python -m pip install -qq --disable-pip-version-check --no-build-isolation --no-deps \
 	  --force-reinstall --config-settings=build-dir=build/wheel$(patsubst .venv%,%,$(notdir $(VENV))) .
 	@touch $@
