@@ -375,7 +375,8 @@ def _fixed_reason(module: Any) -> str | None:
             return f"{words} convolution"
     if not isinstance(module, nn.Conv2d):
         return f"{_class_name(module)} is not an nn.Conv2d"
-    if any(nn.parameter.is_lazy(parameter) for parameter in module.parameters()):
+    parameters: list[Any] = list(module.parameters())
+    if any(nn.parameter.is_lazy(parameter) for parameter in parameters):
         return "lazy: its sizes aren't known until the model has run once"
     if parametrize.is_parametrized(module):
         how = ", ".join(
@@ -476,26 +477,24 @@ def _replacement(
                 "give mask_size=(H, W), or leave it by the predicate"
             )
         options["mask_size"] = size
-    device = "meta" if on_meta else module.weight.device
-    with torch.random.fork_rng(devices=[], enabled=on_meta):
-        try:
-            return build_perturbation(
-                module.in_channels,
-                module.out_channels,
-                module.kernel_size,
-                module.stride,
-                module.padding,
-                module.dilation,
-                module.groups,
-                module.bias is not None,
-                module.padding_mode,
-                device,
-                module.weight.dtype,
-                seed=seed,
-                **options,
-            )
-        except (TypeError, ValueError) as error:
-            raise type(error)(f"{name or 'the model'}: {error}") from error
+    try:
+        return build_perturbation(
+            module.in_channels,
+            module.out_channels,
+            module.kernel_size,
+            module.stride,
+            module.padding,
+            module.dilation,
+            module.groups,
+            module.bias is not None,
+            module.padding_mode,
+            "meta" if on_meta else module.weight.device,
+            module.weight.dtype,
+            seed=seed,
+            **options,
+        )
+    except (TypeError, ValueError) as error:
+        raise type(error)(f"{name or 'the model'}: {error}") from error
 
 
 def _carry_over(old: Any, new: Any) -> None:

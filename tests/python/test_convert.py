@@ -164,6 +164,13 @@ def test_tracing_leaves_the_model_and_the_generator_alone():
     assert not any(module._forward_pre_hooks for module in net.modules())
 
 
+def test_tracing_runs_in_evaluation_mode():
+    """In training mode batch normalisation refuses a single value for each channel."""
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.AdaptiveAvgPool2d(1), nn.BatchNorm2d(4), nn.Conv2d(4, 4, 3, padding=1))
+    plan = convert(model.train(), example_input=torch.zeros(1, 3, 8, 8), dry_run=True)
+    assert [row.name for row in plan.converted] == ["3"]
+
+
 @pytest.mark.parametrize("example", [torch.zeros(1, 4, 8, 8), "image", (), [1, 2]])
 def test_example_that_does_not_fit(example):
     with pytest.raises(ValueError, match="example_input"):
@@ -506,6 +513,25 @@ def test_trained_masks_take_their_sizes_from_the_run():
     assert pnn[3].mask.requires_grad
     pnn(torch.randn(2, 3, 9, 8)).sum().backward()
     assert pnn[3].mask.grad.isfinite().all()
+
+
+@pytest.mark.parametrize(
+    "options, size",
+    [
+        ({"padding": 0}, (7, 8)),
+        ({"padding": (2, 3)}, (11, 14)),
+        ({"padding": 1, "dilation": 2}, (7, 8)),
+        ({"padding": "same"}, (9, 10)),
+        ({"padding": "valid", "dilation": (1, 2)}, (7, 6)),
+        ({"stride": 2, "padding": 1}, (9, 10)),
+    ],
+)
+def test_trained_masks_have_the_padded_size(options, size):
+    model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.Conv2d(4, 4, 3, **options))
+    input = torch.randn(1, 3, 9, 10)
+    pnn = convert(model, train_masks=True, example_input=input)
+    assert tuple(pnn[1].mask.shape) == (4, 1, *size)
+    assert pnn(input).shape == model(input).shape
 
 
 def test_trained_masks_without_a_size():

@@ -254,10 +254,15 @@ def test_conversion_of_a_perturbation_network_changes_nothing():
 
 
 def test_costs_of_a_convolution():
-    model = nn.Sequential(nn.Conv2d(3, 8, 3, 2, 1, groups=1), nn.ConvTranspose2d(8, 4, 2, 2, groups=2))
+    model = nn.Sequential(nn.Conv2d(3, 8, 3, 2, 1), nn.ConvTranspose2d(8, 4, 2, 2, groups=2))
     counted = models.costs(model, (3, 9, 9))
     assert [row.macs for row in counted.layers] == [8 * 25 * 27, 8 * 25 * 2 * 4]
     assert counted.parameters == parameters_of(model) and counted.mask_bytes == 0
+
+
+def test_costs_of_groups():
+    assert models.costs(nn.Conv2d(4, 8, 3, groups=2), (4, 5, 5)).macs == 9 * 8 * 2 * 9
+    assert models.costs(PerturbConv2d(4, 8, 3, groups=2, masks=3), (4, 5, 5)).macs == 9 * 8 * 2 * 3
 
 
 @pytest.mark.parametrize("downsample, pixels", [("max", 81), ("avg", 81), ("subsample", 25)])
@@ -298,6 +303,13 @@ def test_costs_count_shared_things_once_and_calls_twice():
     counted = models.costs(nn.Sequential(shared, nn.ReLU(), shared), (2, 4, 4))
     assert counted.parameters == parameters_of(shared)
     assert counted.macs == 2 * 16 * 2 * 18
+
+
+def test_costs_count_tied_parameters_once():
+    model = nn.Sequential(nn.Conv2d(2, 2, 3, bias=False), nn.Conv2d(2, 2, 3, bias=False))
+    model[1].weight = model[0].weight
+    counted = models.costs(model, (2, 6, 6))
+    assert counted.parameters == 36 and counted.macs == 36 * 16 + 36 * 4
 
 
 def test_costs_leave_the_model_alone():
