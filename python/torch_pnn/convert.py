@@ -379,10 +379,9 @@ def _fixed_reason(module: Any) -> str | None:
     if any(nn.parameter.is_lazy(parameter) for parameter in parameters):
         return "lazy: its sizes aren't known until the model has run once"
     if parametrize.is_parametrized(module):
-        how = ", ".join(
-            sorted({type(step).__name__.lstrip("_") for steps in module.parametrizations.values() for step in steps})
-        )
-        return f"its weight is computed by a parametrization ({how})"
+        lists: Any = module.parametrizations
+        how = sorted({type(step).__name__.lstrip("_") for steps in lists.values() for step in steps})
+        return f"its weight is computed by a parametrization ({', '.join(how)})"
     if "weight" not in module._parameters:
         return "its weight is computed by a hook (weight_norm, spectral_norm or pruning)"
     if type(module) is not nn.Conv2d:
