@@ -68,13 +68,13 @@ static pnn_status tensor_extent(const pnn_tensor *t, const char *name, bool outp
               __builtin_mul_overflow(high, size, &high);
   const uintptr_t base = (uintptr_t)t->data;
   if (!overflow && !empty && base) {
-    overflow |= (uintptr_t)-low > base || (uintptr_t)high > UINTPTR_MAX - base;
+    overflow |= 0 - (uintptr_t)low > base || (uintptr_t)high > UINTPTR_MAX - base;
   }
   PNN_FAIL_IF(overflow, error, PNN_ERROR_OVERFLOW,
               "%s of size [%lld, %lld, %lld, %lld] and stride [%lld, %lld, %lld, %lld] exceeds what can be addressed",
               name, (long long)t->size[0], (long long)t->size[1], (long long)t->size[2], (long long)t->size[3],
               (long long)t->stride[0], (long long)t->stride[1], (long long)t->stride[2], (long long)t->stride[3]);
-  *e = (extent){.low = base - (uintptr_t)-low, .high = base + (uintptr_t)high, .name = name, .output = output};
+  *e = (extent){.low = base + (uintptr_t)low, .high = base + (uintptr_t)high, .name = name, .output = output};
   if (empty || !base) e->low = e->high = 0;
   return PNN_OK;
 }
@@ -132,6 +132,7 @@ static pnn_status check_dtype(const pnn_tensor *t, const char *name, pnn_dtype e
 
 static pnn_view view_make(const pnn_tensor *t, int64_t stride_h, int64_t stride_w) {
   pnn_view v = {.data = t->data, .dtype = t->dtype, .element = pnn_dtype_size(t->dtype)};
+  if (!t->size[0] || !t->size[1] || !t->size[2] || !t->size[3]) return v; /* its strides were not checked */
   v.batch = t->size[0] > 1 ? t->stride[0] : 0;
   v.channel = t->size[1] > 1 ? t->stride[1] : 0;
   /* A stride beyond the image reads one row or column only: its step is never used, and its product could overflow. */
@@ -190,6 +191,10 @@ static pnn_status check_options(const pnn_params *p, pnn_pass pass, pnn_error *e
   return PNN_OK;
 }
 
+/* The most pixels, images, maps or outputs: far beyond any memory, and small enough that no product of one of them with
+ * a block's size overflows, in a call without elements either. */
+#define MOST (INT64_C(1) << 44)
+
 static pnn_status check_sizes(const pnn_params *p, pnn_problem *q, pnn_error *error) {
   const pnn_tensor *x = &p->input, *w = &p->weight;
   q->batch = x->size[0];
@@ -206,14 +211,18 @@ static pnn_status check_sizes(const pnn_params *p, pnn_problem *q, pnn_error *er
               (long long)q->groups, (long long)q->channels, (long long)q->outputs);
   q->out_height = q->height ? (q->height - 1) / q->stride[0] + 1 : 0;
   q->out_width = q->width ? (q->width - 1) / q->stride[1] + 1 : 0;
-  q->pixels = q->out_height * q->out_width;
-  PNN_FAIL_IF(__builtin_mul_overflow(q->channels, q->masks, &q->maps) || q->maps > INT64_MAX / 64, error,
-              PNN_ERROR_OVERFLOW, "masks is %lld, with %lld channels this exceeds what can be addressed",
-              (long long)q->masks, (long long)q->channels);
   int64_t columns;
-  PNN_FAIL_IF(__builtin_mul_overflow(q->pixels, q->batch, &columns) || columns > INT64_MAX / 64, error,
-              PNN_ERROR_OVERFLOW, "input of size [%lld, %lld, %lld, %lld] exceeds what can be addressed",
+  PNN_FAIL_IF(__builtin_mul_overflow(q->channels, q->masks, &q->maps) || q->maps > MOST, error, PNN_ERROR_OVERFLOW,
+              "masks is %lld, with %lld channels this exceeds what can be addressed", (long long)q->masks,
+              (long long)q->channels);
+  PNN_FAIL_IF(q->batch > MOST || q->channels > MOST ||
+                  __builtin_mul_overflow(q->out_height, q->out_width, &q->pixels) || q->pixels > MOST ||
+                  __builtin_mul_overflow(q->pixels, q->batch, &columns) || columns > MOST,
+              error, PNN_ERROR_OVERFLOW, "input of size [%lld, %lld, %lld, %lld] exceeds what can be addressed",
               (long long)q->batch, (long long)q->channels, (long long)q->height, (long long)q->width);
+  PNN_FAIL_IF(q->outputs > MOST, error, PNN_ERROR_OVERFLOW,
+              "weight of size [%lld, %lld, %lld, %lld] exceeds what can be addressed", (long long)w->size[0],
+              (long long)w->size[1], (long long)w->size[2], (long long)w->size[3]);
   q->group_channels = q->channels / q->groups;
   q->group_maps = q->maps / q->groups;
   q->group_outputs = q->outputs / q->groups;
