@@ -657,7 +657,8 @@ class PerturbConv2d(nn.Module):
             )
         u = grid.unsqueeze(2)
         if mask is not None:
-            u = (u + self.level * mask).to(grid.dtype)
+            wide = mask.to(torch.float64) if grid.dtype == torch.float64 else mask.to(torch.float32)
+            u = (u + self.level * wide).to(grid.dtype)
         u = u.expand(grid.shape[0], self.in_channels, self.masks, height, width)
         if stride[0] != 1 or stride[1] != 1:
             u = u[:, :, :, :: stride[0], :: stride[1]]
