@@ -94,6 +94,62 @@ static inline float to_float(real x) { return (float)x; }
 static inline real from_real(real x) { return x; }
 static inline real to_real(real x) { return x; }
 
+/* The same conversions, a vector at a time: from and to a contiguous run. */
+static inline vr load_vector_real(const real *p) { return vr_load(p); }
+static inline void store_vector_real(real *p, vr v) { vr_store(p, v); }
+
+#if defined(PNN_REAL_F32)
+static inline vr load_vector_bfloat16(const uint16_t *p) {
+  vh half;
+  memcpy(&half, p, sizeof half);
+  return (vr)(__builtin_convertvector(half, vu) << 16);
+}
+
+/* The bits of bfloat16(x) in the upper half of each lane; the lower half is anything. */
+static inline vu upper_half(vf x) {
+  const vu bits = (vu)x;
+  const vu rounded = bits + 0x7fff + ((bits >> 16) & 1);
+  const vu nan = (vu)(x != x);
+  return (nan & (bits | 0x400000)) | (~nan & rounded);
+}
+
+static inline void store_vector_bfloat16(uint16_t *p, vr v) {
+  const vh half = __builtin_convertvector(upper_half(v) >> 16, vh);
+  memcpy(p, &half, sizeof half);
+}
+
+static inline vr load_vector_float16(const uint16_t *p) {
+#if defined(PNN_ISA_AVX512)
+  return (vr)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)(const void *)p));
+#elif defined(PNN_ISA_AVX2)
+  return (vr)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)(const void *)p));
+#else
+  vr v;
+  for (int i = 0; i < VR; i++) v[i] = from_float16(p[i]);
+  return v;
+#endif
+}
+
+static inline void store_vector_float16(uint16_t *p, vr v) {
+#if defined(PNN_ISA_AVX512)
+  _mm256_storeu_si256((__m256i *)(void *)p, _mm512_cvtps_ph((__m512)v, _MM_FROUND_TO_NEAREST_INT));
+#elif defined(PNN_ISA_AVX2)
+  _mm_storeu_si128((__m128i *)(void *)p, _mm256_cvtps_ph((__m256)v, _MM_FROUND_TO_NEAREST_INT));
+#else
+  for (int i = 0; i < VR; i++) p[i] = to_float16(v[i]);
+#endif
+}
+#else
+static inline vr load_vector_float(const float *p) {
+  vr v;
+  for (int i = 0; i < VR; i++) v[i] = (real)p[i];
+  return v;
+}
+static inline void store_vector_float(float *p, vr v) {
+  for (int i = 0; i < VR; i++) p[i] = (float)v[i];
+}
+#endif
+
 /* One loop for the case that columns are contiguous, one for contiguous rows (channels-last: a block of 16 x 16 keeps
  * both sides in cache), one for the rest. */
 #define DEFINE_LOAD(name, type, convert)                                                                               \
@@ -105,13 +161,15 @@ static inline real to_real(real x) { return x; }
       for (int64_t r = 0; r < rows; r++) {                                                                             \
         real *restrict d = dst + r * ld;                                                                               \
         const type *restrict s = src + r * row_stride;                                                                 \
-        for (int64_t j = 0; j < columns; j++) d[j] = convert(s[j]);                                                    \
+        int64_t j = 0;                                                                                                 \
+        for (; j + VR <= columns; j += VR) vr_store(d + j, load_vector_##convert(s + j));                              \
+        for (; j < columns; j++) d[j] = from_##convert(s[j]);                                                          \
       }                                                                                                                \
     } else {                                                                                                           \
       for (int64_t r0 = 0; r0 < rows; r0 += 16) {                                                                      \
         const int64_t r1 = r0 + 16 < rows ? r0 + 16 : rows;                                                            \
         for (int64_t j = 0; j < columns; j++)                                                                          \
-          for (int64_t r = r0; r < r1; r++) dst[r * ld + j] = convert(src[r * row_stride + j * column_stride]);        \
+          for (int64_t r = r0; r < r1; r++) dst[r * ld + j] = from_##convert(src[r * row_stride + j * column_stride]); \
       }                                                                                                                \
     }                                                                                                                  \
   }
@@ -125,27 +183,29 @@ static inline real to_real(real x) { return x; }
       for (int64_t r = 0; r < rows; r++) {                                                                             \
         type *restrict d = dst + r * row_stride;                                                                       \
         const real *restrict s = src + r * ld;                                                                         \
-        for (int64_t j = 0; j < columns; j++) d[j] = convert(s[j]);                                                    \
+        int64_t j = 0;                                                                                                 \
+        for (; j + VR <= columns; j += VR) store_vector_##convert(d + j, vr_load(s + j));                              \
+        for (; j < columns; j++) d[j] = to_##convert(s[j]);                                                            \
       }                                                                                                                \
     } else {                                                                                                           \
       for (int64_t r0 = 0; r0 < rows; r0 += 16) {                                                                      \
         const int64_t r1 = r0 + 16 < rows ? r0 + 16 : rows;                                                            \
         for (int64_t j = 0; j < columns; j++)                                                                          \
-          for (int64_t r = r0; r < r1; r++) dst[r * row_stride + j * column_stride] = convert(src[r * ld + j]);        \
+          for (int64_t r = r0; r < r1; r++) dst[r * row_stride + j * column_stride] = to_##convert(src[r * ld + j]);   \
       }                                                                                                                \
     }                                                                                                                  \
   }
 
-DEFINE_LOAD(load_real, real, from_real)
-DEFINE_STORE(store_real, real, to_real)
+DEFINE_LOAD(load_real, real, real)
+DEFINE_STORE(store_real, real, real)
 #if defined(PNN_REAL_F32)
-DEFINE_LOAD(load_bfloat16, uint16_t, from_bfloat16)
-DEFINE_LOAD(load_float16, uint16_t, from_float16)
-DEFINE_STORE(store_bfloat16, uint16_t, to_bfloat16)
-DEFINE_STORE(store_float16, uint16_t, to_float16)
+DEFINE_LOAD(load_bfloat16, uint16_t, bfloat16)
+DEFINE_LOAD(load_float16, uint16_t, float16)
+DEFINE_STORE(store_bfloat16, uint16_t, bfloat16)
+DEFINE_STORE(store_float16, uint16_t, float16)
 #else
-DEFINE_LOAD(load_float, float, from_float)
-DEFINE_STORE(store_float, float, to_float)
+DEFINE_LOAD(load_float, float, float)
+DEFINE_STORE(store_float, float, float)
 #endif
 
 /* ---- products ---- */
@@ -304,14 +364,6 @@ PAIRS_TARGET static void dot_pairs(int64_t columns, const void *a_, int64_t lda,
   lanes_sums(lanes, out);
 }
 
-/* The bits of bfloat16(x) in the upper half of each lane; the lower half is anything. */
-static inline vu upper_half(vf x) {
-  const vu bits = (vu)x;
-  const vu rounded = bits + 0x7fff + ((bits >> 16) & 1);
-  const vu nan = (vu)(x != x);
-  return (nan & (bits | 0x400000)) | (~nan & rounded);
-}
-
 static void pair_rows(void *dst_, const void *a_, int64_t ld, int64_t rows, int64_t columns) {
   uint32_t *dst = dst_;
   const real *a = a_;
@@ -432,10 +484,17 @@ static void round16(pnn_dtype which, void *a_, int64_t lda, int64_t rows, int64_
 #if defined(PNN_REAL_F32)
   for (int64_t r = 0; r < rows; r++) {
     real *a = (real *)a_ + r * lda;
+    uint16_t half[VR];
+    int64_t j = 0;
     if (which == PNN_BFLOAT16) {
-      for (int64_t j = 0; j < columns; j++) a[j] = from_bfloat16(to_bfloat16(a[j]));
+      for (; j + VR <= columns; j += VR) vr_store(a + j, (vr)(upper_half(vr_load(a + j)) & 0xffff0000u));
+      for (; j < columns; j++) a[j] = from_bfloat16(to_bfloat16(a[j]));
     } else {
-      for (int64_t j = 0; j < columns; j++) a[j] = from_float16(to_float16(a[j]));
+      for (; j + VR <= columns; j += VR) {
+        store_vector_float16(half, vr_load(a + j));
+        vr_store(a + j, load_vector_float16(half));
+      }
+      for (; j < columns; j++) a[j] = from_float16(to_float16(a[j]));
     }
   }
 #else
