@@ -116,7 +116,7 @@ std::string dtype_name(int32_t dtype) {
   };
   for (const auto& entry : names)
     if (entry.dtype == dtype) return entry.name;
-  return "an unsupported type";
+  return "unknown";
 }
 
 int32_t dtype_of(const Tensor& tensor) {
@@ -249,17 +249,25 @@ Tensor allocate(const char* op, const std::vector<int64_t>& sizes, const std::ve
 
 void check(const char* op, pnn_status status, const pnn_error& error, bool running_statistics) {
   if (status == PNN_OK) return;
-  // libpnn's names for arguments that the operators call otherwise.
+  // libpnn's names for arguments that the operators call otherwise; and it speaks of a vector's four sizes.
   const struct {
     const char *libpnn, *schema;
-    bool applies;
-  } names[] = {{"mean ", "running_mean ", running_statistics},
-               {"variance ", "running_var ", running_statistics},
-               {"norm_eps ", "eps ", true}};
-  const char* message = error.message;
-  for (const auto& name : names)
-    if (name.applies && std::strncmp(message, name.libpnn, std::strlen(name.libpnn)) == 0)
-      fail(op, name.schema, message + std::strlen(name.libpnn));
+    bool vector;
+  } names[] = {{"mean ", running_statistics ? "running_mean " : "mean ", true},
+               {"variance ", running_statistics ? "running_var " : "variance ", true},
+               {"norm_eps ", "eps ", false},
+               {"bias ", "bias ", true},
+               {"norm_weight ", "norm_weight ", true},
+               {"norm_bias ", "norm_bias ", true}};
+  std::string message = error.message;
+  for (const auto& name : names) {
+    if (message.rfind(name.libpnn, 0) != 0) continue;
+    message.replace(0, std::strlen(name.libpnn), name.schema);
+    constexpr const char* ones = ", 1, 1, 1]";
+    for (size_t at = 0; name.vector && (at = message.find(ones, at)) != std::string::npos;)
+      message.replace(at, std::strlen(ones), "]");
+    break;
+  }
   fail(op, message);
 }
 

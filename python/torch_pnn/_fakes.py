@@ -57,10 +57,22 @@ def _output_size(input: Tensor, weight: Tensor, stride: Sequence[int]) -> list[A
 
 
 def _check_layer(
-    name: str, input: Tensor, weight: Tensor, mask: Tensor | None, seed: Tensor | None, masks: int, groups: int
+    name: str,
+    input: Tensor,
+    weight: Tensor,
+    mask: Tensor | None,
+    seed: Tensor | None,
+    masks: int,
+    groups: int,
+    *others: Tensor | None,
 ) -> Any:
-    """Refuses what the kernels refuse about types and sizes; returns K = C*M, the number of response maps."""
+    """Refuses what the kernels refuse about types, devices and sizes; returns K = C*M, the number of response maps."""
     at = f"torch_pnn::{name}: "
+    for tensor in (weight, mask, seed, *others):
+        torch._check(
+            tensor is None or tensor.device == input.device,
+            lambda: f"{at}input is on {input.device}, all tensors should be on the same device",
+        )
     torch._check(input.dim() == 4, lambda: f"{at}input has {input.dim()} dimensions, it should have 4: [B, C, H, W]")
     torch._check(
         input.dtype in _FLOATING,
@@ -125,7 +137,7 @@ def _perturb_conv2d(
     stride: Sequence[int] = (1, 1),
     groups: int = 1,
 ) -> Tensor:
-    _check_layer("perturb_conv2d", input, weight, mask, seed, masks, groups)
+    _check_layer("perturb_conv2d", input, weight, mask, seed, masks, groups, bias)
     return _empty(input, _output_size(input, weight, stride), weight.dtype, input)
 
 
@@ -144,7 +156,7 @@ def _perturb_conv2d_backward(
     groups: int,
     output_mask: Sequence[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    _check_layer("_perturb_conv2d_backward", input, weight, mask, seed, masks, groups)
+    _check_layer("_perturb_conv2d_backward", input, weight, mask, seed, masks, groups, grad_output)
     shape, dtype = (input.shape, input.dtype) if mask is None else (mask.shape, mask.dtype)
     return (
         _gradient(output_mask[0], input, input.shape, input.dtype, input),
@@ -174,7 +186,8 @@ def _perturb_norm_conv2d(
     stride: Sequence[int] = (1, 1),
     groups: int = 1,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    maps = _check_layer("perturb_norm_conv2d", input, weight, mask, seed, masks, groups)
+    vectors = (bias, norm_weight, norm_bias, running_mean, running_var)
+    maps = _check_layer("perturb_norm_conv2d", input, weight, mask, seed, masks, groups, *vectors)
     statistics = _statistics_dtype(input)
     return (
         _empty(input, _output_size(input, weight, stride), weight.dtype, input),
@@ -204,7 +217,8 @@ def _perturb_norm_conv2d_backward(
     groups: int,
     output_mask: Sequence[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    maps = _check_layer("_perturb_norm_conv2d_backward", input, weight, mask, seed, masks, groups)
+    others = (grad_output, norm_weight, norm_bias, mean, variance)
+    maps = _check_layer("_perturb_norm_conv2d_backward", input, weight, mask, seed, masks, groups, *others)
     statistics = _statistics_dtype(input)
     shape, dtype = (input.shape, input.dtype) if mask is None else (mask.shape, mask.dtype)
     return (
