@@ -10,6 +10,7 @@ import argparse
 import contextlib
 import dataclasses
 import datetime
+import io
 import os
 import shlex
 import sys
@@ -41,6 +42,22 @@ def _positive(text: str) -> int:
     return value
 
 
+def _folder(text: str) -> Path:
+    if not text or "\0" in text:
+        raise argparse.ArgumentTypeError("a folder's name is needed, not nothing")
+    return Path(text)
+
+
+class _Version(argparse.Action):
+    """Asks for the version only when it is wanted: it needs PyTorch to be loaded."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: object) -> None:
+        from .ablation.environment import describe
+
+        print(f"torch-pnn {describe()['torch_pnn']}")
+        parser.exit()
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="torch-pnn",
@@ -48,6 +65,7 @@ def _parser() -> argparse.ArgumentParser:
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+    parser.add_argument("--version", action=_Version, nargs=0, help="show the version and exit")
     commands = parser.add_subparsers(dest="command", metavar="command", required=True)
 
     ablate = commands.add_parser(
@@ -59,7 +77,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     ablate.add_argument("study", nargs="?", default="digits", help="the study (default: digits, the only one so far)")
     ablate.add_argument(
-        "--out", metavar="DIR", required=True, type=Path, help="the folder for results; made where missing"
+        "--out", metavar="DIR", required=True, type=_folder, help="the folder for results; made where missing"
     )
     ablate.add_argument(
         "--quick", action="store_true", help="fewer seeds and epochs: under a minute, too few for a verdict"
@@ -79,7 +97,7 @@ def _parser() -> argparse.ArgumentParser:
         help="make the report again from the raw rows",
         description="Prints the table and writes DIR/report.html from the rows in DIR; trains nothing.",
     )
-    report.add_argument("directory", metavar="DIR", type=Path, help="a folder that torch-pnn ablate wrote")
+    report.add_argument("directory", metavar="DIR", type=_folder, help="a folder that torch-pnn ablate wrote")
 
     commands.add_parser(
         "info",
@@ -239,6 +257,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     given = list(sys.argv[1:] if arguments is None else arguments)
     parsed = _parser().parse_args(given)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # a terminal without ± shows a question mark
     from .ablation.errors import AblationError
 
     try:
@@ -257,13 +277,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print("torch-pnn: interrupted", file=sys.stderr)
         return 130
     except BrokenPipeError:
-        # The reader of our output went away (a pager, head); what is left to print has nowhere to go.
-        with contextlib.suppress(OSError):
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _give_up_output()  # the reader went away (a pager, head)
         return 1
     except OSError as error:
         from .ablation.errors import describe_os_error
 
+        _give_up_output()
         where = f"{error.filename}: " if error.filename else ""
         print(f"torch-pnn: {where}{describe_os_error(error)}", file=sys.stderr)
         return 1
+
+
+def _give_up_output() -> None:
+    """Sends what is left to print nowhere, so that it does not fail once more when Python ends."""
+    with contextlib.suppress(OSError, ValueError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

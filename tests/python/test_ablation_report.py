@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import html.parser
 import io
 import re
@@ -104,6 +105,12 @@ class _Page(html.parser.HTMLParser):
             self.words.append(data)
 
 
+@functools.cache
+def _page():
+    """The report on SIX."""
+    return report.render(_records(SIX), tiny_data())
+
+
 def test_verdict_first_then_the_table():
     result = tables.evaluate(_records(SIX))
     text = tables.text_report(_records(SIX), result)
@@ -159,7 +166,7 @@ def test_one_seed_and_all_runs_diverged():
 
 
 def test_the_report_holds_everything_it_shows():
-    page = report.render(_records(SIX), tiny_data())
+    page = _page()
     found = _Page(page)
     assert len(found.ids) == len(set(found.ids)), "ids of two plots clash"
     for reference in found.references:
@@ -179,7 +186,7 @@ def test_the_report_holds_everything_it_shows():
 
 
 def test_the_report_says_what_matters_in_order():
-    words = " ".join(_Page(report.render(_records(SIX), tiny_data())).words)
+    words = " ".join(_Page(_page()).words)
     order = [
         "PNN is better than its control",
         "sign-flip test p = 0.0312",
@@ -203,7 +210,7 @@ def test_the_report_says_what_matters_in_order():
 
 
 def test_both_colour_schemes_and_no_colour_left_behind():
-    page = report.render(_records(SIX), tiny_data())
+    page = _page()
     assert "prefers-color-scheme: dark" in page
     used = set(re.findall(r"var\((--[a-z0-9-]+)\)", page))
     light, dark = page.split("prefers-color-scheme: dark")[:2]
@@ -217,7 +224,7 @@ def test_both_colour_schemes_and_no_colour_left_behind():
 
 def test_the_stand_in_is_said_loudly():
     records = _records(SIX)
-    quiet = report.render(records, tiny_data())
+    quiet = _page()
     assert "NOT computed by the compiled operators" not in quiet
     assert "class='alarm'" not in quiet
     stand_in = {**ENVIRONMENT, "operators": "reference", "isa": "none"}
@@ -243,9 +250,9 @@ def test_text_from_outside_is_escaped():
 
 def test_the_report_is_the_same_each_time_and_leaves_the_generator_alone():
     state = torch.get_rng_state()
-    first = report.render(_records(SIX), tiny_data())
+    again = report.render(_records(SIX), tiny_data())
     assert torch.equal(torch.get_rng_state(), state)
-    assert report.render(_records(SIX), tiny_data()) == first
+    assert again == _page()
 
 
 def test_masks_of_the_showcase_are_those_of_the_run():

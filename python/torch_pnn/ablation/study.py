@@ -110,18 +110,21 @@ def _words(value: Any) -> str:
 
 
 #: The studies that ship with the package.
+#: digits: the learning rate was picked from 0.02, 0.05, 0.1 and 0.2 on a quarter of the training images held out, with
+#: seeds that the study does not use; between them CNN, LBCNN and PNN differed by no more than their seeds did. Twelve
+#: epochs of ten seeds take about three minutes on two cores.
 STUDIES: dict[str, Study] = {
     "digits": Study(
         name="digits",
         title="Handwritten digits, 8×8 pixels",
         data="digits",
-        network="lenet",
+        network="resnet",
         width=16,
         arms=("cnn", "cnn-narrow", "lbcnn", "pnn", "control", "waves"),
         candidate="pnn",
         control="control",
         seeds=tuple(range(10)),
-        epochs=20,
+        epochs=12,
         batch_size=32,
         learning_rate=0.1,
         warmup_epochs=2,
@@ -132,7 +135,7 @@ STUDIES: dict[str, Study] = {
 
 #: What ``--quick`` changes in each of them.
 QUICK: dict[str, dict[str, Any]] = {
-    "digits": {"epochs": 8, "seeds": tuple(range(3)), "warmup_epochs": 1},
+    "digits": {"epochs": 6, "seeds": tuple(range(3)), "warmup_epochs": 1},
 }
 
 
