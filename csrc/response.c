@@ -44,11 +44,13 @@ static void respond(const pnn_response *response, const pnn_columns *columns, in
       const int64_t pixel = s->pixel + done, row = pixel / width, from = pixel % width;
       count = in_place && !rows_join ? PNN_MIN(width - from, s->columns - done) : s->columns - done;
       const int64_t column = s->column + done;
-      const char *source = x + column * size;
+      const char *source;
       int64_t source_ld = ld;
       if (in_place) {
         source = v->data + (s->image * v->batch + channel * v->channel + row * v->row + from * v->column) * size;
         source_ld = v->channel;
+      } else {
+        source = x + column * size;
       }
       p->kernels->respond[activation](panel + column * size, ld, source, source_ld,
                                       mask ? mask + (pixel - columns->range->pixel) * size : NULL, response->mask_ld,
