@@ -29,6 +29,11 @@ if(CMAKE_C_COMPILER_ID STREQUAL "GNU")
   list(APPEND PNN_C_FLAGS -Wno-psabi)
 endif()
 
+if(CMAKE_CXX_COMPILER_ID STREQUAL "GNU" AND CMAKE_CXX_COMPILER_VERSION VERSION_LESS 13)
+  # GCC 12 sees overlapping copies inside its own std::string in C++20 (GCC bug 105651), which PyTorch 2.14 asks for.
+  list(APPEND PNN_CXX_FLAGS -Wno-restrict)
+endif()
+
 set(PNN_NO_UNDEFINED "")
 if(CMAKE_SYSTEM_NAME STREQUAL "Linux" AND NOT PNN_SANITIZE)
   # Without it a missing symbol is found by the user, when the library is loaded, and not by us, when it is linked.
