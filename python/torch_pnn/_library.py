@@ -5,7 +5,7 @@ Importing this module makes ``torch.ops.torch_pnn`` complete, once per process:
 * ``libtorch_pnn_ops.so`` defines the operators and their CPU kernels; one file for every PyTorch from 2.11 on. Where it
   is missing or does not load, the operators are defined from schemas.txt and run on the plain-PyTorch reference, with
   one warning that holds the loader's own words (an ImportError where ``TORCH_PNN_REQUIRE_OPS=1``).
-* ``libtorch_pnn_autograd-<major>.<minor>.so`` holds the derivatives and autocast; one file per minor version of PyTorch.
+* ``libtorch_pnn_autograd-<major>.<minor>.so`` holds derivatives and autocast; one file per minor version of PyTorch.
   Where none fits the running PyTorch, registrations from Python stand in and say so once.
 * The shape functions for ``torch.compile`` and ``torch.export``, and the kernels for devices that have none of ours,
   always come from Python.

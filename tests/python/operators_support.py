@@ -31,7 +31,7 @@ class Case:
     Attributes:
         mask: "none", "seed", "shared seed", "tensor" or "shared tensor".
         norm: None, "train" or "eval".
-        layout: "contiguous", "channels_last", "expanded" (zero strides), "sliced" (steps and an offset) or "transposed".
+        layout: "contiguous", "channels_last", "expanded" (zero strides), "sliced" (steps, an offset) or "transposed".
     """
 
     batch: int = 2

@@ -168,8 +168,10 @@ def test_layouts_do_not_change_the_bits() -> None:
     for norm in (None, "eval"):
         case = Case(dtype=torch.float32, masks=2, channels=5, height=6, width=7, norm=norm)
         given = tensors(case)
-        results = [forward(case, given | {"input": laid_out(given["input"], layout)})
-                   for layout in ("contiguous", "channels_last", "sliced", "transposed")]
+        results = [
+            forward(case, given | {"input": laid_out(given["input"], layout)})
+            for layout in ("contiguous", "channels_last", "sliced", "transposed")
+        ]
         found = [bits(r[0] if norm else r) for r in results]
         assert all(other == found[0] for other in found)
 
@@ -221,9 +223,7 @@ def test_opcheck_backward(case: Case) -> None:
 @pytest.mark.slow
 def test_opcheck_mask() -> None:
     for dtype in (None, torch.bfloat16):
-        torch.library.opcheck(
-            OPS.perturbation_mask.default, (torch.tensor([3]), 3, 2, 4, 5, False, "waves", dtype)
-        )
+        torch.library.opcheck(OPS.perturbation_mask.default, (torch.tensor([3]), 3, 2, 4, 5, False, "waves", dtype))
 
 
 def test_schemas_are_the_text_files() -> None:

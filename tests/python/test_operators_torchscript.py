@@ -38,7 +38,9 @@ def output_of(*command: object) -> str:
     # The program finds its libraries by itself, as a user's would.
     environment = {n: v for n, v in os.environ.items() if n not in ("LD_LIBRARY_PATH", "LD_PRELOAD", "PYTHONPATH")}
     done = subprocess.run([str(c) for c in command], capture_output=True, text=True, timeout=600, env=environment)
-    assert done.returncode == 0, f"{command[0]} failed ({done.returncode}):\n{done.stdout[-4000:]}\n{done.stderr[-4000:]}"
+    assert done.returncode == 0, (
+        f"{command[0]} failed ({done.returncode}):\n{done.stdout[-4000:]}\n{done.stderr[-4000:]}"
+    )
     return done.stdout
 
 
