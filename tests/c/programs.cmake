@@ -15,6 +15,10 @@ if(PNN_FUZZ)
     message(FATAL_ERROR "PNN_FUZZ needs clang's libFuzzer, and the C++ compiler is ${CMAKE_CXX_COMPILER_ID}: "
       "-DCMAKE_C_COMPILER=clang -DCMAKE_CXX_COMPILER=clang++")
   endif()
+  # The library reports its branches to the fuzzer, too.
+  foreach(part IN ITEMS pnn_core pnn_static)
+    target_compile_options(${part} PRIVATE -fsanitize=fuzzer-no-link)
+  endforeach()
   add_executable(fuzz_params c/fuzz_params.cc)
   target_include_directories(fuzz_params PRIVATE c)
   target_compile_features(fuzz_params PRIVATE cxx_std_17)

@@ -278,12 +278,12 @@ class Tensor {
     int64_t low = 0;
     int64_t high = 0;  // extent of the elements, relative to the first
     bool empty = false;
-    for (int d = 0; d < 4; d++) {
-      if (view_.size[d] == 0) empty = true;
+    for (int d = 0; d < 4; d++) empty = empty || view_.size[d] == 0;
+    for (int d = 0; d < 4 && !empty; d++) {
+      if (view_.size[d] == 1) continue;
       const int64_t reach = (view_.size[d] - 1) * view_.stride[d];
       (reach < 0 ? low : high) += reach;
     }
-    if (empty) low = high = 0;
     const int64_t span = empty ? 0 : high - low + 1;
     const int64_t zone = placement == Placement::kZones ? 96 : 0;
     if (zone == 0) offset = 0;
