@@ -12,7 +12,7 @@ clipped at the edge, are pooled. The output then has the size that `nn.Conv2d` g
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -158,6 +158,25 @@ def _pad(input: Tensor, pads: tuple[int, int, int, int], padding_mode: str) -> T
     return F.pad(cropped, [max(left, 0), max(right, 0), max(top, 0), max(bottom, 0)], mode=padding_mode)
 
 
+def _pool(input: Tensor, stride: tuple[int, int], downsample: str) -> Tensor:
+    """Maximum or mean over windows of `stride` pixels that are clipped at the edge."""
+    if not torch.jit.is_scripting() and torch.compiler.is_compiling():
+        return _traced_pool(input, stride, downsample)
+    if downsample == "max":
+        return F.max_pool2d(input, stride, stride, ceil_mode=True)
+    return F.avg_pool2d(input, stride, stride, ceil_mode=True, count_include_pad=False)
+
+
+def _traced_pool(input: Tensor, stride: tuple[int, int], downsample: str) -> Tensor:
+    """The same for torch.compile and torch.export: PyTorch's ceil_mode would tie a graph to even or to odd sizes."""
+    behind = [0, stride[1] - 1, 0, stride[0] - 1]
+    if downsample == "max":
+        return F.max_pool2d(F.pad(input, behind, value=-math.inf), stride, stride)
+    counts = F.pad(torch.ones_like(input[..., :1, :, :]), behind)
+    sums = F.avg_pool2d(F.pad(input, behind), stride, stride, divisor_override=1)
+    return sums / F.avg_pool2d(counts, stride, stride, divisor_override=1)
+
+
 class PerturbConv2d(nn.Module):
     """The perturbation layer, in the place of an `nn.Conv2d`: fixed masks, activation, learnable 1x1.
 
@@ -244,9 +263,10 @@ class PerturbConv2d(nn.Module):
     __jit_unused_properties__ = ("mask_bytes",)
 
     bias: Tensor | None
-    mask: Tensor | None
-    mask_seed: Tensor | None
-    mask_version: Tensor
+    if TYPE_CHECKING:  # TorchScript would take these annotations and save the buffers as plain attributes.
+        mask: Tensor | None
+        mask_seed: Tensor | None
+        mask_version: Tensor
 
     def __init__(
         self,
@@ -569,9 +589,7 @@ class PerturbConv2d(nn.Module):
             output = self._normalised(grid, mask, seed, noise, stride)
         if (self.stride[0] == 1 and self.stride[1] == 1) or self.downsample == "subsample":
             return output
-        if self.downsample == "max":
-            return F.max_pool2d(output, self.stride, self.stride, ceil_mode=True)
-        return F.avg_pool2d(output, self.stride, self.stride, ceil_mode=True, count_include_pad=False)
+        return _pool(output, self.stride, self.downsample)
 
     def _normalised(
         self, grid: Tensor, mask: Tensor | None, seed: Tensor | None, noise: str | None, stride: tuple[int, int]
