@@ -17,6 +17,10 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .ablation.study import Study
 
 EPILOG = """\
 examples:
@@ -108,14 +112,14 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _study(arguments: argparse.Namespace) -> object:
+def _study(arguments: argparse.Namespace) -> Study:
     """The study that the arguments ask for."""
     from .ablation.arms import ARMS
     from .ablation.errors import UsageError
     from .ablation.study import find_study
 
     study = find_study(arguments.study, quick=arguments.quick)
-    changes: dict[str, object] = {}
+    changes: dict[str, Any] = {}
     if arguments.seeds is not None:
         changes["seeds"] = tuple(range(arguments.seeds))
     if arguments.epochs is not None:

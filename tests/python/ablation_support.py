@@ -48,7 +48,7 @@ def environment(**changes: str) -> dict[str, str]:
     return {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", **changes}
 
 
-def command(*arguments: object, timeout: float = 120, **changes: str) -> subprocess.CompletedProcess[str]:
+def command(*arguments: object, timeout: float = 300, **changes: str) -> subprocess.CompletedProcess[str]:
     """Runs `python -m torch_pnn` and returns what came of it."""
     return subprocess.run(
         [sys.executable, "-m", "torch_pnn", *map(str, arguments)],

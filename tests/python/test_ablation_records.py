@@ -11,8 +11,8 @@ import subprocess
 import sys
 
 import pytest
-
 from ablation_support import environment, tiny_study
+
 from torch_pnn.ablation.errors import AblationError, UsageError
 from torch_pnn.ablation.records import Store, read, read_rows, write_whole
 from torch_pnn.ablation.study import STUDIES, Study, find_study

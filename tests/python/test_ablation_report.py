@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 import torch
-
 from ablation_support import tiny_data, tiny_study
+
 from torch_pnn.ablation import progress, report, tables
 from torch_pnn.ablation.arms import ARMS
 from torch_pnn.ablation.records import Records

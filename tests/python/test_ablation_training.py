@@ -6,9 +6,9 @@ import dataclasses
 
 import pytest
 import torch
+from ablation_support import tiny_data, tiny_study
 from torch import nn
 
-from ablation_support import tiny_data, tiny_study
 from torch_pnn.ablation import arms, data, training
 from torch_pnn.ablation.errors import UsageError
 from torch_pnn.ablation.study import STUDIES

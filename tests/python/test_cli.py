@@ -17,8 +17,8 @@ from pathlib import Path
 
 import pytest
 import torch
-
 from ablation_support import command, environment, one_line_error
+
 from torch_pnn import cli
 from torch_pnn.ablation import study
 
@@ -322,7 +322,7 @@ def test_an_unwritable_result_is_an_error_and_not_a_traceback():
             stdout=full,
             stderr=subprocess.PIPE,
             text=True,
-            timeout=120,
+            timeout=300,
             check=False,
         )
     assert done.returncode == 1
@@ -340,7 +340,7 @@ def test_a_reader_that_goes_away():
             stdout=writing,
             stderr=subprocess.PIPE,
             text=True,
-            timeout=120,
+            timeout=300,
             check=False,
         )
     finally:
@@ -373,7 +373,7 @@ def _start(folder, *arguments, **options):
 
 def _wait_for_rows(folder, process, count, name="results.jsonl"):
     path = Path(folder) / name
-    end = time.monotonic() + 120
+    end = time.monotonic() + 300
     while not path.exists() or path.read_bytes().count(b"\n") < count:
         assert process.poll() is None, process.stderr.read()
         assert time.monotonic() < end, "no row came"
@@ -418,13 +418,12 @@ def test_killed_at_any_moment_it_goes_on_to_the_same_bits(tmp_path, jobs):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("jobs", [1, 2])
-def test_ctrl_c_says_how_to_go_on(tmp_path, jobs):
-    process = _start(tmp_path / "x", "--jobs", jobs, *LONGER)
+def test_ctrl_c_says_how_to_go_on(tmp_path):
+    process = _start(tmp_path / "x", "--jobs", 2, *LONGER)
     _wait_for_rows(tmp_path / "x", process, 1)
     workers = _children(process)
     os.killpg(process.pid, signal.SIGINT)  # as a terminal does: to all of them
-    _, errors = process.communicate(timeout=60)
+    _, errors = process.communicate(timeout=300)
     assert process.returncode == 130
     assert "Traceback" not in errors
     assert errors.splitlines()[-1].startswith("torch-pnn: interrupted; ")
@@ -437,7 +436,7 @@ def test_a_worker_that_dies_costs_its_own_run_alone(tmp_path):
     process = _start(tmp_path / "x", "--jobs", 2, *LONGER)
     _wait_for_rows(tmp_path / "x", process, 1, "epochs.jsonl")
     os.kill(_children(process)[0], signal.SIGKILL)
-    _, errors = process.communicate(timeout=120)
+    _, errors = process.communicate(timeout=300)
     assert process.returncode == 1
     assert "its process died (it was ended by signal 9)" in errors.splitlines()[-1]
     states = [row["status"] for row in _rows(tmp_path / "x")]
@@ -453,7 +452,7 @@ def test_a_full_disk_stops_it_with_one_line(tmp_path):
         resource.setrlimit(resource.RLIMIT_FSIZE, (3000, 3000))
 
     process = _start(tmp_path / "x", "--jobs", 1, *LONGER, preexec_fn=small_files)
-    _, errors = process.communicate(timeout=120)
+    _, errors = process.communicate(timeout=300)
     assert process.returncode == 1
     assert "Traceback" not in errors
     last = errors.splitlines()[-1]

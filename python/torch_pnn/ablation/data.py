@@ -85,9 +85,8 @@ def load_digits() -> Dataset:
     description = (
         f"The {len(labels)} handwritten digits that ship inside scikit-learn: 8×8 pixels, ten classes, the test part "
         f"of the UCI set 'Optical Recognition of Handwritten Digits'. {len(train)} images train, {len(test)} test: one "
-        f"fixed split, drawn class by class (seed {DIGITS_SPLIT_SEED}), the same for every arm and every seed. Nobody "
-        f"chose anything by looking at the test images. The same people wrote both parts, so strangers' digits would "
-        f"be read less well."
+        f"fixed split, drawn class by class (seed {DIGITS_SPLIT_SEED}), the same for every arm and every seed. The "
+        f"same people wrote both parts, so strangers' digits would be read less well."
     )
     return Dataset(
         "digits",

@@ -7,8 +7,9 @@ serves the light and the dark page. Text stays text: it can be selected, and it 
 from __future__ import annotations
 
 import io
+import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -35,10 +36,10 @@ _VARIABLES = {
 _MARKERS = "osD^vPX*"
 
 #: Drawn for a column of this width in inches, which a phone shows at about its natural size.
-WIDTH = 5.0
+WIDTH = 4.4
 
 
-def _settings() -> dict[str, Any]:
+def _settings() -> Any:
     return {
         "svg.fonttype": "none",
         "svg.hashsalt": "torch-pnn",
@@ -154,22 +155,16 @@ def paired_differences(records: Records, result: StudyResult) -> str:
 
 def accuracy_against_parameters(records: Records, result: StudyResult) -> str:
     """Mean accuracy over seeds against the number of learnable parameters, with the standard deviation."""
-    shown = [arm for arm in result.arms if arm.accuracy.count and arm.parameters]
+    shown = [(arm, arm.parameters) for arm in result.arms if arm.accuracy.count and arm.parameters]
 
     def draw(figure: Figure) -> None:
         axes = figure.subplots()
-        # Arms of the same cost stand side by side instead of on each other.
-        groups: dict[int, list[str]] = {}
-        for arm in shown:
-            near = next((size for size in groups if abs(arm.parameters / size - 1) < 0.08), arm.parameters)
-            groups.setdefault(near, []).append(arm.arm)
-        for arm in shown:
+        places = _apart([math.log10(parameters) for _, parameters in shown], gap=0.05)
+        for (arm, _), place in zip(shown, places, strict=True):
             colour, marker = _style(records, arm.arm)
-            group = next(members for members in groups.values() if arm.arm in members)
-            shift = 1.09 ** (group.index(arm.arm) - (len(group) - 1) / 2)
             spread = 0.0 if arm.accuracy.count < 2 else 100 * arm.accuracy.deviation
             axes.errorbar(
-                arm.parameters * shift,
+                10**place,
                 100 * arm.accuracy.mean,
                 yerr=spread,
                 fmt=marker,
@@ -179,7 +174,7 @@ def accuracy_against_parameters(records: Records, result: StudyResult) -> str:
                 label=arm.title,
             )
         axes.set_xscale("log")
-        low, high = min(a.parameters for a in shown), max(a.parameters for a in shown)
+        low, high = min(number for _, number in shown), max(number for _, number in shown)
         axes.set_xlim(low / 1.6, high * 1.6)
         _plain_log_ticks(axes)
         axes.set_xlabel("learnable parameters")
@@ -187,6 +182,30 @@ def accuracy_against_parameters(records: Records, result: StudyResult) -> str:
         axes.legend(loc="upper center", bbox_to_anchor=(0.46, -0.2), ncols=3, columnspacing=1.2, handletextpad=0.3)
 
     return _figure(draw, "parameters", "Accuracy against learnable parameters", 3.6)
+
+
+def _apart(values: Sequence[float], gap: float) -> list[float]:
+    """Moves values that are nearer than ``gap`` apart, each crowd about its own middle; the order stays.
+
+    Example:
+        >>> [round(value, 6) for value in _apart([1.0, 3.0, 1.0], gap=0.5)]
+        [0.75, 3.0, 1.25]
+    """
+    order = sorted(range(len(values)), key=lambda i: values[i])
+    crowds: list[tuple[list[int], float]] = []  # members, middle
+    for i in order:
+        crowds.append(([i], values[i]))
+        while len(crowds) > 1:
+            (left, low), (right, high) = crowds[-2:]
+            if high - low >= gap * (len(left) + len(right)) / 2:
+                break
+            members = left + right
+            crowds[-2:] = [(members, sum(values[j] for j in members) / len(members))]
+    placed = list(values)
+    for members, middle in crowds:
+        for position, i in enumerate(members):
+            placed[i] = middle + gap * (position - (len(members) - 1) / 2)
+    return placed
 
 
 def _plain_log_ticks(axes: Axes) -> None:

@@ -20,7 +20,7 @@ from .progress import duration
 from .records import Records, Row, write_whole
 from .showcase import make_showcase
 from .statistics import interval, points
-from .study import SEEDS_TO_DECIDE
+from .study import NOTES, SEEDS_TO_DECIDE
 from .tables import StudyResult, title
 
 
@@ -120,10 +120,11 @@ def _method(records: Records, data: Dataset) -> str:
     schedule = (
         f"Every arm has the same schedule, seeds and order of the data: {study.epochs} epochs of {steps} steps with "
         f"up to {study.batch_size} images, stochastic gradient descent with Nesterov momentum {study.momentum:g}, "
-        f"learning rate rising to {study.learning_rate:g} over the first {study.warmup_epochs:g} epochs, then falling to "
-        f"zero along a cosine, weight decay {study.weight_decay:g}. No augmentation. The settings were not tuned arm "
-        "by arm."
+        f"learning rate rising to {study.learning_rate:g} over the first {study.warmup_epochs:g} epochs, then falling "
+        f"to zero along a cosine, weight decay {study.weight_decay:g}. No augmentation. Nothing was tuned "
+        "arm by arm."
     )
+    schedule += f" {NOTES[study.name]}" if study.name in NOTES else ""
     pairs = (
         "Paired: with one seed, all arms see the same batches in the same order, and PNN, its control and its "
         "variants start from the same weights, bit for bit."
@@ -213,7 +214,7 @@ def render(records: Records, data: Dataset) -> str:
             _plot(
                 "Accuracy against size",
                 plots.accuracy_against_parameters(records, result),
-                "Mean and standard deviation over seeds. Arms of equal size stand side by side.",
+                "Mean and standard deviation over seeds. Arms of nearly equal size are moved a little apart.",
             )
         )
         figures.append(

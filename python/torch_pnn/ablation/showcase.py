@@ -104,8 +104,8 @@ def make_showcase(study: Study, data: Dataset) -> Showcase | None:
         return None
     layer = found[0][1]
     caption = (
-        f"One channel of one test image at the first perturbation layer, with the masks of seed {study.seeds[0]}, before "
-        f"any training. The response map is {layer.activation}(input + mask); the change is what it owes to the mask. "
-        f"Masks and changes share a colour scale of ±{layer.level:g}, the others theirs. Red is positive, blue negative."
+        f"One channel of one test image at the first perturbation layer, with the masks of seed {study.seeds[0]}, "
+        f"before any training. The response map is {layer.activation}(input + mask), the change what it owes to it. "
+        f"Masks and changes share a colour scale of ±{layer.level:g}, the others theirs. Red positive, blue negative."
     )
     return Showcase(tuple(row for row, _ in found), layer.activation, caption)
