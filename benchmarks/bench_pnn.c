@@ -145,8 +145,8 @@ int main(int count, char **arguments) {
   for (int i = first; i < count; i++) {
     long long v[5];
     char rest;
-    if (sscanf(arguments[i], "%lld,%lld,%lld,%lld,%lld%c", &v[0], &v[1], &v[2], &v[3], &v[4], &rest) != 5 ||
-        v[0] < 1 || v[1] < 1 || v[2] < 1 || v[3] < 1 || v[4] < 1) {
+    if (sscanf(arguments[i], "%lld,%lld,%lld,%lld,%lld%c", &v[0], &v[1], &v[2], &v[3], &v[4], &rest) != 5 || v[0] < 1 ||
+        v[1] < 1 || v[2] < 1 || v[3] < 1 || v[4] < 1) {
       fprintf(stderr, "bench_pnn: %s should be five positive integers: B,C,H,T,M\n", arguments[i]);
       return 2;
     }

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import shlex
+import argparse
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -20,10 +20,13 @@ def mark(met: bool | None, value: float, target: float | None) -> str:
     return "MISSED" if not met else "met" if value <= target else "met by interval"
 
 
-def command(arguments: Sequence[str]) -> str:
-    """The command that made a run."""
-    given = shlex.join(argument for argument in arguments if argument != "--markdown")
-    return f"make bench ARGS={shlex.quote(given)}" if given else "make bench"
+def command(parsed: argparse.Namespace) -> str:
+    """The command that makes such a run."""
+    options = ["--quick"] if parsed.quick else []
+    options += [f"--case {str(case).strip('()')}" for case in parsed.case]
+    options += [f"--row {row}" for row in parsed.row or []]
+    options += [f"--{name} {getattr(parsed, name)}" for name in ("threads", "rounds") if getattr(parsed, name)]
+    return f"make bench ARGS='{' '.join(options)}'" if options else "make bench"
 
 
 def line_text(line: Line) -> str:
@@ -37,8 +40,9 @@ def ceilings_text(measured: Measured) -> str:
     """A case's ceilings for the terminal."""
     record = case_record(measured)
     return (
-        f"{record['case']:<20} 1024^3 product {record['mm_gflops']:.0f} GFLOP/s, copy {record['copy_gbytes']:.1f} GB/s, "
-        f"floor {1e3 * record['floor_seconds']:.3f} ms ({record['bound_by']}), {record['rounds']} rounds"
+        f"{record['case']:<20} 1024^3 product {record['mm_gflops']:.0f} GFLOP/s, "
+        f"copy {record['copy_gbytes']:.1f} GB/s, floor {1e3 * record['floor_seconds']:.3f} ms "
+        f"({record['bound_by']}), {record['rounds']} rounds"
     )
 
 
@@ -198,7 +202,8 @@ def plot(results: dict[str, Any], folder: Path) -> bool:
         ax.set_title(f"{ROWS[name].title}   [{ROWS[name].target}]", fontsize=8, loc="left")
     about = results["machine"]
     figure.suptitle(
-        f"{about['processor']}, {about['threads']} threads, {about['isa']}, PyTorch {about['torch']}, {results['date']}\n"
+        f"{about['processor']}, {about['threads']} threads, {about['isa']}, PyTorch {about['torch']}, "
+        f"{results['date']}\n"
         "ratios of medians, 95 % intervals; black: target; green: met, red: missed, grey: for information",
         fontsize=9,
     )
@@ -213,8 +218,8 @@ def figures_block(results: dict[str, Any]) -> str:
     """The part of docs/kernels.md that a run fills in."""
     about = results["machine"]
     head = (
-        f"{results['date']}, {about['processor']}, {about['threads']} threads, {about['isa']}, PyTorch {about['torch']}: "
-        f"`{results['command']}`"
+        f"{results['date']}, {about['processor']}, {about['threads']} threads, {about['isa']}, "
+        f"PyTorch {about['torch']}: `{results['command']}`"
     )
     parts = [BEGIN, "", head, "", *ceilings_table(results), "", *rates_table(results), "", "```", verdict(results)]
     return "\n".join([*parts, "```", "", END])

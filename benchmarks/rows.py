@@ -11,7 +11,8 @@ import os
 import re
 import subprocess
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -124,6 +125,7 @@ class Row:
         contestants: what it adds to a case's timings, or None where it does not apply to the case.
         lines: the lines that follow from all cases' timings.
         odd: whether the odd sizes take part.
+        alone: measures by itself, given the effort, whether it is a quick run, and the cases.
     """
 
     title: str
@@ -131,7 +133,7 @@ class Row:
     contestants: Callable[[Layer], dict[str, Contestant]] | None = None
     lines: Callable[[list[Measured]], Iterable[Line]] | None = None
     odd: bool = False
-    alone: Callable[[Effort, bool], Iterable[Line]] | None = field(default=None)
+    alone: Callable[[Effort, bool, Sequence[Case]], Iterable[Line]] | None = None
 
 
 def both_layouts(name: str) -> tuple[str, str]:
@@ -243,10 +245,10 @@ def _seed_contestants(layer: Layer) -> dict[str, Contestant]:
 # ---- rows of their own ----
 
 
-def _overhead(effort: Effort, quick: bool) -> Iterable[Line]:
-    del quick
+def _overhead(effort: Effort, quick: bool, cases: Sequence[Case]) -> Iterable[Line]:
+    del quick, cases
     layer = Layer(SMALL_CASE)
-    times = alternate(layer.overhead(), Effort(max(effort.rounds, 11), 0.004, effort.budget))
+    times = alternate(layer.overhead(), replace(effort, rounds=max(effort.rounds, 11), fewest=11, sample=0.004))
     m = Measured(SMALL_CASE, times)
     for which, target in (("forward", 1.3), ("training", 1.6)):
         label = "without gradients" if which == "forward" else "with gradients, forward and backward"
@@ -266,31 +268,30 @@ def _exactly(row: str, what: str, case: str, value: int, target: int | None, not
     return Line(row, what, case, Ratio(value, value, value), target, note, "bytes")
 
 
-def _kept(effort: Effort, quick: bool) -> Iterable[Line]:
-    del effort
-    for case in QUICK_CASES if quick else CASES:
-        layer = Layer(case)
-        x, weight, bias = layer.x["contiguous"], layer.weight, layer.bias
-        tensors = 4 * (x.numel() + weight.numel())
-        sources: dict[str, tuple[dict[str, Any], int]] = {
-            "masks by seed": ({"seed": layer.seed, "masks": case.masks}, 8),  # the seed itself
-            "stored masks": ({"mask": layer.mask}, 4 * layer.mask.numel()),
-        }
-        for name, (source, masks) in sources.items():
-            kept = kept_bytes(lambda s=source: functional.perturb_conv2d(x, weight, bias, level=LEVEL, **s))
-            yield _exactly("kept-bytes", name, str(case), kept, tensors + masks, "x, V, N")
-            gamma = [torch.ones(case.maps, requires_grad=True) for _ in range(2)]
-            running = [torch.zeros(case.maps), torch.ones(case.maps)]
-            kept = kept_bytes(
-                lambda s=source, g=gamma, r=running: functional.perturb_norm_conv2d(
-                    x, weight, bias, *g, *r, training=True, level=LEVEL, **s
-                )
-            )
-            limit = tensors + masks + 4 * 4 * case.maps
-            note = "x, V, N; gamma, beta, mean, variance"
-            yield _exactly("kept-bytes", f"{name}, normalised", str(case), kept, limit, note)
-        kept = kept_bytes(lambda: plain_layer(x, weight, bias, layer.mask))
-        yield _exactly("kept-bytes", "plain PyTorch", str(case), kept, None, "beside it")
+def _kept(effort: Effort, quick: bool, cases: Sequence[Case]) -> Iterable[Line]:
+    del effort, quick
+    for case in cases:
+        yield from _kept_of(Layer(case))
+
+
+def _kept_of(layer: Layer) -> Iterable[Line]:
+    case, x, weight, bias = layer.case, layer.x["contiguous"], layer.weight, layer.bias
+    sources: dict[str, tuple[dict[str, Any], int]] = {
+        "masks by seed": ({"seed": layer.seed, "masks": case.masks}, 8),  # the seed itself
+        "stored masks": ({"mask": layer.mask}, 4 * layer.mask.numel()),
+    }
+    for name, (source, masks) in sources.items():
+        limit = 4 * (x.numel() + weight.numel()) + masks
+        kept = kept_bytes(partial(functional.perturb_conv2d, x, weight, bias, level=LEVEL, **source))
+        yield _exactly("kept-bytes", name, str(case), kept, limit, "x, V, N")
+        gamma, beta = (torch.ones(case.maps, requires_grad=True) for _ in range(2))
+        running = (torch.zeros(case.maps), torch.ones(case.maps))
+        normalised = partial(functional.perturb_norm_conv2d, x, weight, bias, gamma, beta, *running, training=True)
+        kept = kept_bytes(partial(normalised, level=LEVEL, **source))
+        limit += 4 * 4 * case.maps
+        yield _exactly("kept-bytes", f"{name}, normalised", str(case), kept, limit, "and gamma, beta, mean, variance")
+    kept = kept_bytes(partial(plain_layer, x, weight, bias, layer.mask))
+    yield _exactly("kept-bytes", "plain PyTorch", str(case), kept, None, "beside it")
 
 
 def workspace_limit(weight_bytes: int, packed_bytes: int, threads: int) -> int:
@@ -304,36 +305,37 @@ def workspace_limit(weight_bytes: int, packed_bytes: int, threads: int) -> int:
     return threads * (1024 * 1024 + 4 * weight_bytes) + packed_bytes
 
 
-def _memory(effort: Effort, quick: bool) -> Iterable[Line]:
-    del effort
-    threads = torch.get_num_threads()
-    for case in QUICK_CASES if quick else CASES:
-        layer = Layer(case)
-        weights = 4 * layer.weight.numel()
-        # Packed weights are padded to whole tiles of up to 32 outputs or maps.
-        packed = 4 * (-(-case.outputs // 32) * 32) * (-(-case.maps // 32) * 32)
-        limit = workspace_limit(weights, packed, threads)
-        for layout, x in layer.x.items():
-            with torch.no_grad():
-                beyond = peak_bytes(
-                    lambda x=x: functional.perturb_conv2d(x, layer.weight, layer.bias, mask=layer.mask, level=LEVEL)
-                ) - 4 * case.pixels * case.outputs
-            yield _exactly("memory", f"forward, {layout}", str(case), beyond, limit)
-            options = (case.masks, False, "uniform", LEVEL, "relu", [1, 1], 1, [True, True, True, False])
-            beyond = peak_bytes(
-                lambda x=x, layout=layout, options=options: torch.ops.torch_pnn._perturb_conv2d_backward(
-                    layer.grad[layout], x.detach(), layer.weight.detach(), layer.mask, None, *options
-                )
-            ) - (4 * x.numel() + weights + 4 * case.outputs)
-            yield _exactly("memory", f"backward, {layout}", str(case), beyond, limit)
+def _memory(effort: Effort, quick: bool, cases: Sequence[Case]) -> Iterable[Line]:
+    del effort, quick
+    for case in cases:
+        yield from _memory_of(Layer(case))
 
 
-def _network(effort: Effort, quick: bool) -> Iterable[Line]:
+def _memory_of(layer: Layer) -> Iterable[Line]:
+    case, weight, bias = layer.case, layer.weight.detach(), layer.bias.detach()
+    weights = 4 * weight.numel()
+    # Packed weights are padded to whole tiles of up to 32 outputs or maps.
+    packed = 4 * (-(-case.outputs // 32) * 32) * (-(-case.maps // 32) * 32)
+    limit = workspace_limit(weights, packed, torch.get_num_threads())
+    options = (case.masks, False, "uniform", LEVEL, "relu", [1, 1], 1)
+    wanted = [True, True, True, False]
+    for layout, leaf in layer.x.items():
+        x = leaf.detach()
+        forward = partial(torch.ops.torch_pnn.perturb_conv2d, x, weight, bias, layer.mask, None, *options)
+        beyond = peak_bytes(forward) - 4 * case.pixels * case.outputs
+        yield _exactly("memory", f"forward, {layout}", str(case), beyond, limit)
+        operator = torch.ops.torch_pnn._perturb_conv2d_backward
+        backward = partial(operator, layer.grad[layout], x, weight, layer.mask, None, *options, wanted)
+        beyond = peak_bytes(backward) - 4 * (x.numel() + weight.numel() + bias.numel())
+        yield _exactly("memory", f"backward, {layout}", str(case), beyond, limit)
+
+
+def _network(effort: Effort, quick: bool, cases: Sequence[Case]) -> Iterable[Line]:
     batch = 64
     # A step takes seconds: fewer rounds, a budget of their own.
-    rounds, budget = (3, 30.0) if quick else (11, 240.0)
-    del effort
-    times = alternate(networks(batch), Effort(rounds, 0.0, budget))
+    del effort, cases
+    chosen = Effort(3, 0.0, 20.0, fewest=3) if quick else Effort(11, 0.0, 180.0, fewest=7)
+    times = alternate(networks(batch), chosen)
     m = Measured(CASES[0], times)
     what = f"noise_resnet18, batch {batch}, 3x32x32"
     for layout in LAYOUTS:
@@ -347,13 +349,14 @@ def _network(effort: Effort, quick: bool) -> Iterable[Line]:
             yield Line("network", f"{layout} vs {title}", what, ratio, target if best else None, note)
 
 
-def _libpnn(effort: Effort, quick: bool) -> Iterable[Line]:
-    del effort
+def _libpnn(effort: Effort, quick: bool, cases: Sequence[Case]) -> Iterable[Line]:
+    del effort, cases
     program = _library.library_directory().parent / "benchmarks" / "bench_pnn"
     if not program.exists():
         return
     for isa in ("avx512", "avx2", "neon", "portable"):
-        command = [str(program), "--json", *(["--quick"] if quick else [])]
+        few = ["--quick", "32,64,56,64,1", "32,256,14,256,1"]
+        command = [str(program), "--json", *(few if quick else [])]
         environment = {**os.environ, "PNN_MAX_ISA": isa}
         done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
         for text in done.stdout.splitlines():

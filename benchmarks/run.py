@@ -1,6 +1,6 @@
 """Times the perturbation operator beside plain PyTorch and the machine's ceilings, all in one run.
 
-    make bench                                      every row of the targets' table, about fifteen minutes
+    make bench                                      every row of the targets' table: about ten minutes
     make bench ARGS=--quick                         four of the cases, few rounds, under two minutes
     make bench ARGS='--case 32,64,56,64,1'          these cases (repeatable): B,C,H,T,M with W = H
     make bench ARGS='--row norm --row seeds'        these rows; --list names them
@@ -19,23 +19,23 @@ import platform
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
-import report  # noqa: E402
-import torch  # noqa: E402
-from contestants import parse_case  # noqa: E402
-from rows import CASES, ODD_CASES, QUICK_CASES, ROWS, Line, Measured, measure_case  # noqa: E402
-from timing import Effort  # noqa: E402
+import report
+import torch
+from contestants import parse_case
+from rows import CASES, ODD_CASES, QUICK_CASES, ROWS, Line, Measured, measure_case
+from timing import Effort
 
-import torch_pnn  # noqa: E402
+import torch_pnn
 
 ROOT = Path(__file__).resolve().parent.parent
-THOROUGH = Effort(rounds=25, sample=0.01, budget=60.0)
-QUICK = Effort(rounds=5, sample=0.002, budget=3.0)
+THOROUGH = Effort(rounds=25, sample=0.01, budget=60.0, fewest=7)
+QUICK = Effort(rounds=5, sample=0.002, budget=4.0, fewest=3)
 
 
 def machine() -> dict[str, Any]:
@@ -67,7 +67,7 @@ def _arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--row", action="append", choices=list(ROWS), help="this row; repeatable")
     parser.add_argument("--list", action="store_true", help="name rows, targets and cases, and measure nothing")
     parser.add_argument("--threads", type=int, help="threads (PyTorch's default)")
-    parser.add_argument("--rounds", type=int, help="most rounds of one comparison")
+    parser.add_argument("--rounds", type=int, help="rounds of each comparison")
     parser.add_argument("--out", type=Path, default=ROOT / "runs" / "bench", help="folder of the results (runs/bench)")
     parser.add_argument("--markdown", action="store_true", help="print the table as Markdown")
     parser.add_argument("--record", action="store_true", help="write benchmarks/results/ and docs/kernels.md's figures")
@@ -97,7 +97,7 @@ def run(parsed: argparse.Namespace) -> dict[str, Any]:
     """
     effort = QUICK if parsed.quick else THOROUGH
     if parsed.rounds is not None:
-        effort = Effort(parsed.rounds, effort.sample, effort.budget)
+        effort = replace(effort, rounds=parsed.rounds, fewest=parsed.rounds)
     names = parsed.row or list(ROWS)
     cases = parsed.case or list(QUICK_CASES if parsed.quick else CASES)
     odd = [] if parsed.case or parsed.quick else list(ODD_CASES)
@@ -125,7 +125,7 @@ def run(parsed: argparse.Namespace) -> dict[str, Any]:
             found = list(row.lines([m for m in measured if row.odd or not m.odd]))
             print("\n".join(map(report.line_text, found)), flush=True)
         elif row.alone is not None:
-            for line in row.alone(effort, parsed.quick):
+            for line in row.alone(effort, parsed.quick, cases):
                 found.append(line)
                 print(report.line_text(line), flush=True)
         if not found:
@@ -134,7 +134,7 @@ def run(parsed: argparse.Namespace) -> dict[str, Any]:
     return {
         "machine": about,
         "date": time.strftime("%Y-%m-%d", time.localtime(start)),
-        "command": report.command(sys.argv[1:]),
+        "command": report.command(parsed),
         "seconds": time.time() - start,
         "load_before": load,
         "effort": asdict(effort),

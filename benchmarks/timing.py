@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 
 RESAMPLES = 2000
-FEWEST_ROUNDS = 5
 
 
 @dataclass(frozen=True)
@@ -44,12 +43,14 @@ class Effort:
     Attributes:
         rounds: most rounds of one comparison.
         sample: seconds that one sample fills with repeated calls (at least one call).
-        budget: seconds that one comparison may take in all; rounds are left out to keep it, down to five.
+        budget: seconds that one comparison may take in all; rounds are left out to keep it.
+        fewest: rounds that are never left out.
     """
 
     rounds: int
     sample: float
     budget: float
+    fewest: int = 7
 
 
 @dataclass
@@ -71,17 +72,19 @@ def alternate(contestants: dict[str, Contestant], effort: Effort) -> Times:
     """Times every contestant in every round, the order turned by one each time, so that drift meets all alike.
 
     Args:
-        contestants: by name; each is called twice before anything counts.
+        contestants: by name; each is called before anything counts.
         effort: how long.
     """
     counts = {}
     once = 0.0
     for name, contestant in contestants.items():
-        contestant.repeat(2)
+        contestant.repeat(1)
         seconds = contestant.repeat(1)
+        if seconds < effort.sample:
+            seconds = contestant.repeat(3)
         counts[name] = max(1, round(effort.sample / max(seconds, 1e-7)))
         once += counts[name] * seconds
-    rounds = min(effort.rounds, max(FEWEST_ROUNDS, int(effort.budget / max(once, 1e-6))))
+    rounds = min(effort.rounds, max(effort.fewest, int(effort.budget / max(once, 1e-6))))
     names = list(contestants)
     times = Times({name: [] for name in names})
     for turn in range(rounds):
