@@ -1,6 +1,7 @@
 // params.cpp - tensors become a pnn_params here and nowhere else.
 #include "params.h"
 
+#include <cstdlib>
 #include <cstring>
 
 #include "host.h"
@@ -171,9 +172,19 @@ pnn_noise noise_kind(const char* op, const std::string& name) {
   fail(op, "noise is '", name, "', it should be one of uniform, normal, waves");
 }
 
+// Whether TORCH_PNN_EXACT asks for bfloat16 with the same bits on every instruction set; read once.
+static bool exact_wanted() {
+  static const bool wanted = [] {
+    const char* value = std::getenv("TORCH_PNN_EXACT");
+    return value != nullptr && *value != '\0' && std::strcmp(value, "0") != 0;
+  }();
+  return wanted;
+}
+
 pnn_params make_params(const Layer& layer) {
   pnn_params params;
   pnn_params_init(&params);
+  params.exact = exact_wanted();
   params.input = describe(layer.op, "input", layer.input, 4);
   params.weight = describe(layer.op, "weight", layer.weight, 4);
   describe_optional(layer, "bias", layer.bias, 1, &params.bias);
