@@ -1,0 +1,118 @@
+# The CUDA half of libpnn: target pnn_cuda, and with PNN_TORCH the operators torch_pnn_cuda.
+#
+# PNN_CUDA = AUTO builds it where nvcc is found and PyTorch, if any is built against, is a CUDA build; ON insists, OFF
+# leaves it out. The reason for leaving it out is printed, and `torch-pnn info` shows that it is missing.
+#
+# nvcc is called directly: CMake's own CUDA language links test programs against parts of the toolkit that small
+# installations lack. The nvcc on the PATH may be a wrapper script, so the toolkit's root is asked of nvcc itself.
+# The CUDA runtime is linked statically: the library then fits any PyTorch, whatever CUDA that brings.
+
+set(PNN_CUDA AUTO CACHE STRING "Build the CUDA half: AUTO (with nvcc and a CUDA build of PyTorch), ON or OFF")
+set(PNN_CUDA_ARCHITECTURES 80 86 89 90 100 120 CACHE STRING
+    "Compute capabilities, times ten, to make machine code for; the last one's PTX goes along for newer devices")
+set(PNN_HAVE_CUDA OFF)
+
+function(pnn_find_nvcc)
+  set(hints ${CUDAToolkit_ROOT} $ENV{CUDA_HOME} $ENV{CUDA_PATH} /usr/local/cuda)
+  list(TRANSFORM hints APPEND /bin)
+  find_program(PNN_NVCC nvcc HINTS ${hints} DOC "The CUDA compiler")
+  if(NOT PNN_NVCC)
+    return()
+  endif()
+  # A dry run names the toolkit's root as TOP, through any wrapper.
+  file(WRITE ${PROJECT_BINARY_DIR}/cuda/probe.cu "")
+  execute_process(COMMAND ${PNN_NVCC} --dryrun -c ${PROJECT_BINARY_DIR}/cuda/probe.cu -o ${PROJECT_BINARY_DIR}/cuda/probe.o
+                  ERROR_VARIABLE dry_run OUTPUT_VARIABLE dry_run_output RESULT_VARIABLE status)
+  if(status EQUAL 0 AND "${dry_run}${dry_run_output}" MATCHES "TOP=([^\n]+)")
+    file(REAL_PATH "${CMAKE_MATCH_1}" root)
+    set(PNN_CUDA_ROOT ${root} PARENT_SCOPE)
+  endif()
+  execute_process(COMMAND ${PNN_NVCC} --version OUTPUT_VARIABLE version ERROR_QUIET)
+  if(version MATCHES "release ([0-9]+\\.[0-9]+)")
+    set(PNN_CUDA_VERSION ${CMAKE_MATCH_1} PARENT_SCOPE)
+  endif()
+endfunction()
+
+# Sets `missing` to why the CUDA half can't be built, or to nothing.
+set(missing "")
+if(NOT PNN_CUDA STREQUAL "OFF")
+  if(PNN_CUDA STREQUAL "AUTO" AND PNN_SANITIZE)
+    set(missing "sanitizers are on")
+  elseif(PNN_CUDA STREQUAL "AUTO" AND NOT PNN_TORCH)
+    set(missing "PNN_TORCH is off")
+  elseif(PNN_TORCH AND NOT EXISTS ${PNN_TORCH_ROOT}/lib/libtorch_cuda.so)
+    set(missing "this PyTorch is not a CUDA build")
+  else()
+    pnn_find_nvcc()
+    if(NOT PNN_NVCC)
+      set(missing "no nvcc was found (CUDA_HOME or -DCUDAToolkit_ROOT name its toolkit)")
+    elseif(NOT PNN_CUDA_ROOT)
+      set(missing "${PNN_NVCC} does not run")
+    elseif(PNN_CUDA_VERSION VERSION_LESS 13.0)
+      set(missing "CUDA ${PNN_CUDA_VERSION} in ${PNN_CUDA_ROOT} is older than 13.0")
+    else()
+      find_file(PNN_CUDART libcudart_static.a HINTS ${PNN_CUDA_ROOT}/lib64 ${PNN_CUDA_ROOT}/lib NO_DEFAULT_PATH)
+      find_path(PNN_CUDA_INCLUDE cuda_runtime_api.h
+                HINTS ${PNN_CUDA_ROOT}/include ${PNN_CUDA_ROOT}/targets/x86_64-linux/include NO_DEFAULT_PATH)
+      if(NOT PNN_CUDART OR NOT PNN_CUDA_INCLUDE)
+        set(missing "the toolkit in ${PNN_CUDA_ROOT} lacks libcudart_static.a or cuda_runtime_api.h")
+      endif()
+    endif()
+  endif()
+  if(missing AND PNN_CUDA STREQUAL "ON")
+    message(FATAL_ERROR "PNN_CUDA is ON, and the CUDA half can't be built: ${missing}")
+  endif()
+else()
+  set(missing "PNN_CUDA is OFF")
+endif()
+if(missing)
+  message(STATUS "The GPU half is left out: ${missing}; -DPNN_CUDA=ON insists on it")
+  return()
+endif()
+set(PNN_HAVE_CUDA ON)
+message(STATUS "The GPU half: CUDA ${PNN_CUDA_VERSION} in ${PNN_CUDA_ROOT} for sm_${PNN_CUDA_ARCHITECTURES}")
+
+set(cuda_flags -std=c++17 -O3
+  # A fused multiply-add happens where it is written, as on the host: both must give the same bits.
+  -fmad=false
+  -I${PROJECT_SOURCE_DIR}/csrc/include -I${PROJECT_SOURCE_DIR}/csrc -I${PROJECT_SOURCE_DIR}/cuda
+  "-DPNN_CUDA_ARCHITECTURES=\"${PNN_CUDA_ARCHITECTURES}\""
+  -Xcompiler=-fPIC,-fvisibility=hidden,-ffp-contract=off,-Wall,-Wextra,-Wno-unknown-pragmas
+  # A kernel that keeps registers in memory is a mistake on every architecture.
+  -Xptxas=-warn-spills,-warn-lmem-usage)
+if(PNN_WERROR)
+  list(APPEND cuda_flags -Werror=all-warnings)
+endif()
+foreach(architecture IN LISTS PNN_CUDA_ARCHITECTURES)
+  list(APPEND cuda_flags -gencode=arch=compute_${architecture},code=sm_${architecture})
+endforeach()
+list(APPEND cuda_flags -gencode=arch=compute_${architecture},code=compute_${architecture})
+
+file(GLOB cuda_sources CONFIGURE_DEPENDS ${PROJECT_SOURCE_DIR}/cuda/*.cu)
+set(cuda_objects "")
+foreach(source IN LISTS cuda_sources)
+  get_filename_component(name ${source} NAME_WE)
+  set(object ${PROJECT_BINARY_DIR}/cuda/${name}.o)
+  add_custom_command(OUTPUT ${object}
+    COMMAND ${PNN_NVCC} ${cuda_flags} -MD -MF ${object}.d -MT ${object} -c ${source} -o ${object}
+    DEPENDS ${source} DEPFILE ${object}.d COMMENT "Compiling cuda/${name}.cu for the GPU" VERBATIM)
+  list(APPEND cuda_objects ${object})
+endforeach()
+
+add_library(pnn_cuda STATIC ${cuda_objects})
+add_library(pnn::cuda ALIAS pnn_cuda)
+set_target_properties(pnn_cuda PROPERTIES LINKER_LANGUAGE CXX)
+target_include_directories(pnn_cuda PUBLIC ${PROJECT_SOURCE_DIR}/csrc/include)
+find_package(Threads REQUIRED)
+target_link_libraries(pnn_cuda PUBLIC pnn_static ${PNN_CUDART} Threads::Threads ${CMAKE_DL_LIBS} rt)
+
+if(PNN_TORCH)
+  file(GLOB cuda_ops CONFIGURE_DEPENDS ${PROJECT_SOURCE_DIR}/csrc/torch/cuda/*.cpp)
+  if(cuda_ops)
+    pnn_torch_library(torch_pnn_cuda ${cuda_ops} ${PROJECT_SOURCE_DIR}/csrc/torch/params.cpp)
+    # 2.12 is the first whose stable ABI hands out the current stream.
+    target_compile_definitions(torch_pnn_cuda PRIVATE TORCH_TARGET_VERSION=0x020b000000000000)
+    target_include_directories(torch_pnn_cuda PRIVATE ${PROJECT_SOURCE_DIR}/csrc/torch)
+    target_link_libraries(torch_pnn_cuda PRIVATE pnn_cuda)
+  endif()
+endif()

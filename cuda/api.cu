@@ -1,0 +1,308 @@
+/*
+ * api.cu - the entry points of pnn_cuda.h: check (csrc/check.c), lay the workspace out, enqueue.
+ */
+#include "pnn/pnn_cuda.h"
+
+#include "kernels.h"
+
+extern "C" {
+#include "internal.h"
+}
+
+namespace pnn_cuda {
+namespace {
+
+Vector vector_of(const pnn_tensor &t) {
+  return {t.data, static_cast<int>(t.dtype), t.size[0] > 1 ? t.stride[0] : 0};
+}
+Matrix matrix_of(const pnn_tensor &t) {
+  return {t.data, static_cast<int>(t.dtype), {t.size[0] > 1 ? t.stride[0] : 0, t.size[1] > 1 ? t.stride[1] : 0}};
+}
+View view_of(const pnn_view &v) { return {v.data, v.batch, v.channel, v.row, v.column, static_cast<int>(v.dtype)}; }
+
+bool multiple(int64_t step, int64_t of) { return step % of == 0; }
+
+/* Whether the pixels, or the channels, of a tensor lie in aligned runs of 16 bytes that no group or image ends inside. */
+int staging_of(const pnn_problem &p, const pnn_view &v, int64_t channels, int64_t group_channels) {
+  const int64_t run = 16 / v.element;
+  if (reinterpret_cast<uintptr_t>(v.data) % 16 || channels == 0) return STAGE_ELEMENTS;
+  const bool joined = p.out_width > 1 ? v.column == 1 && (p.out_height == 1 || v.row == p.out_width)
+                                      : p.out_height > 1 && v.row == 1;
+  if (joined && multiple(p.pixels, run) && multiple(v.channel, run) && multiple(v.batch, run)) return STAGE_PIXELS;
+  if (v.channel == 1 && (p.groups == 1 || multiple(group_channels, run)) && multiple(v.batch, run) &&
+      multiple(v.row, run) && multiple(v.column, run))
+    return STAGE_CHANNELS;
+  return STAGE_ELEMENTS;
+}
+
+Layer layer_of(const pnn_problem &p) {
+  const pnn_params &params = *p.params;
+  Layer l = {};
+  l.batch = p.batch;
+  l.pixels = p.pixels;
+  l.columns = p.batch * p.pixels;
+  l.groups = p.groups;
+  l.group_channels = p.group_channels;
+  l.group_maps = p.group_maps;
+  l.group_outputs = p.group_outputs;
+  l.channels = p.channels;
+  l.maps = p.maps;
+  l.outputs = p.outputs;
+  l.masks = p.masks;
+  l.stride_row = p.stride[0];
+  l.stride_column = p.stride[1];
+  l.by_pixels = divider_make(p.pixels);
+  l.by_width = divider_make(p.out_width);
+  l.by_masks = divider_make(p.masks);
+  l.input = view_of(p.input);
+  l.mask = view_of(p.mask);
+  l.output = view_of(p.output);
+  l.grad_output = view_of(p.grad_output);
+  l.grad_input = view_of(p.grad_input);
+  l.grad_mask = view_of(p.grad_mask);
+  l.input_staging = staging_of(p, p.input, p.channels, p.group_channels);
+  if (p.grad_output.data) l.grad_output_staging = staging_of(p, p.grad_output, p.outputs, p.group_outputs);
+  l.input_float = p.input.dtype == PNN_FLOAT32 && p.product_type != PNN_FLOAT32;
+  l.output_channels_fastest = p.outputs > 1 && p.output.channel == 1 && p.output.column != 1;
+  l.input_channels_fastest = p.channels > 1 && p.grad_input.channel == 1 && p.grad_input.column != 1;
+  l.noise = p.noise;
+  l.activation = p.activation;
+  l.shared = p.shared;
+  l.level = p.level;
+  l.seed = p.noise == PNN_NOISE_NONE || p.noise == PNN_NOISE_TENSOR ? nullptr : params.seed;
+  l.splits = 1;
+  l.split_columns = l.columns;
+  return l;
+}
+
+/* The pieces of the workspace; all of them NULL while only its size is asked. */
+struct Pieces {
+  uint32_t *waves;
+  void *weight, *start, *parts;
+  Norm norm;
+  void *offset, *slope, *products, *totals, *mask_parts;
+};
+
+struct Plan {
+  Layer layer;
+  Pieces pieces;
+  bool direct;  /* the weight is read where it is */
+  bool inputs, affine, want_products, want_totals;
+};
+
+/* The number of pieces that the sums over pixels are cut into: enough blocks for a large GPU, by the sizes alone. */
+void split(Layer &l, bool products) {
+  const int64_t outputs = ceil_div(l.group_outputs, Small::rows);
+  const int64_t maps = products ? ceil_div(l.group_maps, Small::columns) : 1;
+  const int64_t tiles = PNN_MAX(1, outputs * maps * l.groups);
+  const int64_t wanted = PNN_MAX(1, PNN_MIN(ceil_div(l.columns, 256), 528 / tiles));
+  l.split_columns = PNN_MAX(64, ceil_div(ceil_div(l.columns, wanted), 64) * 64);
+  l.splits = PNN_MAX(1, ceil_div(l.columns, l.split_columns));
+}
+
+Plan plan_make(const pnn_problem &p, pnn_pass pass, pnn_arena *arena) {
+  const pnn_params &params = *p.params;
+  Plan plan = {};
+  Layer &l = plan.layer;
+  Pieces &w = plan.pieces;
+  l = layer_of(p);
+  const int64_t element = pnn_dtype_size(p.product_type), run = 16 / element;
+  const bool backward = pass == PNN_PASS_BACKWARD;
+  plan.inputs = backward && (params.grad_input.data || params.grad_mask.data);
+  plan.affine = p.training && plan.inputs;
+  if (backward) {
+    plan.want_products = params.grad_weight.data || plan.affine || (p.norm && params.grad_norm_weight.data);
+    plan.want_totals = plan.want_products || params.grad_bias.data || (p.norm && params.grad_norm_bias.data);
+  }
+  if (p.noise == PNN_NOISE_WAVES)
+    w.waves = static_cast<uint32_t *>(pnn_arena_take(arena, p.shared ? p.masks : p.maps, 16));
+  if (p.norm) {
+    w.norm.scale = static_cast<double *>(pnn_arena_take(arena, p.maps, 8));
+    w.norm.inverse = static_cast<double *>(pnn_arena_take(arena, p.maps, 8));
+    w.norm.beta = static_cast<double *>(pnn_arena_take(arena, p.maps, 8));
+    w.norm.mean = pnn_arena_take(arena, p.maps, p.real_size);
+  }
+  const Matrix weight = matrix_of(params.weight);
+  plan.direct = !p.norm && reinterpret_cast<uintptr_t>(params.weight.data) % 16 == 0 &&
+                (p.group_maps <= 1 || weight.step[1] == 1) && multiple(weight.step[0], run);
+  if (!backward || plan.inputs) {
+    l.weight_step = plan.direct ? weight.step[0] : ceil_div(p.group_maps, run) * run;
+    /* Room for the weight's copy whether it is needed or not: the answer must not depend on where the weight lies. */
+    int64_t count;
+    if (__builtin_mul_overflow(p.outputs, ceil_div(p.group_maps, run) * run, &count)) count = INT64_MAX;
+    w.weight = pnn_arena_take(arena, count, element);
+  }
+  if (!backward && p.norm) w.start = pnn_arena_take(arena, p.outputs, p.real_size);
+  if (!backward && p.training)
+    w.parts = pnn_arena_take(arena, ceil_div(l.columns, MOMENTS_COLUMNS) * MOMENTS_NUMBERS * p.maps, p.real_size);
+  if (plan.affine) {
+    w.offset = pnn_arena_take(arena, p.maps, p.real_size);
+    w.slope = pnn_arena_take(arena, p.maps, p.real_size);
+  }
+  if (plan.want_totals) {
+    split(l, plan.want_products);
+    w.totals = pnn_arena_take(arena, l.splits * p.outputs, p.real_size);
+  }
+  if (plan.want_products) {
+    int64_t count;
+    if (__builtin_mul_overflow(l.splits * p.outputs, p.group_maps, &count)) count = INT64_MAX;
+    w.products = pnn_arena_take(arena, count, p.real_size);
+  }
+  if (backward && params.grad_mask.data && p.shared) {
+    int64_t count;
+    if (__builtin_mul_overflow(p.maps, p.pixels, &count)) count = INT64_MAX;
+    w.mask_parts = pnn_arena_take(arena, count, p.real_size);
+  }
+  l.waves = w.waves;
+  l.mean = p.norm ? w.norm.mean : nullptr;
+  l.weight = static_cast<const char *>(plan.direct ? params.weight.data : w.weight);
+  l.start = w.start;
+  l.bias = static_cast<const char *>(params.bias.data);
+  l.bias_step = vector_of(params.bias).step;
+  return plan;
+}
+
+#define PNN_STOP_IF(expression)             \
+  do {                                      \
+    const Status status_ = (expression);    \
+    if (status_ != STATUS_OK) return status_; \
+  } while (0)
+
+Status forward(const pnn_problem &p, Plan &plan, Stream stream) {
+  const pnn_params &params = *p.params;
+  const bool is_double = p.precision == 1;
+  Layer &l = plan.layer;
+  const Pieces &w = plan.pieces;
+  if (w.waves) PNN_STOP_IF(run_waves(l, p.shared ? p.masks : p.maps, w.waves, stream));
+  if (p.training) {
+    /* The moments' response maps are neither centred nor of the weight's type. */
+    Layer moments = l;
+    moments.mean = nullptr;
+    if (l.columns > 0) PNN_STOP_IF(run_moments(moments, p.input.dtype, w.parts, stream));
+    PNN_STOP_IF(run_moments_finish(l, is_double, w.parts, vector_of(params.mean), vector_of(params.variance), stream));
+  }
+  const Matrix weight = matrix_of(params.weight);
+  if (p.norm) {
+    PNN_STOP_IF(run_norm(l, is_double, vector_of(params.mean), vector_of(params.variance), vector_of(params.norm_weight),
+                         vector_of(params.norm_bias), p.eps, w.norm, stream));
+    PNN_STOP_IF(run_start(l, is_double, weight, vector_of(params.bias), w.norm.beta, w.start, stream));
+  }
+  if (!plan.direct) PNN_STOP_IF(run_weight(l, weight, p.norm ? w.norm.scale : nullptr, w.weight, stream));
+  return run_forward(l, p.product_type, stream);
+}
+
+Status backward(const pnn_problem &p, Plan &plan, Stream stream) {
+  const pnn_params &params = *p.params;
+  const bool is_double = p.precision == 1;
+  Layer &l = plan.layer;
+  const Pieces &w = plan.pieces;
+  const Matrix weight = matrix_of(params.weight);
+  if (w.waves) PNN_STOP_IF(run_waves(l, p.shared ? p.masks : p.maps, w.waves, stream));
+  if (p.norm)
+    PNN_STOP_IF(run_norm(l, is_double, vector_of(params.mean), vector_of(params.variance), vector_of(params.norm_weight),
+                         vector_of(params.norm_bias), p.eps, w.norm, stream));
+  if (plan.want_totals) {
+    l.totals = w.totals;
+    l.products = plan.want_products ? w.products : nullptr;
+    PNN_STOP_IF(run_weight_gradient(l, p.product_type, stream));
+    PNN_STOP_IF(run_join(l, is_double, stream));
+    if (params.grad_weight.data || params.grad_bias.data)
+      PNN_STOP_IF(run_weight_store(l, is_double, p.norm ? &w.norm : nullptr, matrix_of(params.grad_weight),
+                                   vector_of(params.grad_bias), stream));
+    if (p.norm)
+      PNN_STOP_IF(run_norm_gradient(l, is_double, weight, w.norm, vector_of(params.grad_norm_weight),
+                                    vector_of(params.grad_norm_bias), w.offset, w.slope, stream));
+  }
+  if (!plan.inputs) return STATUS_OK;
+  /* Pixels that a stride leaves out, and gradients of an empty batch. */
+  if (p.stride[0] != 1 || p.stride[1] != 1 || p.batch == 0) {
+    if (params.grad_input.data)
+      PNN_STOP_IF(run_clear(params.grad_input, pnn_dtype_size(params.grad_input.dtype), stream));
+    if (params.grad_mask.data)
+      PNN_STOP_IF(run_clear(params.grad_mask, pnn_dtype_size(params.grad_mask.dtype), stream));
+  }
+  if (l.columns == 0) return STATUS_OK;
+  if (!plan.direct) PNN_STOP_IF(run_weight(l, weight, p.norm ? w.norm.scale : nullptr, w.weight, stream));
+  l.offset = w.offset;
+  l.slope = w.slope;
+  if (params.grad_input.data) PNN_STOP_IF(run_input_gradient(l, p.product_type, false, stream));
+  if (params.grad_mask.data) {
+    l.mask_parts = w.mask_parts;
+    PNN_STOP_IF(run_input_gradient(l, p.product_type, true, stream));
+    if (p.shared) PNN_STOP_IF(run_mask_join(l, is_double, stream));
+  }
+  return STATUS_OK;
+}
+
+pnn_status result(Status status, pnn_error *error) {
+#if defined(__CUDACC__)
+  if (status != STATUS_OK)
+    return pnn_fail(error, PNN_ERROR_DEVICE, "the CUDA runtime refused a launch: %s", cudaGetErrorString(status));
+#else
+  (void)status;
+#endif
+  return pnn_succeed(error);
+}
+
+/* No kernel reads a host pointer: the arena's start is rounded up on the host, as an address only. */
+pnn_status prepare(const pnn_params *params, pnn_pass pass, pnn_problem *problem, size_t *bytes, pnn_error *error) {
+  PNN_FORWARD_IF(pnn_check(params, pass, nullptr, problem, error));
+  pnn_arena arena = pnn_arena_make(nullptr);
+  plan_make(*problem, pass, &arena);
+  PNN_FAIL_IF(arena.overflow, error, PNN_ERROR_OVERFLOW,
+              "the workspace for %lld outputs and %lld response maps exceeds what can be addressed",
+              static_cast<long long>(problem->outputs), static_cast<long long>(problem->maps));
+  *bytes = pnn_arena_bytes(&arena);
+  return PNN_OK;
+}
+
+pnn_status run(const pnn_params *params, pnn_pass pass, pnn_cuda_stream stream, pnn_error *error) {
+  pnn_problem problem;
+  size_t bytes = 0;
+  PNN_FORWARD_IF(prepare(params, pass, &problem, &bytes, error));
+  PNN_FAIL_IF(bytes && !params->workspace, error, PNN_ERROR_NULL,
+              "workspace is NULL, it should point to %zu bytes: ask pnn_cuda_workspace_size", bytes);
+  PNN_FAIL_IF(bytes > params->workspace_bytes, error, PNN_ERROR_WORKSPACE,
+              "workspace_bytes is %zu, it should be at least %zu: ask pnn_cuda_workspace_size", params->workspace_bytes,
+              bytes);
+  pnn_arena arena = pnn_arena_make(params->workspace);
+  Plan plan = plan_make(problem, pass, &arena);
+  return result((pass == PNN_PASS_FORWARD ? forward : backward)(problem, plan, stream), error);
+}
+
+}  // namespace
+}  // namespace pnn_cuda
+
+pnn_status pnn_cuda_workspace_size(const pnn_params *params, pnn_pass pass, size_t *bytes, pnn_error *error) {
+  pnn_problem problem;
+  PNN_FAIL_IF(!bytes, error, PNN_ERROR_NULL, "bytes is NULL, it should point to a size_t");
+  *bytes = 0;
+  PNN_FORWARD_IF(pnn_cuda::prepare(params, pass, &problem, bytes, error));
+  return pnn_succeed(error);
+}
+
+pnn_status pnn_cuda_forward(const pnn_params *params, pnn_cuda_stream stream, pnn_error *error) {
+  return pnn_cuda::run(params, PNN_PASS_FORWARD, stream, error);
+}
+
+pnn_status pnn_cuda_backward(const pnn_params *params, pnn_cuda_stream stream, pnn_error *error) {
+  return pnn_cuda::run(params, PNN_PASS_BACKWARD, stream, error);
+}
+
+pnn_status pnn_cuda_mask_fill(const pnn_tensor *mask, pnn_noise noise, int32_t shared_masks, const int64_t *seed,
+                              pnn_cuda_stream stream, pnn_error *error) {
+  PNN_FAIL_IF(!mask, error, PNN_ERROR_NULL, "mask is NULL, it should point to a tensor");
+  PNN_FAIL_IF(!seed, error, PNN_ERROR_NULL, "seed is NULL, it should point to one int64");
+  PNN_FAIL_IF(noise != PNN_NOISE_UNIFORM && noise != PNN_NOISE_NORMAL && noise != PNN_NOISE_WAVES, error, PNN_ERROR_VALUE,
+              "noise is %d, it should be PNN_NOISE_UNIFORM (2), PNN_NOISE_NORMAL (3) or PNN_NOISE_WAVES (4)",
+              static_cast<int>(noise));
+  PNN_FORWARD_IF(pnn_check_output(mask, "mask", error));
+  PNN_FAIL_IF(shared_masks && mask->size[0] > 1, error, PNN_ERROR_SHAPE,
+              "mask.size[0] is %lld, it should be 1 where shared_masks is set", static_cast<long long>(mask->size[0]));
+  return pnn_cuda::result(pnn_cuda::run_mask_fill(*mask, noise, seed, stream), error);
+}
+
+#if !defined(PNN_CUDA_ARCHITECTURES)
+#define PNN_CUDA_ARCHITECTURES "host"
+#endif
+const char *pnn_cuda_architectures(void) { return PNN_CUDA_ARCHITECTURES; }

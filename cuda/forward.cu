@@ -1,0 +1,216 @@
+/*
+ * forward.cu - y = start + V * response(x): a matrix product whose right operand is made on the way.
+ *
+ * A block computes ROWS outputs of COLUMNS pixels. Per step of depth (64 bytes of maps):
+ *
+ *     global --cp.async--> x, as it is stored ----registers----> operand [pixel][map] --ldmatrix--> tensor cores
+ *     global --cp.async--> V [output][map] ------------------------------------------^
+ *
+ * The middle arrow is where masks are added (generated in registers, or read), the activation applied, the mean
+ * subtracted and the operand rounded. x and V travel STAGES - 1 steps ahead; the operand of the next step is made between
+ * the same two barriers in which this step's is multiplied, so that the arithmetic of one hides behind the other.
+ * Tensors whose pixels or channels do not lie in aligned runs of 16 bytes skip the first arrow.
+ */
+#include "kernels.h"
+#include "response.h"
+#include "tile.h"
+
+namespace pnn_cuda {
+namespace {
+
+constexpr int STAGES = 4;
+
+/* What a block knows of each of its columns. */
+struct Column {
+  int64_t input, output;
+  Pixel pixel;
+};
+
+template <class D, class S>
+struct Shape {
+  using R = typename RealOf<D>::type;
+  static constexpr int DEPTH = Depth<D>::value;
+  static constexpr int weight_bytes = bytes_of<D>(DEPTH_FASTEST, S::rows);
+  static constexpr int operand_bytes = bytes_of<D>(DEPTH_FASTEST, S::columns);
+  static constexpr int table_bytes = S::columns * static_cast<int>(sizeof(Column));
+  /* Sums leave through shared memory in the output's order; the padding keeps the fragments' banks apart. */
+  static constexpr int pitch_pixels = S::columns + 8, pitch_outputs = S::rows + 4;
+  static constexpr int sums_bytes = static_cast<int>(sizeof(R)) * (S::rows * pitch_pixels > S::columns * pitch_outputs
+                                                                       ? S::rows * pitch_pixels
+                                                                       : S::columns * pitch_outputs);
+  static PNN_HOST_DEVICE int input_bytes(int size) {
+    const int pixels = DEPTH * (S::columns * size + 16), channels = S::columns * (DEPTH * size + 16);
+    return pixels > channels ? pixels : channels;
+  }
+  static int bytes(int input_size) {
+    const int pipeline = STAGES * (weight_bytes + input_bytes(input_size)) + 2 * operand_bytes;
+    return table_bytes + (pipeline > sums_bytes ? pipeline : sums_bytes);
+  }
+};
+
+template <class D, class S>
+__global__ void __launch_bounds__(S::threads, S::blocks)
+    forward_kernel(const __grid_constant__ Layer layer, int64_t first_tile, const __grid_constant__ Divider by_rows,
+                   const __grid_constant__ Divider by_columns) {
+  using H = Shape<D, S>;
+  using R = typename H::R;
+  constexpr int DEPTH = H::DEPTH;
+  PNN_SHARED_MEMORY(memory);
+  Column *const table = reinterpret_cast<Column *>(memory);
+  char *const pipeline = memory + H::table_bytes;
+  const int input_size = layer.input_float ? 4 : static_cast<int>(sizeof(D));
+  const int stage_bytes = H::weight_bytes + H::input_bytes(input_size);
+  char *const operands = pipeline + STAGES * stage_bytes;
+  const int thread = static_cast<int>(threadIdx.x);
+
+  int64_t row_tile, column_tile;
+  const int64_t group = divide(by_columns, divide(by_rows, first_tile + blockIdx.x, &row_tile), &column_tile);
+  const int64_t t0 = row_tile * S::rows, q0 = column_tile * S::columns;
+  const int columns = layer.columns - q0 < S::columns ? static_cast<int>(layer.columns - q0) : S::columns;
+  const uint64_t seed = seed_read(layer);
+  const int64_t channel_first = group * layer.group_channels, map_first = group * layer.group_maps;
+
+  if (thread < columns) {
+    const Place p = place_make(layer, q0 + thread);
+    table[thread] = {place_in(layer.input, p), place_in(layer.output, p), pixel_make(layer, p)};
+  }
+  Tile<D, S::rows, S::columns, S::threads, DEPTH_FASTEST, DEPTH_FASTEST> tile;
+  tile.start([&](int row, int) {
+    const int64_t t = group * layer.group_outputs + t0 + row;
+    if (t0 + row >= layer.group_outputs) return R(0);
+    if (layer.start) return static_cast<const R *>(layer.start)[t];
+    return layer.bias ? widen(reinterpret_cast<const D *>(layer.bias)[t * layer.bias_step]) : R(0);
+  });
+  __syncthreads();
+
+  const int64_t steps = (layer.group_maps + DEPTH - 1) / DEPTH;
+  const int staging = layer.input_staging;
+  /* The first channel of a step's maps, whole vectors where channels are contiguous. */
+  const auto first_channel = [&](int64_t step) {
+    int64_t rest;
+    const int64_t c = divide(layer.by_masks, step * DEPTH, &rest);
+    return staging == STAGE_CHANNELS ? c & -static_cast<int64_t>(16 / input_size) : c;
+  };
+  const auto load = [&](int64_t step) {
+    if (step < steps) {
+      char *const to = pipeline + step % STAGES * stage_bytes;
+      stage_weight<D, S::threads>(layer, group, t0, S::rows, step * DEPTH, DEPTH, to, pitch_of<D>(DEPTH_FASTEST, 0));
+      if (staging != STAGE_ELEMENTS) {
+        const int64_t last = (step + 1) * DEPTH < layer.group_maps ? (step + 1) * DEPTH : layer.group_maps;
+        int64_t rest;
+        const int64_t c0 = first_channel(step);
+        int count = static_cast<int>(divide(layer.by_masks, last - 1, &rest) + 1 - c0);
+        const auto offset = [&](int j, int64_t *at) {
+          *at = j < columns ? table[j].input : 0;
+          return j < columns;
+        };
+        char *const raw = to + H::weight_bytes;
+        if (staging == STAGE_CHANNELS) count = DEPTH;
+        const int pitch = (staging == STAGE_PIXELS ? S::columns : DEPTH) * input_size + 16;
+        if (input_size == static_cast<int>(sizeof(D)))
+          stage_view<sizeof(D), S::columns, S::threads>(layer.input, staging, c0, count, layer.group_channels,
+                                                        channel_first, raw, pitch, offset);
+        else
+          stage_view<4, S::columns, S::threads>(layer.input, staging, c0, count, layer.group_channels, channel_first, raw,
+                                                pitch, offset);
+      }
+    }
+    copy_commit();
+  };
+  const auto transform = [&](int64_t step) {
+    const char *const raw = pipeline + step % STAGES * stage_bytes + H::weight_bytes;
+    char *const to = operands + step % 2 * H::operand_bytes;
+    const int64_t c0 = first_channel(step) + channel_first;
+#pragma unroll 1
+    for (int item = thread; item < S::columns * (DEPTH / RUN); item += S::threads) {
+      const int j = item % S::columns, run = item / S::columns * RUN;
+      const int64_t k = step * DEPTH + run, left = layer.group_maps - k;
+      const int count = j >= columns || left <= 0 ? 0 : left < RUN ? static_cast<int>(left) : RUN;
+      R u[RUN];
+      if (count > 0) {
+        const Column &column = table[j];
+        Source x;
+        if (staging == STAGE_PIXELS) {
+          x = {raw, j - c0 * (S::columns + 16 / input_size), S::columns + 16 / input_size};
+        } else if (staging == STAGE_CHANNELS) {
+          x = {raw, j * (DEPTH + 16 / input_size) - c0, 1};
+        } else {
+          x = {layer.input.data, column.input, layer.input.channel};
+        }
+        perturbed<D>(layer, seed, x, map_first + k, count, column.pixel, u);
+        respond(layer, map_first + k, count, u);
+      } else {
+#pragma unroll
+        for (int e = 0; e < RUN; e++) u[e] = 0;
+      }
+      store_run(reinterpret_cast<D *>(to + j * pitch_of<D>(DEPTH_FASTEST, 0)) + run, u);
+    }
+  };
+
+  /* The steps before 0 only fill the pipeline; so that each part of the body stands in the code once. */
+#pragma unroll 1
+  for (int64_t step = 1 - STAGES; step < steps; step++) {
+    if (step >= -1) {
+      copy_wait<STAGES - 3>(); /* the next step's x and this step's V are there */
+      __syncthreads();
+    }
+    load(step + STAGES - 1);
+    if (step >= -1 && step + 1 < steps) transform(step + 1);
+    if (step >= 0) tile.add_product(pipeline + step % STAGES * stage_bytes, operands + step % 2 * H::operand_bytes);
+  }
+  copy_wait<0>();
+  __syncthreads();
+
+  R *const sums = reinterpret_cast<R *>(pipeline);
+  const bool outputs_fastest = layer.output_channels_fastest;
+  tile.each([&](int row, int column, R value) {
+    sums[outputs_fastest ? column * H::pitch_outputs + row : row * H::pitch_pixels + column] = value;
+  });
+  __syncthreads();
+  const int rows =
+      layer.group_outputs - t0 < S::rows ? static_cast<int>(layer.group_outputs - t0) : static_cast<int>(S::rows);
+  for (int i = thread; i < S::rows * S::columns; i += S::threads) {
+    const int row = outputs_fastest ? i % S::rows : i / S::columns;
+    const int column = outputs_fastest ? i / S::rows : i % S::columns;
+    if (row >= rows || column >= columns) continue;
+    const R value = sums[outputs_fastest ? column * H::pitch_outputs + row : row * H::pitch_pixels + column];
+    const int64_t at = table[column].output + (group * layer.group_outputs + t0 + row) * layer.output.channel;
+    reinterpret_cast<D *>(layer.output.data)[at] = round_to(D{}, value);
+  }
+}
+
+template <class D, class S>
+Status launch(const Layer &layer, Stream stream) {
+  const int64_t rows = ceil_div(layer.group_outputs, S::rows), columns = ceil_div(layer.columns, S::columns);
+  const int64_t tiles = rows * columns * layer.groups;
+  const size_t shared = static_cast<size_t>(Shape<D, S>::bytes(layer.input_float ? 4 : static_cast<int>(sizeof(D))));
+  Status status = STATUS_OK;
+  for (int64_t first = 0; first < tiles && status == STATUS_OK; first += GRID_MOST) {
+    const int64_t blocks = tiles - first < GRID_MOST ? tiles - first : GRID_MOST;
+    const auto kernel = forward_kernel<D, S>;
+    PNN_LAUNCH(status, kernel, blocks, S::threads, shared, stream, layer, first, divider_make(rows),
+               divider_make(columns));
+  }
+  return status;
+}
+
+template <class D>
+Status choose(const Layer &layer, Stream stream) {
+  const int64_t large = ceil_div(layer.group_outputs, Large<D>::rows) * ceil_div(layer.columns, Large<D>::columns);
+  if (!layer.input_float && layer.group_outputs > Small::rows && large * layer.groups >= ENOUGH_BLOCKS)
+    return launch<D, Large<D>>(layer, stream);
+  return launch<D, Small>(layer, stream);
+}
+
+}  // namespace
+
+Status run_forward(const Layer &layer, int dtype, Stream stream) {
+  switch (dtype) {
+    case PNN_FLOAT32: return choose<float>(layer, stream);
+    case PNN_FLOAT64: return launch<double, Small>(layer, stream);
+    case PNN_BFLOAT16: return choose<bfloat16>(layer, stream);
+    default: return choose<float16>(layer, stream);
+  }
+}
+
+}  // namespace pnn_cuda

@@ -1,0 +1,283 @@
+/*
+ * input_gradient.cu - dx and dN: da = V'g, then through the activation's derivative.
+ *
+ *     da[k,q] = sum over t of V[t,k] g[t,q]            (V with normalisation's scale in it)
+ *     d[k,q]  = activation'(u[k,q]) * (da + offset[k] + slope[k]*c[k,q])      offset, slope: normalisation in training
+ *     dx[c,q] = sum over m of d        or, in a launch of its own where masks are trained,
+ *     dN[k,p] = level * sum over b of d
+ *
+ * Both operands travel as they are stored, four steps of depth (outputs) at a time: V as [output][map], read transposed;
+ * g as [output][pixel] (transposed) or, channels-last, as [pixel][output]. The sums go through shared memory into runs of
+ * eight maps of a pixel, where u is made again from x as the forward pass did; d returns there to be added up over m.
+ *
+ * A block's maps are those of whole channels; they start at a multiple of 16 bytes, so the tile may begin a few maps
+ * early. A channel with more maps than a tile is taken in pieces, its sum waiting in a register. For dN a block keeps its
+ * pixels and goes through the batch. Every sum has one order, whatever the grid.
+ */
+#include "kernels.h"
+#include "response.h"
+#include "tile.h"
+
+namespace pnn_cuda {
+namespace {
+
+constexpr int STAGES = 4;
+
+struct Column {
+  int64_t input, grad_output;
+  Pixel pixel;
+};
+
+/* What a launch adds to the layer. */
+struct Grid {
+  int64_t first_tile;
+  Divider by_maps, by_columns;
+  int64_t channels;     /* of a tile; 0 = the mask's gradient */
+  int64_t column_tiles; /* of an image, for the mask's gradient */
+};
+
+template <class D, class S, Fastest G>
+struct Shape {
+  using R = typename RealOf<D>::type;
+  static constexpr int DEPTH = Depth<D>::value;
+  static constexpr int weight_bytes = bytes_of<D>(ROWS_FASTEST, S::rows);
+  static constexpr int gradient_bytes = bytes_of<D>(G, S::columns);
+  static constexpr int stage_bytes = weight_bytes + gradient_bytes;
+  static constexpr int table_bytes = S::columns * static_cast<int>(sizeof(Column));
+  static constexpr int pitch = S::columns + 8;
+  static constexpr int sums_bytes = S::rows * pitch * static_cast<int>(sizeof(R));
+  static constexpr int work_bytes = STAGES * stage_bytes > sums_bytes ? STAGES * stage_bytes : sums_bytes;
+  static constexpr int bytes = table_bytes + work_bytes;
+  static constexpr int mask_bytes = bytes + sums_bytes;
+};
+
+template <class D, class S, Fastest G>
+__global__ void __launch_bounds__(S::threads, S::blocks)
+    input_gradient_kernel(const __grid_constant__ Layer layer, const __grid_constant__ Grid grid) {
+  using H = Shape<D, S, G>;
+  using R = typename H::R;
+  constexpr int DEPTH = H::DEPTH;
+  PNN_SHARED_MEMORY(memory);
+  Column *const table = reinterpret_cast<Column *>(memory);
+  char *const pipeline = memory + H::table_bytes;
+  R *const sums = reinterpret_cast<R *>(pipeline);
+  R *const mask_sums = reinterpret_cast<R *>(memory + H::bytes);
+  const int thread = static_cast<int>(threadIdx.x);
+  const bool masks = grid.channels == 0;
+  const uint64_t seed = seed_read(layer);
+  const R *const offset = static_cast<const R *>(layer.offset), *const slope = static_cast<const R *>(layer.slope);
+
+  int64_t map_tile, column_tile;
+  const int64_t group = divide(grid.by_columns, divide(grid.by_maps, grid.first_tile + blockIdx.x, &map_tile), &column_tile);
+  const int64_t map_first = group * layer.group_maps, output_first = group * layer.group_outputs;
+  int64_t k_begin, k_end;
+  if (masks) {
+    k_begin = map_tile * S::rows;
+    k_end = k_begin + S::rows;
+  } else {
+    k_begin = map_tile * grid.channels * layer.masks;
+    k_end = k_begin + grid.channels * layer.masks;
+  }
+  if (k_end > layer.group_maps) k_end = layer.group_maps;
+  const int64_t k_aligned = k_begin & -static_cast<int64_t>(RUN);
+  const int64_t steps = (layer.group_outputs + DEPTH - 1) / DEPTH;
+  if (masks)
+    for (int i = thread; i < S::rows * H::pitch; i += S::threads) mask_sums[i] = 0;
+
+  const int64_t images = masks ? layer.batch : 1;
+#pragma unroll 1
+  for (int64_t image = 0; image < images; image++) {
+    const int64_t p0 = column_tile * S::columns, q0 = masks ? image * layer.pixels + p0 : p0;
+    const int64_t left = masks ? layer.pixels - p0 : layer.columns - q0;
+    const int columns = left < S::columns ? static_cast<int>(left) : S::columns;
+    __syncthreads();
+    if (thread < columns) {
+      const Place p = place_make(layer, q0 + thread);
+      table[thread] = {place_in(layer.input, p), place_in(layer.grad_output, p), pixel_make(layer, p)};
+    }
+    R carry = 0; /* of a channel in pieces: this thread's pixel */
+#pragma unroll 1
+    for (int64_t k0 = k_aligned; k0 < k_end; k0 += S::rows) {
+      __syncthreads();
+      Tile<D, S::rows, S::columns, S::threads, ROWS_FASTEST, G> tile;
+      tile.start([](int, int) { return R(0); });
+      const auto load = [&](int64_t step) {
+        if (step < steps) {
+          char *const to = pipeline + step % STAGES * H::stage_bytes;
+          stage_weight<D, S::threads>(layer, group, step * DEPTH, DEPTH, k0, S::rows, to,
+                                      pitch_of<D>(ROWS_FASTEST, S::rows));
+          const auto place = [&](int j, int64_t *at) {
+            *at = j < columns ? table[j].grad_output : 0;
+            return j < columns;
+          };
+          const int staging = G == DEPTH_FASTEST               ? STAGE_CHANNELS
+                              : layer.grad_output_staging == STAGE_PIXELS ? STAGE_PIXELS
+                                                                          : STAGE_ELEMENTS;
+          stage_view<sizeof(D), S::columns, S::threads>(layer.grad_output, staging, step * DEPTH, DEPTH,
+                                                        layer.group_outputs, output_first, to + H::weight_bytes,
+                                                        pitch_of<D>(G, S::columns), place);
+        }
+        copy_commit();
+      };
+#pragma unroll 1
+      for (int64_t step = 1 - STAGES; step < steps; step++) {
+        if (step >= 0) {
+          copy_wait<STAGES - 2>();
+          __syncthreads();
+        }
+        load(step + STAGES - 1);
+        const char *const from = pipeline + step % STAGES * H::stage_bytes;
+        if (step >= 0) tile.add_product(from, from + H::weight_bytes);
+      }
+      copy_wait<0>();
+      __syncthreads();
+      tile.each([&](int row, int column, R value) { sums[row * H::pitch + column] = value; });
+      __syncthreads();
+
+      /* From da to d, eight maps of a pixel at a time. */
+#pragma unroll 1
+      for (int item = thread; item < S::rows / RUN * S::columns; item += S::threads) {
+        const int j = item % S::columns, run = item / S::columns * RUN;
+        const int64_t k = k0 + run, left_maps = k_end - k;
+        const int count = j >= columns || left_maps <= 0 ? 0 : left_maps < RUN ? static_cast<int>(left_maps) : RUN;
+        if (count == 0) continue;
+        R u[RUN], d[RUN];
+        const Column &column = table[j];
+        const Source x = {layer.input.data, column.input, layer.input.channel};
+        perturbed<D>(layer, seed, x, map_first + k, count, column.pixel, u);
+#pragma unroll
+        for (int e = 0; e < RUN; e++) {
+          d[e] = sums[(run + e) * H::pitch + j];
+          note_load(&sums[(run + e) * H::pitch + j], sizeof(R));
+        }
+        if (slope) {
+          R c[RUN];
+#pragma unroll
+          for (int e = 0; e < RUN; e++) c[e] = u[e];
+          respond(layer, map_first + k, count, c);
+          if constexpr (sizeof(D) == 2) {
+#pragma unroll
+            for (int e = 0; e < RUN; e++) c[e] = widen(round_to(D{}, c[e]));
+          }
+#pragma unroll
+          for (int e = 0; e < RUN; e++)
+            if (e < count) d[e] = fma_(slope[map_first + k + e], c[e], d[e] + offset[map_first + k + e]);
+        }
+        activate_gradient_run(layer.activation, u, d);
+        if (masks) {
+#pragma unroll
+          for (int e = 0; e < RUN; e++)
+            if (e < count) mask_sums[(run + e) * H::pitch + j] += d[e];
+        } else {
+#pragma unroll
+          for (int e = 0; e < RUN; e++) sums[(run + e) * H::pitch + j] = d[e];
+        }
+      }
+      if (masks) continue;
+      __syncthreads();
+
+      /* The sum over each channel's maps. */
+      const bool in_pieces = k_aligned + S::rows < k_end;
+      const int channels = static_cast<int>(in_pieces ? 1 : grid.channels);
+      for (int i = thread; i < channels * S::columns; i += S::threads) {
+        const int c = layer.input_channels_fastest ? i % channels : i / S::columns;
+        const int j = layer.input_channels_fastest ? i / channels : i % S::columns;
+        const int64_t channel = map_tile * grid.channels + c;
+        if (j >= columns || channel >= layer.group_channels) continue;
+        const int64_t first = channel * layer.masks, from = first > k0 ? first : k0;
+        const int64_t last = first + layer.masks < k0 + S::rows ? first + layer.masks : k0 + S::rows;
+        R sum = first < k0 ? carry : sums[(from - k0) * H::pitch + j];
+#pragma unroll 1
+        for (int64_t k = first < k0 ? from : from + 1; k < last; k++) sum += sums[(k - k0) * H::pitch + j];
+        carry = sum;
+        if (last != first + layer.masks) continue;
+        const Place p = place_make(layer, q0 + j);
+        const int64_t at = place_in(layer.grad_input, p) + (group * layer.group_channels + channel) * layer.grad_input.channel;
+        if constexpr (sizeof(D) == 2) {
+          if (layer.input_float) {
+            reinterpret_cast<float *>(layer.grad_input.data)[at] = sum;
+            continue;
+          }
+        }
+        reinterpret_cast<D *>(layer.grad_input.data)[at] = round_to(D{}, sum);
+      }
+    }
+  }
+  if (!masks) return;
+  __syncthreads();
+  for (int i = thread; i < S::rows * S::columns; i += S::threads) {
+    const int row = i / S::columns, j = i % S::columns;
+    const int64_t k = k_begin + row, p = column_tile * S::columns + j;
+    if (k >= k_end || p >= layer.pixels) continue;
+    const R sum = mask_sums[row * H::pitch + j];
+    if (layer.shared) { /* the channels' sums are added up in a kernel of their own */
+      static_cast<R *>(layer.mask_parts)[(map_first + k) * layer.pixels + p] = sum;
+      continue;
+    }
+    int64_t m;
+    const int64_t c = divide(layer.by_masks, map_first + k, &m);
+    const Place place = place_make(layer, p);
+    const int64_t at = place.i * layer.grad_mask.row + place.j * layer.grad_mask.column + c * layer.grad_mask.channel +
+                       m * layer.grad_mask.batch;
+    const R value = static_cast<R>(layer.level) * sum;
+    if (layer.grad_mask.dtype == PNN_FLOAT32) {
+      reinterpret_cast<float *>(layer.grad_mask.data)[at] = static_cast<float>(value);
+    } else if constexpr (sizeof(R) == 8) {
+      reinterpret_cast<double *>(layer.grad_mask.data)[at] = value;
+    } else if (layer.grad_mask.dtype == PNN_BFLOAT16) {
+      reinterpret_cast<bfloat16 *>(layer.grad_mask.data)[at] = round_to(bfloat16{}, value);
+    } else {
+      reinterpret_cast<float16 *>(layer.grad_mask.data)[at] = round_to(float16{}, value);
+    }
+  }
+}
+
+template <class D, class S, Fastest G>
+Status launch(const Layer &layer, bool masks, Stream stream) {
+  Grid grid;
+  /* Whole channels, with room for a tile that begins up to seven maps early. */
+  int64_t channels = S::rows / layer.masks;
+  if (channels * layer.masks % RUN != 0) channels = (S::rows - RUN + 1) / layer.masks;
+  grid.channels = masks ? 0 : channels < 1 ? 1 : channels;
+  grid.column_tiles = 0;
+  const int64_t map_tiles = masks ? ceil_div(layer.group_maps, S::rows) : ceil_div(layer.group_channels, grid.channels);
+  const int64_t column_tiles = ceil_div(masks ? layer.pixels : layer.columns, S::columns);
+  grid.by_maps = divider_make(map_tiles);
+  grid.by_columns = divider_make(column_tiles);
+  const int64_t tiles = map_tiles * column_tiles * layer.groups;
+  const size_t shared = static_cast<size_t>(masks ? Shape<D, S, G>::mask_bytes : Shape<D, S, G>::bytes);
+  Status status = STATUS_OK;
+  for (grid.first_tile = 0; grid.first_tile < tiles && status == STATUS_OK; grid.first_tile += GRID_MOST) {
+    const int64_t blocks = tiles - grid.first_tile < GRID_MOST ? tiles - grid.first_tile : GRID_MOST;
+    const auto kernel = input_gradient_kernel<D, S, G>;
+    PNN_LAUNCH(status, kernel, blocks, S::threads, shared, stream, layer, grid);
+  }
+  return status;
+}
+
+template <class D, class S>
+Status choose_order(const Layer &layer, bool masks, Stream stream) {
+  if (layer.grad_output_staging == STAGE_CHANNELS) return launch<D, S, DEPTH_FASTEST>(layer, masks, stream);
+  return launch<D, S, ROWS_FASTEST>(layer, masks, stream);
+}
+
+template <class D>
+Status choose(const Layer &layer, bool masks, Stream stream) {
+  const int64_t large = ceil_div(layer.group_maps, Large<D>::rows) * ceil_div(layer.columns, Large<D>::columns);
+  if (!masks && layer.group_maps > Small::rows && large * layer.groups >= ENOUGH_BLOCKS)
+    return choose_order<D, Large<D>>(layer, masks, stream);
+  return choose_order<D, Small>(layer, masks, stream);
+}
+
+}  // namespace
+
+Status run_input_gradient(const Layer &layer, int dtype, bool masks, Stream stream) {
+  switch (dtype) {
+    case PNN_FLOAT32: return choose<float>(layer, masks, stream);
+    case PNN_FLOAT64: return choose_order<double, Small>(layer, masks, stream);
+    case PNN_BFLOAT16: return choose<bfloat16>(layer, masks, stream);
+    default: return choose<float16>(layer, masks, stream);
+  }
+}
+
+}  // namespace pnn_cuda

@@ -1,0 +1,108 @@
+/*
+ * kernels.h - what api.cu launches: one function for each kernel, on the host's side, and the sizes both sides agree on.
+ */
+#ifndef PNN_CUDA_KERNELS_H
+#define PNN_CUDA_KERNELS_H
+
+#include "layer.h"
+
+namespace pnn_cuda {
+
+#if defined(__CUDACC__)
+using Stream = cudaStream_t;
+using Status = cudaError_t;
+constexpr Status STATUS_OK = cudaSuccess;
+#define PNN_LAUNCH(result, kernel, blocks, threads, shared, stream, ...)                                               \
+  do {                                                                                                                 \
+    Status status_ = STATUS_OK;                                                                                        \
+    if ((shared) > 48 * 1024)                                                                                          \
+      status_ = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared));   \
+    if (status_ == STATUS_OK) {                                                                                        \
+      kernel<<<dim3(static_cast<unsigned>(blocks)), dim3(threads), (shared), (stream)>>>(__VA_ARGS__);                 \
+      status_ = cudaGetLastError();                                                                                    \
+    }                                                                                                                  \
+    (result) = status_;                                                                                                \
+  } while (0)
+#else
+using Stream = void *;
+using Status = int;
+constexpr Status STATUS_OK = 0;
+#define PNN_LAUNCH(result, kernel, blocks, threads, shared, stream, ...)                                             \
+  do {                                                                                                               \
+    (void)(stream);                                                                                                  \
+    cuda_on_host::launch(kernel, dim3(static_cast<unsigned>(blocks)), dim3(threads), (shared), __VA_ARGS__);         \
+    (result) = STATUS_OK;                                                                                            \
+  } while (0)
+#endif
+
+/* A product's tiles: its blocks in a line, cut where a grid's size ends. */
+constexpr int64_t GRID_MOST = 0x7fffffff;
+
+inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+/* Two shapes of tiles: large ones read less, small ones leave no multiprocessor idle in small problems. `blocks` of them
+ * must fit on a multiprocessor by their registers. */
+template <class D>
+struct Large {
+  static constexpr int rows = 128, columns = 128, threads = 256, blocks = 1;
+};
+struct Small {
+  static constexpr int rows = 64, columns = 64, threads = 128, blocks = 2;
+};
+/* Large tiles where they still give a large GPU this many blocks. Results do not depend on it. */
+constexpr int64_t ENOUGH_BLOCKS = 128;
+
+/* Columns that one block of the moments' kernel takes, and numbers that it leaves of each map. */
+constexpr int MOMENTS_COLUMNS = 2048, MOMENTS_NUMBERS = 4;
+
+Status run_forward(const Layer &layer, int dtype, Stream stream);
+Status run_input_gradient(const Layer &layer, int dtype, bool masks, Stream stream);
+Status run_weight_gradient(const Layer &layer, int dtype, Stream stream);
+Status run_moments(const Layer &layer, int dtype, void *parts, Stream stream);
+
+/* ---- per channel, in double (finish.cu) ---- */
+
+/* A vector or matrix tensor. */
+struct Vector {
+  void *data; /* NULL = absent */
+  int dtype;
+  int64_t step;
+};
+struct Matrix {
+  void *data;
+  int dtype;
+  int64_t step[2];
+};
+
+/* Normalisation's numbers for each map, doubles. */
+struct Norm {
+  double *scale, *inverse, *beta; /* gamma * inverse, 1 / sqrt(variance + eps) */
+  void *mean;                     /* reals, as the kernels subtract it */
+};
+
+Status run_moments_finish(const Layer &layer, bool is_double, const void *parts, Vector mean, Vector variance,
+                          Stream stream);
+Status run_norm(const Layer &layer, bool is_double, Vector mean, Vector variance, Vector gamma, Vector beta, double eps,
+                Norm norm, Stream stream);
+/* weight * scale[k], rounded once, as the kernels read it; scale may be NULL. */
+Status run_weight(const Layer &layer, Matrix weight, const double *scale, void *to, Stream stream);
+/* start[t] = bias[t] + sum over k of weight * beta */
+Status run_start(const Layer &layer, bool is_double, Matrix weight, Vector bias, const double *beta, void *start,
+                 Stream stream);
+Status run_waves(const Layer &layer, int64_t count, uint32_t *waves, Stream stream);
+/* Adds the splits of products and totals up, into the first. */
+Status run_join(const Layer &layer, bool is_double, Stream stream);
+/* dV from the joined products, dbias from the totals. */
+Status run_weight_store(const Layer &layer, bool is_double, const Norm *norm, Matrix grad_weight, Vector grad_bias,
+                        Stream stream);
+/* dgamma, dbeta, and the input gradient's offset and slope where they are not NULL. */
+Status run_norm_gradient(const Layer &layer, bool is_double, Matrix weight, Norm norm, Vector grad_gamma,
+                         Vector grad_beta, void *offset, void *slope, Stream stream);
+/* The sum of the mask's gradient over the channels that share it. */
+Status run_mask_join(const Layer &layer, bool is_double, Stream stream);
+Status run_clear(const pnn_tensor &tensor, int64_t size, Stream stream);
+Status run_mask_fill(const pnn_tensor &mask, int noise, const int64_t *seed, Stream stream);
+
+}  // namespace pnn_cuda
+
+#endif

@@ -1,0 +1,240 @@
+/*
+ * response.h - response maps in registers: masks from their tensor or their seed, perturbation, activation, centring.
+ *
+ * A thread makes eight neighbouring maps of one pixel at a time. The 256-value lattice takes one Philox call for sixteen
+ * maps (csrc/kernels/philox.h, the same generator); the loop that writes eight at a time computes it once for each eight
+ * that are aligned, and map by map, as the coordinates come, where they are not.
+ */
+#ifndef PNN_CUDA_RESPONSE_H
+#define PNN_CUDA_RESPONSE_H
+
+#include "activation.h"
+#include "layer.h"
+
+namespace pnn_cuda {
+
+constexpr int RUN = 8; /* maps that a thread makes at a time */
+
+/* Philox4x32-10 of the counter w, in place (Salmon et al., SC 2011). */
+PNN_DEVICE void philox(uint32_t w[4], uint64_t seed) {
+  uint32_t k0 = static_cast<uint32_t>(seed), k1 = static_cast<uint32_t>(seed >> 32);
+#pragma unroll
+  for (int round = 0; round < 10; round++) {
+    const uint32_t a = 0xD2511F53u, b = 0xCD9E8D57u;
+    const uint32_t high_a = multiply_high(a, w[0]), low_a = a * w[0], high_b = multiply_high(b, w[2]), low_b = b * w[2];
+    w[0] = high_b ^ w[1] ^ k0;
+    w[1] = low_b;
+    w[2] = high_a ^ w[3] ^ k1;
+    w[3] = low_a;
+    k0 += 0x9E3779B9u;
+    k1 += 0xBB67AE85u;
+  }
+}
+
+/* (2u - 255) / 256 for a byte, exactly: 2^15 + (2u + 1) / 256 by its bits, then one subtraction. */
+PNN_DEVICE float lattice(uint32_t byte) { return float_of(0x47000001u | byte << 1) - 32769.0f; }
+
+PNN_DEVICE uint32_t byte_sum(uint32_t a, uint32_t b) {
+  const uint32_t pairs = (a & 0xff00ffu) + (a >> 8 & 0xff00ffu) + (b & 0xff00ffu) + (b >> 8 & 0xff00ffu);
+  return (pairs & 0xffffu) + (pairs >> 16);
+}
+
+PNN_DEVICE uint32_t wave_frequency(uint32_t word) {
+  const uint32_t m = ((1u << 29) + (word >> 3)) >> (word % 4);
+  return word & 4 ? 0u - m : m;
+}
+
+/* One map's wave: frequency down, frequency across, phase. */
+PNN_DEVICE void wave_make(uint64_t seed, uint32_t k, uint32_t wave[4]) {
+  uint32_t w[4] = {k, 0, 0, 1};
+  philox(w, seed);
+  wave[0] = wave_frequency(w[0]);
+  wave[1] = wave_frequency(w[1]);
+  wave[2] = w[2];
+  wave[3] = 0;
+}
+
+PNN_DEVICE float wave_value(uint32_t down, uint32_t across, uint32_t phase, uint32_t row, uint32_t column) {
+  const uint32_t t = (down * row + across * column + phase) >> 23;
+  return lattice(t < 256 ? t : 511 - t);
+}
+
+/* The recipe's value for map k at a pixel of the full grid, one by one; `words` and `*made` keep the last generator call
+ * for the next map. */
+PNN_DEVICE float recipe_value(const Layer &layer, uint64_t seed, uint32_t k, uint32_t row, uint32_t column,
+                              uint32_t words[4], uint32_t *made) {
+  if (layer.noise == PNN_NOISE_WAVES) {
+    const uint32_t *wave = layer.waves + static_cast<int64_t>(k) * 4;
+    return wave_value(wave[0], wave[1], wave[2], row, column);
+  }
+  const bool normal = layer.noise == PNN_NOISE_NORMAL;
+  const uint32_t block = normal ? k / 2 : k / 16;
+  if (*made != block) {
+    *made = block;
+    words[0] = column;
+    words[1] = row;
+    words[2] = block;
+    words[3] = normal ? 2 : 0;
+    philox(words, seed);
+  }
+  if (normal) {
+    const uint32_t sum = k % 2 ? byte_sum(words[2], words[3]) : byte_sum(words[0], words[1]);
+    return static_cast<float>(static_cast<int>(sum) - 1020) * 0x1.39897ep-8f;
+  }
+  const uint32_t w = k / 4 % 4, word = w == 0 ? words[0] : w == 1 ? words[1] : w == 2 ? words[2] : words[3];
+  return lattice(word >> (k % 4 * 8) & 0xff);
+}
+
+constexpr uint32_t NOTHING_MADE = 0xffffffffu; /* no block's number: maps / 16 stays below */
+
+/* A pixel as the masks see it. */
+struct Pixel {
+  int64_t mask;         /* offset in the mask tensor */
+  uint32_t row, column; /* on the input's full grid, as the generator counts */
+};
+
+PNN_DEVICE Pixel pixel_make(const Layer &layer, const Place &p) {
+  Pixel pixel;
+  pixel.mask = p.i * layer.mask.row + p.j * layer.mask.column;
+  pixel.row = static_cast<uint32_t>(p.i * layer.stride_row);
+  pixel.column = static_cast<uint32_t>(p.j * layer.stride_column);
+  return pixel;
+}
+
+/* n[e] = fl(fl(level) * N) of the maps k + e, e < count, at the pixel; c and m are map k's channel and mask. */
+template <class R>
+PNN_DEVICE void noise_make(const Layer &layer, uint64_t seed, int64_t k, int64_t c, int64_t m, int count,
+                           const Pixel &pixel, bool mask_float, R n[RUN]) {
+  const R level = static_cast<R>(layer.level);
+#pragma unroll
+  for (int e = 0; e < RUN; e++) n[e] = 0;
+  if (layer.noise == PNN_NOISE_NONE) return;
+  if (layer.noise == PNN_NOISE_UNIFORM && !layer.shared && k % RUN == 0) {
+    uint32_t words[4] = {pixel.column, pixel.row, static_cast<uint32_t>(k / 16), 0};
+    philox(words, seed);
+    const bool upper = k % 16 != 0;
+    const uint32_t low = upper ? words[2] : words[0], high = upper ? words[3] : words[1];
+#pragma unroll
+    for (int e = 0; e < RUN; e++) n[e] = level * static_cast<R>(lattice((e < 4 ? low : high) >> (e % 4 * 8) & 0xff));
+    return;
+  }
+  if (layer.noise == PNN_NOISE_TENSOR && layer.masks == 1) {
+#pragma unroll
+    for (int e = 0; e < RUN; e++)
+      if (e < count) {
+        const int64_t at = pixel.mask + (layer.shared ? 0 : (c + e) * layer.mask.channel);
+        if constexpr (sizeof(R) == 8)
+          n[e] = level * element<double>(layer.mask.data, at, mask_float);
+        else if (mask_float)
+          n[e] = level * reinterpret_cast<const float *>(layer.mask.data)[at];
+        else if (layer.mask.dtype == PNN_BFLOAT16)
+          n[e] = level * widen(reinterpret_cast<const bfloat16 *>(layer.mask.data)[at]);
+        else
+          n[e] = level * widen(reinterpret_cast<const float16 *>(layer.mask.data)[at]);
+      }
+    return;
+  }
+  /* Map by map; the registers move up by one each time, so that no index into them depends on the loop. */
+  uint32_t words[4], made = NOTHING_MADE;
+#pragma unroll 1
+  for (int e = 0; e < RUN; e++) {
+    R value = 0;
+    if (e < count) {
+      if (layer.noise == PNN_NOISE_TENSOR) {
+        const int64_t at = pixel.mask + (layer.shared ? 0 : c * layer.mask.channel) + m * layer.mask.batch;
+        if constexpr (sizeof(R) == 8)
+          value = element<double>(layer.mask.data, at, mask_float);
+        else if (mask_float)
+          value = reinterpret_cast<const float *>(layer.mask.data)[at];
+        else if (layer.mask.dtype == PNN_BFLOAT16)
+          value = widen(reinterpret_cast<const bfloat16 *>(layer.mask.data)[at]);
+        else
+          value = widen(reinterpret_cast<const float16 *>(layer.mask.data)[at]);
+      } else {
+        value = static_cast<R>(recipe_value(layer, seed, static_cast<uint32_t>(layer.shared ? m : k + e), pixel.row,
+                                            pixel.column, words, &made));
+      }
+      value = level * value;
+      if (++m == layer.masks) m = 0, c++;
+    }
+#pragma unroll
+    for (int i = 0; i + 1 < RUN; i++) n[i] = n[i + 1];
+    n[RUN - 1] = value;
+  }
+}
+
+/* An input pixel's channels: in shared memory (two steps, in elements) or in the tensor itself. */
+struct Source {
+  const char *data;
+  int64_t at, step; /* element of channel 0 of the layer, step from channel to channel */
+};
+
+/* u[e] = the perturbed input of map k + e, e < count (0 beyond), for maps that start at k of the layer. */
+template <class D, class R = typename RealOf<D>::type>
+PNN_DEVICE void perturbed(const Layer &layer, uint64_t seed, const Source &x, int64_t k, int count, const Pixel &pixel,
+                          R u[RUN]) {
+  int64_t m, c = divide(layer.by_masks, k, &m);
+  noise_make(layer, seed, k, c, m, count, pixel, layer.mask.dtype == PNN_FLOAT32, u);
+  const bool noise = layer.noise != PNN_NOISE_NONE;
+#pragma unroll
+  for (int e = 0; e < RUN; e++) {
+    if (e < count) {
+      const R v = element<D>(x.data, x.at + c * x.step, layer.input_float);
+      u[e] = noise ? v + u[e] : v;
+      if (++m == layer.masks) m = 0, c++;
+    } else {
+      u[e] = 0;
+    }
+  }
+}
+
+/* u = activation(u). The costly ones go one at a time through the same registers: eight copies of each would make the
+ * kernels eight times as long. */
+template <class R>
+PNN_DEVICE void activate_run(int activation, R u[RUN]) {
+  if (activation == PNN_ACTIVATION_RELU) {
+#pragma unroll
+    for (int e = 0; e < RUN; e++) u[e] = u[e] < 0 ? R(0) : u[e];
+    return;
+  }
+#pragma unroll 1
+  for (int e = 0; e < RUN; e++) {
+    const R a = activate(activation, u[0]);
+#pragma unroll
+    for (int i = 0; i + 1 < RUN; i++) u[i] = u[i + 1];
+    u[RUN - 1] = a;
+  }
+}
+
+/* d = activation'(u) * d. */
+template <class R>
+PNN_DEVICE void activate_gradient_run(int activation, R u[RUN], R d[RUN]) {
+  if (activation == PNN_ACTIVATION_RELU) {
+#pragma unroll
+    for (int e = 0; e < RUN; e++) d[e] = u[e] <= 0 ? R(0) : d[e];
+    return;
+  }
+#pragma unroll 1
+  for (int e = 0; e < RUN; e++) {
+    const R u0 = u[0], a = activate_gradient(activation, u0, d[0]);
+#pragma unroll
+    for (int i = 0; i + 1 < RUN; i++) u[i] = u[i + 1], d[i] = d[i + 1];
+    u[RUN - 1] = u0;
+    d[RUN - 1] = a;
+  }
+}
+
+/* From u to the product's operand, unrounded: activation, minus the mean; 0 beyond count. */
+template <class R>
+PNN_DEVICE void respond(const Layer &layer, int64_t k, int count, R u[RUN]) {
+  const R *mean = static_cast<const R *>(layer.mean);
+  activate_run(layer.activation, u);
+#pragma unroll
+  for (int e = 0; e < RUN; e++) u[e] = e < count ? (mean ? u[e] - mean[k + e] : u[e]) : R(0);
+}
+
+PNN_DEVICE uint64_t seed_read(const Layer &layer) { return layer.seed ? static_cast<uint64_t>(*layer.seed) : 0; }
+
+}  // namespace pnn_cuda
+
+#endif

@@ -1,0 +1,291 @@
+/*
+ * tile.h - one block's part of a matrix product: C[ROWS][COLUMNS] += A * B over DEPTH, both operands in shared memory.
+ *
+ * An operand lies in one of two orders, named by which index is contiguous:
+ *
+ *     DEPTH_FASTEST   [row][depth], 64 bytes of depth and 16 of padding to a row
+ *     ROWS_FASTEST    [depth][row], all the tile's rows and 16 bytes of padding to a depth
+ *
+ * With either, eight rows of 16 bytes fall into different banks. 16-bit operands go through ldmatrix (transposed for
+ * ROWS_FASTEST) to the tensor cores; a warp holds 16x8 blocks of C. float and double go by fused multiply-adds, in
+ * ascending depth for each element of C, so float32 has the CPU's bits wherever the activation has.
+ */
+#ifndef PNN_CUDA_TILE_H
+#define PNN_CUDA_TILE_H
+
+#include "layer.h"
+
+namespace pnn_cuda {
+
+enum Fastest { DEPTH_FASTEST, ROWS_FASTEST };
+
+template <class D>
+struct Depth {
+  static constexpr int value = 64 / static_cast<int>(sizeof(D));     /* of one step of the pipeline */
+  static constexpr int vector = 16 / static_cast<int>(sizeof(D));    /* elements in 16 bytes */
+};
+
+/* Bytes from one row (or one depth) to the next, and of the whole tile. */
+template <class D>
+PNN_HOST_DEVICE constexpr int pitch_of(Fastest fastest, int rows) {
+  return fastest == DEPTH_FASTEST ? 80 : rows * static_cast<int>(sizeof(D)) + 16;
+}
+template <class D>
+PNN_HOST_DEVICE constexpr int bytes_of(Fastest fastest, int rows) {
+  return fastest == DEPTH_FASTEST ? rows * 80 : Depth<D>::value * pitch_of<D>(ROWS_FASTEST, rows);
+}
+
+PNN_DEVICE float real_at(const words4 &v, int i, float) { return float_of(v.w[i]); }
+PNN_DEVICE double real_at(const words4 &v, int i, double) {
+  return double_of(static_cast<uint64_t>(v.w[2 * i + 1]) << 32 | v.w[2 * i]);
+}
+
+/* float and double: each thread holds ROWS/R x COLUMNS/8 elements of C. */
+template <class D, int ROWS, int COLUMNS, int THREADS, Fastest A, Fastest B>
+struct Tile {
+  using R = D;
+  static constexpr int V = Depth<D>::vector;
+  static constexpr int N = 8, LANES_N = COLUMNS / N, LANES_M = THREADS / LANES_N, M = ROWS / LANES_M;
+  R c[M][N];
+
+  /* The i-th of a thread's rows: neighbours in lanes where depth is contiguous, neighbours in a vector where rows are. */
+  template <Fastest F, int LANES>
+  static PNN_DEVICE int index(int i, int lane) {
+    return F == DEPTH_FASTEST ? i * LANES + lane : i / V * (V * LANES) + lane * V + i % V;
+  }
+  static PNN_DEVICE int lane_m() { return static_cast<int>(threadIdx.x) / LANES_N; }
+  static PNN_DEVICE int lane_n() { return static_cast<int>(threadIdx.x) % LANES_N; }
+
+  /* f(row, column) -> the element's first value. */
+  template <class F>
+  PNN_DEVICE void start(F f) {
+#pragma unroll
+    for (int i = 0; i < M; i++)
+#pragma unroll
+      for (int j = 0; j < N; j++) c[i][j] = f(index<A, LANES_M>(i, lane_m()), index<B, LANES_N>(j, lane_n()));
+  }
+  /* f(row, column, value) */
+  template <class F>
+  PNN_DEVICE void each(F f) {
+#pragma unroll
+    for (int i = 0; i < M; i++)
+#pragma unroll
+      for (int j = 0; j < N; j++) f(index<A, LANES_M>(i, lane_m()), index<B, LANES_N>(j, lane_n()), c[i][j]);
+  }
+
+  template <Fastest F, int COUNT, int LANES, int ROWS_OF>
+  static PNN_DEVICE void load(const char *tile, int depth, int lane, R x[COUNT][V]) {
+    constexpr int pitch = pitch_of<D>(F, ROWS_OF);
+    if constexpr (F == DEPTH_FASTEST) {
+#pragma unroll
+      for (int i = 0; i < COUNT; i++) {
+        const char *at = tile + index<F, LANES>(i, lane) * pitch + depth * static_cast<int>(sizeof(R));
+        const words4 v = load_shared(reinterpret_cast<const words4 *>(at));
+#pragma unroll
+        for (int e = 0; e < V; e++) x[i][e] = real_at(v, e, R());
+      }
+    } else {
+#pragma unroll
+      for (int e = 0; e < V; e++)
+#pragma unroll
+        for (int i = 0; i < COUNT; i += V) {
+          const char *at = tile + (depth + e) * pitch + index<F, LANES>(i, lane) * static_cast<int>(sizeof(R));
+          const words4 v = load_shared(reinterpret_cast<const words4 *>(at));
+#pragma unroll
+          for (int r = 0; r < V; r++) x[i + r][e] = real_at(v, r, R());
+        }
+    }
+  }
+
+  PNN_DEVICE void add_product(const char *a, const char *b) {
+#pragma unroll
+    for (int depth = 0; depth < Depth<D>::value; depth += V) {
+      R x[M][V], y[N][V];
+      load<A, M, LANES_M, ROWS>(a, depth, lane_m(), x);
+      load<B, N, LANES_N, COLUMNS>(b, depth, lane_n(), y);
+#pragma unroll
+      for (int e = 0; e < V; e++)
+#pragma unroll
+        for (int i = 0; i < M; i++)
+#pragma unroll
+          for (int j = 0; j < N; j++) c[i][j] = fma_(x[i][e], y[j][e], c[i][j]);
+    }
+  }
+};
+
+/* 16-bit types on the tensor cores: two rows of warps. */
+template <class D, int ROWS, int COLUMNS, int THREADS, Fastest A, Fastest B>
+struct TensorTile {
+  using R = float;
+  static constexpr int WARPS_N = THREADS / 64, WARP_M = ROWS / 2, WARP_N = COLUMNS / WARPS_N;
+  static constexpr int M = WARP_M / 16, N = WARP_N / 8;
+  R c[M][N][4];
+
+  static PNN_DEVICE int lane() { return static_cast<int>(threadIdx.x) % 32; }
+  static PNN_DEVICE int first_row() { return static_cast<int>(threadIdx.x) / 32 / WARPS_N * WARP_M; }
+  static PNN_DEVICE int first_column() { return static_cast<int>(threadIdx.x) / 32 % WARPS_N * WARP_N; }
+  static PNN_DEVICE int row(int i, int e) { return first_row() + i * 16 + lane() / 4 + e / 2 * 8; }
+  static PNN_DEVICE int column(int j, int e) { return first_column() + j * 8 + lane() % 4 * 2 + e % 2; }
+
+  template <class F>
+  PNN_DEVICE void start(F f) {
+#pragma unroll
+    for (int i = 0; i < M; i++)
+#pragma unroll
+      for (int j = 0; j < N; j++)
+#pragma unroll
+        for (int e = 0; e < 4; e++) c[i][j][e] = f(row(i, e), column(j, e));
+  }
+  template <class F>
+  PNN_DEVICE void each(F f) {
+#pragma unroll
+    for (int i = 0; i < M; i++)
+#pragma unroll
+      for (int j = 0; j < N; j++)
+#pragma unroll
+        for (int e = 0; e < 4; e++) f(row(i, e), column(j, e), c[i][j][e]);
+  }
+
+  /* Four 8x8 matrices at (row, depth): of a, in the order (low, low), (high, low), (low, high), (high, high) of (row,
+   * depth); of b, (low, low), (low, high), (high, low), (high, high). */
+  template <Fastest F, int ROWS_OF, bool ROW_FIRST>
+  static PNN_DEVICE void load(const char *tile, int row, int depth, uint32_t r[4]) {
+    constexpr int pitch = pitch_of<D>(F, ROWS_OF);
+    const int matrix = lane() / 8, i = lane() % 8;
+    row += (ROW_FIRST ? matrix % 2 : matrix / 2) * 8;
+    depth += (ROW_FIRST ? matrix / 2 : matrix % 2) * 8;
+    if constexpr (F == DEPTH_FASTEST)
+      load_matrices(r, tile + (row + i) * pitch + depth * 2);
+    else
+      load_matrices_transposed(r, tile + (depth + i) * pitch + row * 2);
+  }
+
+  PNN_DEVICE void add_product(const char *a, const char *b) {
+#pragma unroll
+    for (int depth = 0; depth < Depth<D>::value; depth += 16) {
+      uint32_t x[M][4], y[N / 2][4];
+#pragma unroll
+      for (int i = 0; i < M; i++) load<A, ROWS, true>(a, first_row() + i * 16, depth, x[i]);
+#pragma unroll
+      for (int j = 0; j < N / 2; j++) load<B, COLUMNS, false>(b, first_column() + j * 16, depth, y[j]);
+#pragma unroll
+      for (int i = 0; i < M; i++)
+#pragma unroll
+        for (int j = 0; j < N; j++) multiply(D{}, c[i][j], x[i], &y[j / 2][j % 2 * 2]);
+    }
+  }
+};
+
+template <int ROWS, int COLUMNS, int THREADS, Fastest A, Fastest B>
+struct Tile<bfloat16, ROWS, COLUMNS, THREADS, A, B> : TensorTile<bfloat16, ROWS, COLUMNS, THREADS, A, B> {};
+template <int ROWS, int COLUMNS, int THREADS, Fastest A, Fastest B>
+struct Tile<float16, ROWS, COLUMNS, THREADS, A, B> : TensorTile<float16, ROWS, COLUMNS, THREADS, A, B> {};
+
+/* ---- operands into shared memory ---- */
+
+PNN_DEVICE int clamp_bytes(int64_t elements, int size) {
+  return elements <= 0 ? 0 : elements * size >= 16 ? 16 : static_cast<int>(elements) * size;
+}
+
+/* The weight's rows [t0, t0 + rows) and columns [k0, k0 + columns) of a group as [row][column], asynchronously, zero
+ * beyond the group's; `columns` is a multiple of 16 bytes. */
+template <class D, int THREADS>
+PNN_DEVICE void stage_weight(const Layer &layer, int64_t group, int64_t t0, int rows, int64_t k0, int columns, char *to,
+                             int pitch) {
+  constexpr int V = Depth<D>::vector, SIZE = static_cast<int>(sizeof(D));
+  const int chunks = columns / V;
+  for (int i = static_cast<int>(threadIdx.x); i < rows * chunks; i += THREADS) {
+    const int r = i / chunks, ch = i % chunks;
+    const int64_t t = t0 + r, k = k0 + ch * V;
+    const int valid = t < layer.group_outputs ? clamp_bytes(layer.group_maps - k, SIZE) : 0;
+    const int64_t at = valid ? (group * layer.group_outputs + t) * layer.weight_step + k : 0;
+    copy_async16(to + r * pitch + ch * 16, layer.weight + at * SIZE, valid);
+  }
+}
+
+/* Channels [c0, c0 + count) below `end` of columns [0, columns) of a view into shared memory: [channel][column] with
+ * STAGE_PIXELS (and STAGE_ELEMENTS, at once and not asynchronously), [column][channel] with STAGE_CHANNELS, where c0 and
+ * count are multiples of 16 bytes. offset(j) is column j's place in the view, or -1 where it is beyond the last. */
+template <int SIZE, int COLUMNS, int THREADS, class Offset>
+PNN_DEVICE void stage_view(const View &v, int staging, int64_t c0, int count, int64_t end, int64_t group_first, char *to,
+                           int pitch, Offset offset) {
+  constexpr int V = 16 / SIZE;
+  const int thread = static_cast<int>(threadIdx.x);
+  if (staging == STAGE_PIXELS) {
+    constexpr int CHUNKS = COLUMNS / V;
+    for (int i = thread; i < count * CHUNKS; i += THREADS) {
+      const int r = i / CHUNKS, j = i % CHUNKS * V;
+      int64_t at;
+      const bool here = offset(j, &at) && c0 + r < end;
+      const char *from = here ? v.data + (at + (group_first + c0 + r) * v.channel) * SIZE : v.data;
+      copy_async16(to + r * pitch + j * SIZE, from, here ? 16 : 0);
+    }
+  } else if (staging == STAGE_CHANNELS) {
+    const int chunks = count / V;
+    for (int i = thread; i < COLUMNS * chunks; i += THREADS) {
+      const int j = i / chunks, r = i % chunks * V;
+      int64_t at;
+      const int valid = offset(j, &at) ? clamp_bytes(end - c0 - r, SIZE) : 0;
+      const char *from = valid ? v.data + (at + (group_first + c0 + r)) * SIZE : v.data;
+      copy_async16(to + j * pitch + r * SIZE, from, valid);
+    }
+  } else {
+    for (int i = thread; i < count * COLUMNS; i += THREADS) {
+      const int r = i / COLUMNS, j = i % COLUMNS;
+      int64_t at;
+      const bool here = offset(j, &at) && c0 + r < end;
+      const int64_t element = here ? at + (group_first + c0 + r) * v.channel : 0;
+      if constexpr (SIZE == 2)
+        *reinterpret_cast<uint16_t *>(to + r * pitch + j * 2) =
+            here ? reinterpret_cast<const uint16_t *>(v.data)[element] : uint16_t(0);
+      else if constexpr (SIZE == 4)
+        *reinterpret_cast<uint32_t *>(to + r * pitch + j * 4) =
+            here ? reinterpret_cast<const uint32_t *>(v.data)[element] : 0u;
+      else
+        *reinterpret_cast<uint64_t *>(to + r * pitch + j * 8) =
+            here ? reinterpret_cast<const uint64_t *>(v.data)[element] : uint64_t(0);
+    }
+  }
+}
+
+/* Eight reals, rounded to D, to 16-byte aligned shared memory. */
+PNN_DEVICE void store_run(bfloat16 *to, const float v[8]) {
+  words4 w;
+#pragma unroll
+  for (int i = 0; i < 4; i++)
+    w.w[i] = static_cast<uint32_t>(round_to(bfloat16{}, v[2 * i + 1]).bits) << 16 | round_to(bfloat16{}, v[2 * i]).bits;
+  store_shared(reinterpret_cast<words4 *>(to), w);
+}
+PNN_DEVICE void store_run(float16 *to, const float v[8]) {
+  words4 w;
+#pragma unroll
+  for (int i = 0; i < 4; i++)
+    w.w[i] = static_cast<uint32_t>(round_to(float16{}, v[2 * i + 1]).bits) << 16 | round_to(float16{}, v[2 * i]).bits;
+  store_shared(reinterpret_cast<words4 *>(to), w);
+}
+PNN_DEVICE void store_run(float *to, const float v[8]) {
+#pragma unroll
+  for (int h = 0; h < 2; h++) {
+    words4 w;
+#pragma unroll
+    for (int i = 0; i < 4; i++) w.w[i] = bits_of(v[h * 4 + i]);
+    store_shared(reinterpret_cast<words4 *>(to) + h, w);
+  }
+}
+PNN_DEVICE void store_run(double *to, const double v[8]) {
+#pragma unroll
+  for (int h = 0; h < 4; h++) {
+    words4 w;
+#pragma unroll
+    for (int i = 0; i < 2; i++) {
+      const uint64_t bits = bits_of(v[h * 2 + i]);
+      w.w[2 * i] = static_cast<uint32_t>(bits);
+      w.w[2 * i + 1] = static_cast<uint32_t>(bits >> 32);
+    }
+    store_shared(reinterpret_cast<words4 *>(to) + h, w);
+  }
+}
+
+}  // namespace pnn_cuda
+
+#endif

@@ -1,0 +1,209 @@
+/*
+ * weight_gradient.cu - G[t,k] = sum over q of g[t,q] * operand[k,q], and h[t] = sum over q of g[t,q].
+ *
+ * The sum over pixels is cut into `splits` pieces, whose number depends on the sizes alone; each block leaves its piece
+ * of the sum, and finish.cu adds the pieces in order: no atomics, the same bits in every run and on every GPU of a kind.
+ *
+ * Per step of depth (64 bytes of pixels) g travels as it is stored, x too; the operand is made as in the forward pass, as
+ * [pixel][map], and read transposed. The blocks of the first maps also add up h from the g that is in shared memory.
+ */
+#include "kernels.h"
+#include "response.h"
+#include "tile.h"
+
+namespace pnn_cuda {
+namespace {
+
+constexpr int STAGES = 3;
+
+struct Grid {
+  int64_t first_tile;
+  Divider by_outputs, by_maps, by_groups;
+};
+
+/* Rows of C are outputs, its columns maps, depth pixels. */
+template <class D, class S, Fastest G>
+struct Shape {
+  using R = typename RealOf<D>::type;
+  static constexpr int DEPTH = Depth<D>::value;
+  static constexpr int gradient_bytes = bytes_of<D>(G, S::rows);
+  static constexpr int operand_bytes = bytes_of<D>(ROWS_FASTEST, S::columns);
+  static PNN_HOST_DEVICE int input_bytes(int size) {
+    const int pixels = S::columns * (DEPTH * size + 16), channels = DEPTH * (S::columns * size + 16);
+    return pixels > channels ? pixels : channels;
+  }
+  static int bytes(int input_size) { return STAGES * (gradient_bytes + input_bytes(input_size)) + 2 * operand_bytes; }
+};
+
+template <class D, class S, Fastest G>
+__global__ void __launch_bounds__(S::threads, S::blocks)
+    weight_gradient_kernel(const __grid_constant__ Layer layer, const __grid_constant__ Grid grid) {
+  using H = Shape<D, S, G>;
+  using R = typename H::R;
+  constexpr int DEPTH = H::DEPTH;
+  PNN_SHARED_MEMORY(memory);
+  const int input_size = layer.input_float ? 4 : static_cast<int>(sizeof(D));
+  const int stage_bytes = H::gradient_bytes + H::input_bytes(input_size);
+  char *const operands = memory + STAGES * stage_bytes;
+  const int thread = static_cast<int>(threadIdx.x);
+  const uint64_t seed = seed_read(layer);
+
+  int64_t output_tile, map_tile, group;
+  const int64_t split = divide(grid.by_groups,
+                               divide(grid.by_maps, divide(grid.by_outputs, grid.first_tile + blockIdx.x, &output_tile),
+                                      &map_tile),
+                               &group);
+  const int64_t t0 = output_tile * S::rows, k0 = map_tile * S::columns;
+  const int64_t q_begin = split * layer.split_columns;
+  const int64_t q_end = q_begin + layer.split_columns < layer.columns ? q_begin + layer.split_columns : layer.columns;
+  const int64_t channel_first = group * layer.group_channels, map_first = group * layer.group_maps;
+  const int64_t output_first = group * layer.group_outputs;
+  const int64_t maps = layer.group_maps - k0 < S::columns ? layer.group_maps - k0 : S::columns;
+  const bool products = layer.products != nullptr, totals = layer.totals != nullptr && map_tile == 0;
+
+  const int64_t steps = q_begin < q_end ? (q_end - q_begin + DEPTH - 1) / DEPTH : 0;
+  const int staging = layer.input_staging;
+  int64_t rest, c0 = divide(layer.by_masks, k0, &rest);
+  int channels = 0;
+  if (products && maps > 0) channels = static_cast<int>(divide(layer.by_masks, k0 + maps - 1, &rest) + 1 - c0);
+  const int V = 16 / input_size;
+  if (staging == STAGE_CHANNELS) {
+    channels += static_cast<int>(c0 & (V - 1));
+    channels = (channels + V - 1) & -V;
+    c0 &= -static_cast<int64_t>(V);
+  }
+  const int pitch = (staging == STAGE_PIXELS ? DEPTH : static_cast<int>(S::columns)) * input_size + 16;
+
+  const auto load = [&](int64_t step) {
+    if (step < steps) {
+      char *const to = memory + step % STAGES * stage_bytes;
+      const int64_t q = q_begin + step * DEPTH;
+      const auto in = [&](const View &view, int j, int64_t *at) {
+        *at = q + j < q_end ? place_in(view, place_make(layer, q + j)) : 0;
+        return q + j < q_end;
+      };
+      const int order = G == ROWS_FASTEST                             ? STAGE_CHANNELS
+                        : layer.grad_output_staging == STAGE_PIXELS ? STAGE_PIXELS
+                                                                      : STAGE_ELEMENTS;
+      stage_view<sizeof(D), DEPTH, S::threads>(
+          layer.grad_output, order, t0, S::rows, layer.group_outputs, output_first, to, pitch_of<D>(G, S::rows),
+          [&](int j, int64_t *at) { return in(layer.grad_output, j, at); });
+      if (products && staging != STAGE_ELEMENTS) {
+        const auto place = [&](int j, int64_t *at) { return in(layer.input, j, at); };
+        if (input_size == static_cast<int>(sizeof(D)))
+          stage_view<sizeof(D), DEPTH, S::threads>(layer.input, staging, c0, channels, layer.group_channels, channel_first,
+                                                   to + H::gradient_bytes, pitch, place);
+        else
+          stage_view<4, DEPTH, S::threads>(layer.input, staging, c0, channels, layer.group_channels, channel_first,
+                                           to + H::gradient_bytes, pitch, place);
+      }
+    }
+    copy_commit();
+  };
+  const auto transform = [&](int64_t step) {
+    const char *const raw = memory + step % STAGES * stage_bytes + H::gradient_bytes;
+    char *const to = operands + step % 2 * H::operand_bytes;
+#pragma unroll 1
+    for (int item = thread; item < DEPTH * (S::columns / RUN); item += S::threads) {
+      const int j = item % DEPTH, run = item / DEPTH * RUN;
+      const int64_t q = q_begin + step * DEPTH + j, left = maps - run;
+      const int count = q >= q_end || left <= 0 ? 0 : left < RUN ? static_cast<int>(left) : RUN;
+      R u[RUN];
+      if (count > 0) {
+        const Place place = place_make(layer, q);
+        Source x;
+        if (staging == STAGE_PIXELS)
+          x = {raw, j - (c0 + channel_first) * (DEPTH + V), DEPTH + V};
+        else if (staging == STAGE_CHANNELS)
+          x = {raw, j * (S::columns + V) - (c0 + channel_first), 1};
+        else
+          x = {layer.input.data, place_in(layer.input, place), layer.input.channel};
+        perturbed<D>(layer, seed, x, map_first + k0 + run, count, pixel_make(layer, place), u);
+        respond(layer, map_first + k0 + run, count, u);
+      } else {
+#pragma unroll
+        for (int e = 0; e < RUN; e++) u[e] = 0;
+      }
+      store_run(reinterpret_cast<D *>(to + j * pitch_of<D>(ROWS_FASTEST, S::columns)) + run, u);
+    }
+  };
+
+  Tile<D, S::rows, S::columns, S::threads, G, ROWS_FASTEST> tile;
+  tile.start([](int, int) { return R(0); });
+  R total = 0;
+#pragma unroll 1
+  for (int64_t step = 1 - STAGES; step < steps; step++) {
+    if (step >= -1) {
+      copy_wait<STAGES - 3>();
+      __syncthreads();
+    }
+    load(step + STAGES - 1);
+    if (products && step >= -1 && step + 1 < steps) transform(step + 1);
+    if (step < 0) continue;
+    const char *const gradient = memory + step % STAGES * stage_bytes;
+    if (products) tile.add_product(gradient, operands + step % 2 * H::operand_bytes);
+    if (totals && thread < S::rows) {
+#pragma unroll
+      for (int j = 0; j < DEPTH; j++) {
+        const char *at = G == DEPTH_FASTEST ? gradient + thread * pitch_of<D>(G, S::rows) + j * static_cast<int>(sizeof(D))
+                                            : gradient + j * pitch_of<D>(G, S::rows) + thread * static_cast<int>(sizeof(D));
+        total += widen(*reinterpret_cast<const D *>(at));
+      }
+    }
+  }
+  copy_wait<0>();
+
+  if (totals && thread < S::rows && t0 + thread < layer.group_outputs)
+    static_cast<R *>(layer.totals)[split * layer.outputs + output_first + t0 + thread] = total;
+  if (!products) return;
+  R *const out = static_cast<R *>(layer.products) + (split * layer.outputs + output_first + t0) * layer.group_maps + k0;
+  const int64_t rows = layer.group_outputs - t0;
+  tile.each([&](int row, int column, R value) {
+    if (row < rows && column < maps) out[row * layer.group_maps + column] = value;
+  });
+}
+
+template <class D, class S, Fastest G>
+Status launch(const Layer &layer, Stream stream) {
+  Grid grid;
+  const int64_t outputs = ceil_div(layer.group_outputs, S::rows);
+  const int64_t maps = layer.products && layer.group_maps ? ceil_div(layer.group_maps, S::columns) : 1;
+  grid.by_outputs = divider_make(outputs);
+  grid.by_maps = divider_make(maps);
+  grid.by_groups = divider_make(layer.groups);
+  const int64_t tiles = outputs * maps * layer.groups * layer.splits;
+  const size_t shared = static_cast<size_t>(Shape<D, S, G>::bytes(layer.input_float ? 4 : static_cast<int>(sizeof(D))));
+  Status status = STATUS_OK;
+  for (grid.first_tile = 0; grid.first_tile < tiles && status == STATUS_OK; grid.first_tile += GRID_MOST) {
+    const int64_t blocks = tiles - grid.first_tile < GRID_MOST ? tiles - grid.first_tile : GRID_MOST;
+    const auto kernel = weight_gradient_kernel<D, S, G>;
+    PNN_LAUNCH(status, kernel, blocks, S::threads, shared, stream, layer, grid);
+  }
+  return status;
+}
+
+template <class D, class S>
+Status choose_order(const Layer &layer, Stream stream) {
+  if (layer.grad_output_staging == STAGE_CHANNELS) return launch<D, S, ROWS_FASTEST>(layer, stream);
+  return launch<D, S, DEPTH_FASTEST>(layer, stream);
+}
+
+template <class D>
+Status choose(const Layer &layer, Stream stream) {
+  if (!layer.input_float && layer.group_outputs > Small::rows && layer.group_maps > Small::columns)
+    return choose_order<D, Large<D>>(layer, stream);
+  return choose_order<D, Small>(layer, stream);
+}
+
+}  // namespace
+
+Status run_weight_gradient(const Layer &layer, int dtype, Stream stream) {
+  switch (dtype) {
+    case PNN_FLOAT32: return choose<float>(layer, stream);
+    case PNN_FLOAT64: return choose_order<double, Small>(layer, stream);
+    case PNN_BFLOAT16: return choose<bfloat16>(layer, stream);
+    default: return choose<float16>(layer, stream);
+  }
+}
+
+}  // namespace pnn_cuda

@@ -1,0 +1,347 @@
+/*
+ * layer_test.cc - the CUDA kernels, run on the CPU by cuda_on_host.h, against the plain loops of tests/c/reference.h and
+ * against libpnn.
+ *
+ * Tensors, cases and comparisons are those of the C tests; only the calls go to the CUDA entry points. Each case runs
+ * under one of the schedules in turn, and a choice of cases under all of them, which must give the same bits.
+ */
+#include <gtest/gtest.h>
+
+#include "pnn/pnn_cuda.h"
+#include "ptx.h"
+
+/* The C tests' Problem calls these; in parentheses, (pnn_forward)(...) is still libpnn's own. */
+#define pnn_workspace_size(params, pass, host, bytes, error) \
+  (static_cast<void>(host), pnn_cuda_workspace_size(params, pass, bytes, error))
+#define pnn_forward(params, host, error) (static_cast<void>(host), pnn_cuda_forward(params, nullptr, error))
+#define pnn_backward(params, host, error) (static_cast<void>(host), pnn_cuda_backward(params, nullptr, error))
+#include "case.h"
+
+namespace pnn_test {
+namespace {
+
+using cuda_on_host::Order;
+namespace host = cuda_on_host;
+
+constexpr int kSchedules = 8;
+
+void set_schedule(int i) {
+  host::options = {};
+  host::options.order = static_cast<Order>(i % 4);
+  host::options.lazy_copies = i / 4 % 2 == 0;
+  host::options.seed = static_cast<unsigned>(i / 8 + 1);
+  host::options.tensor_core = i % 3 ? host::TensorCore::HOPPER : host::TensorCore::AMPERE;
+}
+
+/* Whether both types' sums are exact on the case's data. */
+void check(Case c) {
+  static int next = 0;
+  set_schedule(next++);
+  check_exact(c, 0);
+  host::options = {};
+}
+
+class CudaTypes : public testing::TestWithParam<int> {
+ protected:
+  Case base() const {
+    Case c;
+    set_types(c, type_pairs()[static_cast<size_t>(GetParam())]);
+    return c;
+  }
+};
+
+std::string type_name(const testing::TestParamInfo<int> &info) {
+  const TypePair pair = type_pairs()[static_cast<size_t>(info.param)];
+  return std::string(name_of(pair.input)) + (pair.input == pair.weight ? "" : std::string("_") + name_of(pair.weight));
+}
+
+INSTANTIATE_TEST_SUITE_P(Cuda, CudaTypes, testing::Range(0, 6), type_name);
+
+void set_layouts(Case &c, LayoutKind kind) {
+  c.input_layout = c.output_layout = c.grad_output_layout = c.grad_input_layout = kind;
+}
+
+TEST_P(CudaTypes, Sizes) {
+  uint64_t seed = 1;
+  for (int64_t columns : {1, 7, 63, 64, 65, 130}) {
+    Case c = base();
+    c.C = 3, c.T = 5, c.W = columns, c.seed = seed++;
+    check(c);
+    c.noise = PNN_NOISE_TENSOR, c.M = 2, c.H = 3, c.B = 2, c.seed = seed++;
+    check(c);
+    c.W = 1, c.H = 1, c.B = columns, c.seed = seed++;
+    check(c);
+  }
+  for (int64_t rows : {1, 8, 31, 33, 64, 67}) {
+    Case c = base();
+    c.T = rows, c.C = 68 - rows, c.H = 3, c.W = 7, c.seed = seed++;
+    check(c);
+    c.T = 3, c.C = rows, c.M = 3, c.noise = PNN_NOISE_TENSOR, c.seed = seed++;
+    check(c);
+  }
+}
+
+TEST_P(CudaTypes, AlignedLayouts) {
+  /* Pixels or channels in runs of 16 bytes: the paths of cp.async. */
+  uint64_t seed = 100;
+  for (LayoutKind kind : {LayoutKind::kContiguous, LayoutKind::kChannelsLast})
+    for (int64_t M : {1, 2, 3, 4, 16, 40})
+      for (int groups : {1, 2}) {
+        Case c = base();
+        c.placement = Placement::kHeap; /* malloc aligns to 16 bytes */
+        set_layouts(c, kind);
+        c.B = 3, c.C = M > 4 ? 16 : 48, c.T = 32, c.H = 4, c.W = 8, c.M = M, c.groups = groups, c.seed = seed++;
+        c.noise = M == 1 || M == 16 ? PNN_NOISE_UNIFORM : M == 3 ? PNN_NOISE_WAVES : PNN_NOISE_TENSOR;
+        check(c);
+      }
+}
+
+TEST_P(CudaTypes, EveryLayout) {
+  uint64_t seed = 200;
+  for (LayoutKind kind : input_layouts()) {
+    Case c = base();
+    c.B = 2, c.C = 6, c.H = 5, c.W = 19, c.T = 4, c.M = 2, c.groups = 2, c.noise = PNN_NOISE_TENSOR, c.seed = seed++;
+    c.input_layout = c.weight_layout = c.mask_layout = c.vector_layout = c.grad_output_layout = kind;
+    c.norm = true;
+    if (kind != LayoutKind::kBroadcast)
+      c.output_layout = c.grad_input_layout = c.grad_weight_layout = c.grad_mask_layout = kind;
+    check(c);
+    c.stride_h = 2, c.stride_w = 3, c.norm = false, c.seed = seed++;
+    check(c);
+  }
+}
+
+TEST_P(CudaTypes, MasksOfEveryKind) {
+  uint64_t seed = 300;
+  for (pnn_noise noise : {PNN_NOISE_NONE, PNN_NOISE_TENSOR, PNN_NOISE_UNIFORM, PNN_NOISE_WAVES})
+    for (bool shared : {false, true})
+      for (int64_t M : {1, 5, 16, 70}) {
+        if (noise == PNN_NOISE_NONE && shared) continue;
+        Case c = base();
+        set_types(c, type_pairs()[static_cast<size_t>(GetParam())], seed % 2 == 0);
+        c.B = 2, c.C = M == 70 ? 2 : 5, c.H = 3, c.W = 6, c.T = 3, c.M = M, c.noise = noise, c.shared = shared;
+        c.level = seed % 3 ? 0.5 : -2, c.seed = seed++;
+        check(c);
+      }
+}
+
+TEST_P(CudaTypes, ManyMasksOfOneChannel) {
+  /* More maps to a channel than a tile holds. */
+  Case c = base();
+  c.B = 2, c.C = 3, c.T = 4, c.H = 2, c.W = 5, c.M = 150, c.noise = PNN_NOISE_TENSOR, c.seed = 401;
+  check(c);
+  c.shared = true, c.groups = 1, c.norm = true, c.seed = 402;
+  check(c);
+}
+
+TEST_P(CudaTypes, StridesAndGroups) {
+  uint64_t seed = 500;
+  for (int64_t stride : {1, 2, 7})
+    for (int64_t groups : {1, 3, 6}) {
+      Case c = base();
+      c.B = 2, c.C = 6, c.H = 7, c.W = 9, c.T = 12, c.M = 2, c.stride_h = stride, c.stride_w = 2, c.groups = groups;
+      c.noise = groups == 3 ? PNN_NOISE_UNIFORM : PNN_NOISE_TENSOR, c.norm = groups == 6, c.seed = seed++;
+      check(c);
+    }
+  Case c = base();
+  c.B = 2, c.C = 2, c.H = 3, c.W = 3, c.T = 2;
+  c.stride_h = c.stride_w = std::numeric_limits<int64_t>::max();
+  check(c);
+}
+
+TEST_P(CudaTypes, PlainActivations) {
+  uint64_t seed = 600;
+  for (pnn_activation f : {PNN_ACTIVATION_IDENTITY, PNN_ACTIVATION_RELU, PNN_ACTIVATION_HARDTANH})
+    for (bool training : {false, true}) {
+      Case c = base();
+      c.B = 2, c.C = 5, c.H = 4, c.W = 8, c.T = 6, c.M = 2, c.noise = PNN_NOISE_TENSOR, c.activation = f;
+      c.norm = training, c.seed = seed++;
+      check(c);
+    }
+}
+
+TEST_P(CudaTypes, NormalisationInTraining) {
+  uint64_t seed = 700;
+  for (bool affine : {false, true})
+    for (int64_t groups : {1, 2}) {
+      Case c = base();
+      c.B = 2, c.C = 4, c.H = 4, c.W = 8, c.T = 6, c.M = 2, c.noise = PNN_NOISE_TENSOR, c.groups = groups;
+      c.activation = PNN_ACTIVATION_IDENTITY, c.norm = c.training = true, c.affine = affine, c.fill = Fill::kUnit;
+      c.seed = seed++;
+      check(c);
+    }
+}
+
+TEST_P(CudaTypes, EmptySizes) {
+  for (int which = 0; which < 5; which++) {
+    Case c = base();
+    c.B = 2, c.C = 3, c.H = 2, c.W = 2, c.T = 2, c.noise = PNN_NOISE_TENSOR;
+    (which == 0 ? c.B : which == 1 ? c.C : which == 2 ? c.H : which == 3 ? c.W : c.T) = 0;
+    check(c);
+    c.norm = true, c.training = true, c.fill = Fill::kUnit;
+    check(c);
+  }
+}
+
+TEST_P(CudaTypes, SomeGradients) {
+  for (unsigned gradients = 0; gradients < 64; gradients += 3) {
+    Case c = base();
+    c.B = 2, c.C = 3, c.H = 3, c.W = 4, c.T = 4, c.noise = PNN_NOISE_TENSOR, c.gradients = gradients;
+    c.norm = gradients % 2 == 0, c.seed = gradients + 800;
+    check(c);
+  }
+}
+
+TEST(CudaLarge, LargeTiles) {
+  /* 128 blocks of 128 x 128: enough to be worth the large tiles, in each type, order and pass. The device would run 132 of
+   * them at once; a CPU takes seconds, so the depth is short. */
+  uint64_t seed = 900;
+  for (int type : {0, 2})
+    for (LayoutKind kind : {LayoutKind::kContiguous, LayoutKind::kChannelsLast}) {
+      Case c;
+      set_types(c, type_pairs()[static_cast<size_t>(type)]);
+      c.placement = Placement::kHeap;
+      set_layouts(c, kind);
+      c.B = 1, c.C = 8, c.T = 72, c.H = 1, c.W = 127 * 128 + 8, c.seed = seed++, c.gradients = 0;
+      check(c);
+      /* The input's gradient, and the weight's, whose choice is by outputs and maps alone. */
+      c.C = 72, c.T = 8, c.gradients = kGradInput;
+      check(c);
+      c.T = 72, c.W = 136, c.gradients = kGradWeight | kGradBias;
+      check(c);
+    }
+}
+
+std::vector<std::vector<uint64_t>> results(const Case &c) {
+  Problem p(c);
+  EXPECT_EQ(p.forward(), PNN_OK) << p.error.message;
+  EXPECT_EQ(p.backward(), PNN_OK) << p.error.message;
+  std::vector<std::vector<uint64_t>> all;
+  for (const Tensor *t : p.tensors())
+    if (t->present()) all.push_back(t->bits());
+  return all;
+}
+
+TEST_P(CudaTypes, EveryScheduleGivesTheSameBits) {
+  Case c = base();
+  c.placement = Placement::kHeap, c.fill = Fill::kRandom;
+  c.B = 2, c.C = 40, c.T = 40, c.H = 4, c.W = 16, c.norm = c.training = true, c.eps = 1e-5;
+  for (int variant = 0; variant < 3; variant++) {
+    set_layouts(c, variant == 1 ? LayoutKind::kChannelsLast : LayoutKind::kContiguous);
+    if (variant == 2) c.M = 3, c.C = 10, c.noise = PNN_NOISE_TENSOR, c.shared = true, c.W = 15;
+    std::vector<std::vector<uint64_t>> first;
+    for (int i = 0; i < 2 * kSchedules; i++) {
+      set_schedule(i);
+      host::options.tensor_core = host::TensorCore::HOPPER;
+      const auto now = results(c);
+      if (i == 0) first = now;
+      EXPECT_EQ(now, first) << "schedule " << i << ", variant " << variant;
+    }
+  }
+  host::options = {};
+}
+
+TEST_P(CudaTypes, ForwardDoesNotDependOnTheBatch) {
+  /* Each image by itself gives the bits that it has in the batch. */
+  Case c = base();
+  c.B = 5, c.C = 19, c.T = 9, c.H = 3, c.W = 7, c.M = 2, c.fill = Fill::kRandom, c.activation = PNN_ACTIVATION_GELU;
+  Problem whole(c);
+  ASSERT_EQ(whole.forward(), PNN_OK);
+  const std::vector<uint64_t> expected = whole.output.bits();
+  for (int64_t b = 0; b < c.B; b++) {
+    Problem one(c);
+    for (pnn_tensor *t : {&one.params.input, &one.params.output, &one.params.grad_output}) {
+      t->data = static_cast<char *>(t->data) + b * t->stride[0] * static_cast<int64_t>(bytes_of(t->dtype));
+      t->size[0] = 1;
+    }
+    ASSERT_EQ(one.run(PNN_PASS_FORWARD), PNN_OK) << one.error.message;
+    const std::vector<uint64_t> got = one.output.bits();
+    const size_t image = expected.size() / static_cast<size_t>(c.B), at = image * static_cast<size_t>(b);
+    for (size_t i = at; i < at + image; i++) ASSERT_EQ(got[i], expected[i]);
+  }
+}
+
+/* float32 and float64 sum in the CPU's order, so any data give the CPU's bits where the activation does. */
+TEST(CudaAndCpu, SameBitsOnAnyData) {
+  uint64_t seed = 1000;
+  for (pnn_dtype type : {PNN_FLOAT32, PNN_FLOAT64})
+    for (pnn_activation f : {PNN_ACTIVATION_IDENTITY, PNN_ACTIVATION_RELU, PNN_ACTIVATION_LEAKY_RELU,
+                             PNN_ACTIVATION_HARDTANH}) {
+      for (pnn_noise noise : {PNN_NOISE_TENSOR, PNN_NOISE_NORMAL}) {
+        Case c;
+        c.input_type = c.weight_type = c.mask_type = type;
+        c.B = 3, c.C = 21, c.T = 11, c.H = 5, c.W = 7, c.M = 3, c.fill = Fill::kRandom, c.activation = f, c.noise = noise;
+        c.level = 0.1, c.gradients = kGradInput | kGradMask, c.seed = seed++;
+        Problem gpu(c), cpu(c);
+        set_schedule(static_cast<int>(seed));
+        ASSERT_EQ(gpu.forward(), PNN_OK);
+        ASSERT_EQ(gpu.backward(), PNN_OK);
+        for (pnn_pass pass : {PNN_PASS_FORWARD, PNN_PASS_BACKWARD}) {
+          size_t bytes;
+          ASSERT_EQ((pnn_workspace_size)(&cpu.params, pass, nullptr, &bytes, nullptr), PNN_OK);
+          std::vector<char> workspace(bytes + 1);
+          cpu.params.workspace = workspace.data();
+          cpu.params.workspace_bytes = bytes;
+          ASSERT_EQ((pass == PNN_PASS_FORWARD ? (pnn_forward) : (pnn_backward))(&cpu.params, nullptr, nullptr), PNN_OK);
+        }
+        EXPECT_EQ(gpu.output.bits(), cpu.output.bits()) << c.describe();
+        EXPECT_EQ(gpu.grad_input.bits(), cpu.grad_input.bits()) << c.describe();
+        if (!gpu.grad_mask.present()) continue;
+        EXPECT_EQ(gpu.grad_mask.bits(), cpu.grad_mask.bits()) << c.describe();
+      }
+    }
+  host::options = {};
+}
+
+TEST(CudaMaskFill, EqualsTheCpu) {
+  const int64_t seed = 0x123456789abcdef;
+  for (pnn_dtype type : {PNN_FLOAT32, PNN_FLOAT64, PNN_BFLOAT16, PNN_FLOAT16})
+    for (pnn_noise noise : {PNN_NOISE_UNIFORM, PNN_NOISE_NORMAL, PNN_NOISE_WAVES})
+      for (LayoutKind kind : {LayoutKind::kContiguous, LayoutKind::kNegative}) {
+        Random random(5), same(5);
+        Tensor gpu(type, {3, 7, 4, 9}, kind, random, Placement::kZones, Poison::kNan, 3);
+        Tensor cpu(type, {3, 7, 4, 9}, kind, same, Placement::kZones, Poison::kNan, 3);
+        pnn_error error;
+        ASSERT_EQ(pnn_cuda_mask_fill(&gpu.view(), noise, 0, &seed, nullptr, &error), PNN_OK) << error.message;
+        ASSERT_EQ(pnn_mask_fill(&cpu.view(), noise, 0, &seed, nullptr, &error), PNN_OK) << error.message;
+        EXPECT_EQ(gpu.bits(), cpu.bits());
+        EXPECT_TRUE(gpu.intact_outside());
+      }
+}
+
+TEST(CudaErrors, NothingRunsAfterAFailedCheck) {
+  pnn_error error;
+  size_t bytes = 7;
+  Case c;
+  c.C = 3, c.T = 2, c.H = c.W = 4, c.norm = true;
+  Problem p(c);
+  const int64_t launches = host::launches;
+  EXPECT_EQ(pnn_cuda_workspace_size(&p.params, PNN_PASS_FORWARD, nullptr, &error), PNN_ERROR_NULL);
+  EXPECT_EQ(pnn_cuda_workspace_size(&p.params, static_cast<pnn_pass>(5), &bytes, &error), PNN_ERROR_VALUE);
+  EXPECT_EQ(bytes, 0u);
+  EXPECT_EQ(pnn_cuda_workspace_size(&p.params, PNN_PASS_FORWARD, &bytes, &error), PNN_OK);
+  EXPECT_GT(bytes, 0u);
+  EXPECT_EQ(pnn_cuda_forward(&p.params, nullptr, &error), PNN_ERROR_NULL);
+  EXPECT_NE(std::string(error.message).find("workspace is NULL, it should point to"), std::string::npos);
+  char one;
+  p.params.workspace = &one;
+  p.params.workspace_bytes = 1;
+  EXPECT_EQ(pnn_cuda_forward(&p.params, nullptr, &error), PNN_ERROR_WORKSPACE);
+  p.params.stride[0] = 0;
+  EXPECT_EQ(pnn_cuda_backward(&p.params, nullptr, &error), PNN_ERROR_VALUE);
+  EXPECT_EQ(pnn_cuda_forward(nullptr, nullptr, &error), PNN_ERROR_NULL);
+  const int64_t seed = 1;
+  pnn_tensor mask = {};
+  EXPECT_EQ(pnn_cuda_mask_fill(nullptr, PNN_NOISE_UNIFORM, 0, &seed, nullptr, &error), PNN_ERROR_NULL);
+  EXPECT_EQ(pnn_cuda_mask_fill(&mask, PNN_NOISE_UNIFORM, 0, nullptr, nullptr, &error), PNN_ERROR_NULL);
+  EXPECT_EQ(pnn_cuda_mask_fill(&mask, PNN_NOISE_TENSOR, 0, &seed, nullptr, &error), PNN_ERROR_VALUE);
+  EXPECT_EQ(pnn_cuda_mask_fill(&mask, PNN_NOISE_WAVES, 0, &seed, nullptr, &error), PNN_ERROR_NULL);
+  float value;
+  mask = {&value, PNN_FLOAT32, {2, 1, 1, 1}, {1, 1, 1, 1}};
+  EXPECT_EQ(pnn_cuda_mask_fill(&mask, PNN_NOISE_WAVES, 1, &seed, nullptr, &error), PNN_ERROR_SHAPE);
+  EXPECT_EQ(host::launches, launches);
+  EXPECT_STREQ(pnn_cuda_architectures(), "host");
+}
+
+}  // namespace
+}  // namespace pnn_test
