@@ -295,14 +295,17 @@ static void inputs_item(void *inputs_, int32_t worker, int64_t item) {
   pnn_mask_grad_store(p, &range, s.mask_gradient, in->deal.pixels);
 }
 
-static pnn_inputs inputs_prepare(const pnn_problem *p, const pnn_host *host, bool affine, pnn_arena *arena) {
+/* `spare` (or NULL) offers spare_bytes that the packed weights may take. */
+static pnn_inputs inputs_prepare(const pnn_problem *p, const pnn_host *host, bool affine, void *spare,
+                                 int64_t spare_bytes, pnn_arena *arena) {
   pnn_inputs in = {.problem = p, .masks = p->grad_mask.data != NULL, .affine = affine};
   in.rows = !in.masks && pnn_rows_fit(p, &p->grad_output, &p->grad_input);
   in.block = PNN_MIN(p->masks * PNN_MAX(1, INPUT_MAPS / p->masks), p->group_maps);
   in.packing = pnn_packing_backward(p, in.rows ? p->kernels->tile_columns : p->kernels->tile_rows, in.block);
   in.deal = pnn_deal_columns(p, host, in.masks ? p->maps : pnn_mask_rows(p, p->group_maps), in.masks ? 1 : p->groups,
                              in.masks);
-  in.packed = pnn_arena_take(arena, 1, pnn_packing_bytes(p, &in.packing));
+  const int64_t bytes = pnn_packing_bytes(p, &in.packing);
+  in.packed = spare_bytes > 0 && bytes <= spare_bytes ? spare : pnn_arena_take(arena, 1, bytes);
   if (affine) {
     in.offset = pnn_arena_take(arena, p->maps, p->real_size);
     in.slope = pnn_arena_take(arena, p->maps, p->real_size);
@@ -398,7 +401,6 @@ void pnn_backward_pass(const pnn_problem *problem, const pnn_host *host, pnn_are
   const bool want_products = params->grad_weight.data || affine || (p->norm && params->grad_norm_weight.data);
   const bool want_sums = want_products || params->grad_bias.data || (p->norm && params->grad_norm_bias.data);
 
-  void *weights = pnn_arena_take(arena, p->outputs * p->group_maps, p->real_size);
   double *row = pnn_arena_take(arena, PNN_MAX(p->group_maps, p->outputs), 8);
   pnn_norm norm = {NULL, NULL, NULL, NULL, NULL, NULL, NULL};
   algebra a = {NULL, NULL, NULL};
@@ -411,7 +413,16 @@ void pnn_backward_pass(const pnn_problem *problem, const pnn_host *host, pnn_are
   pnn_sums s;
   pnn_inputs in;
   if (want_sums) s = sums_prepare(p, host, want_products, arena);
-  if (want_inputs) in = inputs_prepare(p, host, affine, arena);
+  /* The weights are read and packed after the sums, when the parts of G but the first are free, each as large as they.
+   * Packed weights keep to the workspace's alignment. */
+  int64_t part;
+  if (__builtin_mul_overflow(p->outputs * p->group_maps, p->real_size, &part)) part = 0; /* the arena reports it */
+  const int64_t parts = want_products ? s.chunks.parts : 1;
+  char *const free_parts = parts > 1 && arena->base ? s.maps_part + part : NULL;
+  void *weights = parts > 1 ? free_parts : pnn_arena_take(arena, p->outputs * p->group_maps, p->real_size);
+  const bool reuse = parts > 3 && part % 64 == 0 && part <= INT64_MAX / 2;
+  if (want_inputs)
+    in = inputs_prepare(p, host, affine, free_parts ? free_parts + part : NULL, reuse ? 2 * part : 0, arena);
   /* One after the other, the two share their workers' scratch. */
   pnn_arena sums_arena = *arena;
   if (want_sums) sums_scratch_prepare(&s, host, &sums_arena);
@@ -420,7 +431,6 @@ void pnn_backward_pass(const pnn_problem *problem, const pnn_host *host, pnn_are
   arena->overflow |= sums_arena.overflow;
   if (!run) return;
 
-  pnn_weights_load(p, weights);
   const int64_t n = p->batch * p->pixels;
   if (p->norm) {
     pnn_vector_load(&params->mean, p->maps, 0, norm.mean);
@@ -430,6 +440,9 @@ void pnn_backward_pass(const pnn_problem *problem, const pnn_host *host, pnn_are
   if (want_sums) {
     s.mean = norm.mean_reals;
     sums_run(&s, host);
+  }
+  pnn_weights_load(p, weights);
+  if (want_sums) {
     for (int64_t t = 0; t < p->outputs; t++) row[t] = pnn_real_get(p, s.outputs_part, t);
     pnn_vector_store(&params->grad_bias, p->outputs, row);
     if (p->norm) {
