@@ -23,7 +23,8 @@ if(NOT locate_status EQUAL 0)
     "no PyTorch found by ${Python_EXECUTABLE}:\n  ${locate_error}\n"
     "The operators are compiled for the PyTorch they will run in, so install that first "
     "(for example `pip install torch==2.13.0`), then run `pip install --no-build-isolation .` with the same "
-    "interpreter. For CMake alone: -DPython_EXECUTABLE=/path/to/python, or -DPNN_TORCH=OFF for the C library without PyTorch.")
+    "interpreter. For CMake alone: -DPython_EXECUTABLE=/path/to/python, or -DPNN_TORCH=OFF for the C library without "
+    "PyTorch.")
 endif()
 list(GET located 0 PNN_TORCH_VERSION)
 list(GET located 1 PNN_TORCH_ROOT)
