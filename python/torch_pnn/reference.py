@@ -342,6 +342,24 @@ def _rounded(operand: Tensor, dtype: torch.dtype) -> Tensor:
     return operand.to(dtype).to(operand.dtype) if dtype in _SIXTEEN_BITS else operand
 
 
+def _scaled_weight(wide: Tensor, compute: torch.dtype, dtype: torch.dtype) -> Tensor:
+    """V times the normalisation's scale as an operand of the product: in the type that computes, or rounded to 16 bits.
+
+    Rounding goes to 16 bits at once, not to float32 first: float32 takes the odd one of two neighbours where it is not
+    exact, after which the second rounding gives what a single one would (Boldo, Melquiond, 2005).
+    """
+    operand = wide.to(compute)
+    if dtype not in _SIXTEEN_BITS:
+        return operand
+    exact, near = wide.detach(), operand.detach()
+    even = (near.view(torch.int32) & 1) == 0
+    beyond = torch.nextafter(near, torch.where(near.to(exact.dtype) < exact, math.inf, -math.inf).to(near.dtype))
+    to_odd = torch.where(
+        near.isfinite() & even & (near.to(exact.dtype) != exact), beyond - near, torch.zeros_like(near)
+    )
+    return _rounded(operand + to_odd, dtype)
+
+
 def _perturbed(
     input: Tensor,
     mask: Tensor | None,
@@ -486,7 +504,7 @@ def _norm_forward(
         scale = scale * norm_weight.to(scale.dtype)
     v = _matrix(weight, scale.dtype)
     scaled = v * _group_columns(scale, weight.shape[0], groups)
-    y = _product(_rounded(scaled.to(a.dtype), weight.dtype), centred, groups)
+    y = _product(_scaled_weight(scaled, a.dtype, weight.dtype), centred, groups)
     offset = None if bias is None else bias.to(scale.dtype)
     if norm_bias is not None:
         shift = (v * _group_columns(norm_bias.to(scale.dtype), weight.shape[0], groups)).sum(1)
@@ -801,7 +819,8 @@ def _operator_perturb_norm_conv2d_backward(
     grad_input, grad_weight, grad_bias = _empty(input), _empty(weight), _empty(weight)
     grad_norm_weight, grad_norm_bias, grad_mask = _empty(mean), _empty(mean), _empty(input)
     if output_mask[0] or output_mask[5]:
-        grad_a = scale.to(a.dtype).view(-1, 1, 1) * _transposed_product(v.to(a.dtype), grad, groups)
+        scaled = _scaled_weight(v * _group_columns(scale, outputs, groups), a.dtype, weight.dtype)
+        grad_a = _transposed_product(scaled, grad, groups)
         if training and pixels > 0:
             constant = (scale * s1 / pixels).to(a.dtype)
             slope = (scale * inverse.square() * s2 / pixels).to(a.dtype)

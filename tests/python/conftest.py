@@ -24,3 +24,15 @@ def compiled_operators():
             pytest.fail(message)
         pytest.skip(message)
     return status
+
+
+def pytest_terminal_summary(terminalreporter):
+    """Prints the worst and the mean ratio of error to bound that the bounded tier saw."""
+    import sys
+
+    support = sys.modules.get("tiers_support")
+    if support is None or not support.RATIOS:
+        return
+    terminalreporter.section("bounded tier: |error| / bound")
+    for (name, dtype), (worst, total, count) in sorted(support.RATIOS.items()):
+        terminalreporter.write_line(f"{name:12} {dtype:9} worst {worst:.3f}  mean {total / count:.4f}  ({count} values)")
