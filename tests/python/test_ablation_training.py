@@ -67,6 +67,19 @@ def test_paired_arms_start_from_the_same_bits(network, arm):
         assert torch.equal(parameter, other[name]), name
 
 
+def test_pairing_does_not_rest_on_how_the_layers_draw_their_weights(monkeypatch):
+    plain = arms._network
+
+    def restless(study, arm, seed, *rest):
+        return plain(study, arm, seed + len(arm.name), *rest)
+
+    monkeypatch.setattr(arms, "_network", restless)
+    study, dataset = tiny_study(width=8), tiny_data()
+    pnn = dict(arms.build(study, "pnn", 5, dataset).model.named_parameters())
+    other = dict(arms.build(study, "control", 5, dataset).model.named_parameters())
+    assert all(torch.equal(parameter, other[name]) for name, parameter in pnn.items())
+
+
 def test_the_control_differs_in_its_output_by_the_noise_alone():
     study, dataset = tiny_study(width=8), tiny_data()
     with torch.no_grad():

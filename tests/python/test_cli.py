@@ -153,6 +153,10 @@ def test_a_diverged_run_is_said_and_the_others_go_on(tmp_path, capsys, monkeypat
     assert "PNN, seed 1: the loss became" in printed.out
     assert printed.out.startswith("Undecided: no seed has finished both")
     assert [row["status"] for row in _rows(tmp_path / "d")] == ["diverged", "finished"] * 2
+    assert [row["epochs"] for row in _rows(tmp_path / "d")] == [0, 1] * 2
+    # It would diverge again: it is kept.
+    assert _run("ablate", "--out", tmp_path / "d", "--jobs", 1, *TINY) == 0
+    assert "4 of 4 runs were finished before" in capsys.readouterr().err
     assert "left out of every mean and pair" in (tmp_path / "d" / "report.html").read_text(encoding="utf-8")
 
 

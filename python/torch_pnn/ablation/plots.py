@@ -276,4 +276,4 @@ def masks(showcase: Showcase) -> str:
             axes_row[0].set_ylabel(row.title, fontsize=10)
 
     label = "Masks and response maps of the first perturbation layer"
-    return _figure(draw, "masks", label, 0.35 + 1.28 * len(showcase.rows))
+    return _figure(draw, "masks", label, 0.35 + 1.08 * len(showcase.rows))

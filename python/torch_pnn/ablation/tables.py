@@ -154,13 +154,13 @@ def seconds(value: float | None) -> str:
 
 COLUMNS = (
     "arm",
-    "seeds",
+    "accuracy, %",
+    "against control, points",
     "parameters",
     "mask bytes",
     "multiply-adds",
-    "accuracy, %",
-    "against control, points",
     "s/epoch",
+    "seeds",
 )
 
 
@@ -168,13 +168,13 @@ def cells(result: ArmResult) -> tuple[str, ...]:
     """The cells of an arm under ``COLUMNS``."""
     return (
         result.title,
-        str(result.accuracy.count),
+        accuracy(result.accuracy),
+        difference(result.difference),
         number(result.parameters),
         number(result.mask_bytes),
         number(result.macs),
-        accuracy(result.accuracy),
-        difference(result.difference),
         seconds(result.seconds_per_epoch),
+        str(result.accuracy.count),
     )
 
 
