@@ -38,7 +38,7 @@ RUN := $(PY) tests/run.py --build $(BUILD)
 SOURCES := CMakeLists.txt pyproject.toml LICENSE README.md \
   $(shell find cmake csrc python -type f -not -path '*/__pycache__/*' 2>/dev/null)
 
-.PHONY: help setup ablation test check bench lint build build-only test-operators clean
+.PHONY: help setup ablation test check test-qemu bench lint build build-only test-operators clean
 
 help: ## this list
 	@echo "torch-pnn: the perturbation layer of Perturbative Neural Networks for PyTorch"
@@ -70,7 +70,10 @@ check: $(PACKAGES) ## the quick tests, in about three minutes
 test-operators: $(PACKAGES) ## the operators' Python tests alone, for a further PyTorch: TORCH=2.14.1 VENV=.venv-2.14
 	@$(RUN) operators $(ARGS)
 
-bench: build ## time the operator beside plain PyTorch and the machine's ceilings (ARGS=--quick for less)
+test-qemu: build ## the same bits on emulated processors: 64-bit Arm (NEON), Nehalem, Haswell (needs qemu-user)
+	@PYTHON=$(PY) tests/qemu.sh $(BUILD)
+
+bench: build ## every speed and memory target beside plain PyTorch and the machine's ceilings (ARGS=--quick for less)
 	$(FROM_TREE) $(PY) benchmarks/run.py $(ARGS)
 
 lint: $(PACKAGES) ## ruff, mypy, clang-format 19, and the project's own checks of its text

@@ -1,7 +1,7 @@
 #!/bin/bash
 # The promise of the same bits on every instruction set, on processors that this machine is not, under qemu.
 #
-#     tests/qemu.sh [build folder of isa_hashes]        (default build/dev; `make test-qemu`)
+#     tests/qemu.sh [build folder]        (default build/dev; `make test-qemu`, or `tests/run.py qemu`)
 #
 # 1. libpnn and tests/c/isa_hashes.cc, compiled for 64-bit Arm and emulated: NEON's and the portable kernels' results
 #    have the same hashes as the native ones.
@@ -59,16 +59,14 @@ check() {
   fi
 }
 
-cmake=$(command -v cmake || true)
-for folder in "$(dirname "${PYTHON:-.venv/bin/python}")" build/tools/bin; do
-  if [ -x "$folder/cmake" ]; then cmake=$folder/cmake; fi
-done
+# CMake and Ninja as tests/run.py finds them: beside the interpreter, on PATH, or in build/tools.
+PATH=$(dirname "${PYTHON:-.venv/bin/python}"):$PATH:$PWD/build/tools/bin
 generator=()
 if command -v ninja >/dev/null; then generator=(-G Ninja); fi
-"$cmake" -S . -B $work/aarch64 "${generator[@]}" -DCMAKE_SYSTEM_NAME=Linux -DCMAKE_SYSTEM_PROCESSOR=aarch64 \
+cmake -S . -B $work/aarch64 "${generator[@]}" -DCMAKE_SYSTEM_NAME=Linux -DCMAKE_SYSTEM_PROCESSOR=aarch64 \
   -DCMAKE_C_COMPILER=aarch64-linux-gnu-gcc -DCMAKE_BUILD_TYPE=Release -DPNN_SHARED=OFF -DPNN_OPENMP=OFF \
   -DPNN_WERROR=ON >$work/configure.txt || { cat $work/configure.txt; exit 1; }
-"$cmake" --build $work/aarch64 -j "$(nproc)" >$work/build.txt || { cat $work/build.txt; exit 1; }
+cmake --build $work/aarch64 -j "$(nproc)" >$work/build.txt || { cat $work/build.txt; exit 1; }
 aarch64-linux-gnu-g++ -std=c++17 -O2 -ffp-contract=off -static -Icsrc/include -Icsrc -Itests/c -o $work/isa_hashes \
   tests/c/isa_hashes.cc $work/aarch64/lib/libpnn.a
 

@@ -380,6 +380,23 @@ def tier_tsan(machine: Machine) -> tuple[Counts, str]:
         machine.prefix = []
 
 
+def tier_qemu(machine: Machine) -> tuple[Counts, str]:
+    """The same bits on emulated processors: 64-bit Arm with NEON, x86-64 without AVX2, without AVX-512."""
+    machine.build_dev()
+    command = [str(ROOT / "tests" / "qemu.sh"), str(machine.build)]
+    print(f"$ {' '.join(command)}", flush=True)
+    environment = {**os.environ, "PYTHON": str(machine.python)}
+    done = subprocess.run(command, env=environment, check=False, stdout=subprocess.PIPE, text=True, errors="replace")
+    print(done.stdout, end="", flush=True)
+    counts = Counts(
+        passed=len(re.findall(r"^ok ", done.stdout, re.MULTILINE)),
+        failed=len(re.findall(r"^FAILED ", done.stdout, re.MULTILINE)),
+    )
+    if done.returncode != 0 and counts.failed == 0:
+        counts.failed = 1
+    return counts, done.stdout.splitlines()[-1] if done.returncode == 77 else ""
+
+
 def tier_slow(machine: Machine) -> tuple[Counts, str]:
     """The slow Python tests: networks, compilers, C++ programs, packaging."""
     machine.build_dev()
@@ -400,11 +417,12 @@ TIERS: dict[str, Tier] = {
     "python": tier_python,
     "isa": tier_isa,
     "tsan": tier_tsan,
+    "qemu": tier_qemu,
     "slow": tier_slow,
     "operators": tier_operators,
 }
 QUICK = ("c", "asan", "python")
-FULL = ("c", "asan", "python", "isa", "tsan", "slow")
+FULL = ("c", "asan", "python", "isa", "tsan", "qemu", "slow")
 
 
 def torch_version() -> str:
@@ -421,6 +439,11 @@ def clang_has_tsan() -> bool:
     """Whether clang-19 can link a program with its thread sanitizer (Debian: libclang-rt-19-dev)."""
     command = ["clang++-19", "-fsanitize=thread", "-x", "c++", "-", "-o", "/dev/null"]
     return subprocess.run(command, input=b"int main() {}", capture_output=True, check=False).returncode == 0
+
+
+def can_emulate() -> bool:
+    """Whether the tools of tests/qemu.sh are here; they are large, so the full run goes on without them."""
+    return all(map(shutil.which, ("qemu-aarch64", "qemu-x86_64", "aarch64-linux-gnu-g++")))
 
 
 def run_tiers(machine: Machine, tiers: dict[str, Tier]) -> list[Result]:
@@ -465,6 +488,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0
 
     names = parsed.tiers or (QUICK if parsed.quick else FULL)
+    if not parsed.tiers and "qemu" in names and not can_emulate():
+        print("tier qemu is left out: it needs qemu-user and g++-aarch64-linux-gnu (Debian)", flush=True)
+        names = tuple(name for name in names if name != "qemu")
     results = run_tiers(machine, {name: TIERS[name] for name in names if name != "build"})
     lines, good = summary(results)
     print("\n" + "\n".join(lines), flush=True)
