@@ -110,6 +110,7 @@ struct Case {
   bool shared = false;
   double level = 1;
   pnn_activation activation = PNN_ACTIVATION_RELU;
+  bool exact = false;
   bool bias = true;
   bool norm = false;
   bool training = false;
@@ -144,11 +145,11 @@ struct Case {
       << "," << stride_w << " " << name_of(noise) << (shared ? " shared" : "") << " level " << level << " "
       << name_of(activation) << (bias ? "" : " no bias");
     if (norm) s << (training ? " norm training" : " norm eval") << (affine ? "" : " plain") << " eps " << eps;
-    s << " fill " << name_of(fill) << " gradients " << gradients << " layouts x " << name_of(input_layout) << " V "
-      << name_of(weight_layout) << " N " << name_of(mask_layout) << " vectors " << name_of(vector_layout) << " y "
-      << name_of(output_layout) << " g " << name_of(grad_output_layout) << " dx " << name_of(grad_input_layout)
-      << " dV " << name_of(grad_weight_layout) << " dN " << name_of(grad_mask_layout) << " placement "
-      << static_cast<int>(placement) << " poison " << static_cast<int>(poison) << " seed " << seed;
+    s << (exact ? " exact" : "") << " fill " << name_of(fill) << " gradients " << gradients << " layouts x "
+      << name_of(input_layout) << " V " << name_of(weight_layout) << " N " << name_of(mask_layout) << " vectors "
+      << name_of(vector_layout) << " y " << name_of(output_layout) << " g " << name_of(grad_output_layout) << " dx "
+      << name_of(grad_input_layout) << " dV " << name_of(grad_weight_layout) << " dN " << name_of(grad_mask_layout)
+      << " placement " << static_cast<int>(placement) << " poison " << static_cast<int>(poison) << " seed " << seed;
     return s.str();
   }
 };
@@ -199,6 +200,7 @@ class Problem {
     params.seed = c.noise >= PNN_NOISE_UNIFORM ? &seed_ : nullptr;
     params.level = c.level;
     params.activation = c.activation;
+    params.exact = c.exact;
     params.stride[0] = c.stride_h;
     params.stride[1] = c.stride_w;
     params.groups = c.groups;
@@ -537,19 +539,22 @@ inline void check_exact(const Case &c, double quantum, const pnn_host *host = nu
   expect_exact(problem.grad_norm_bias, out.grad_norm_bias, "grad_norm_bias", signs);
 }
 
-// The six pairs of types that the library takes.
+// The pairs of types that the library takes; bfloat16 in its two ways of computing.
 struct TypePair {
   pnn_dtype input, weight;
+  bool exact = false;
 };
 inline const std::vector<TypePair> &type_pairs() {
-  static const std::vector<TypePair> list = {{PNN_FLOAT32, PNN_FLOAT32},   {PNN_FLOAT64, PNN_FLOAT64},
-                                             {PNN_BFLOAT16, PNN_BFLOAT16}, {PNN_FLOAT16, PNN_FLOAT16},
-                                             {PNN_FLOAT32, PNN_BFLOAT16},  {PNN_FLOAT32, PNN_FLOAT16}};
+  static const std::vector<TypePair> list = {{PNN_FLOAT32, PNN_FLOAT32},         {PNN_FLOAT64, PNN_FLOAT64},
+                                             {PNN_BFLOAT16, PNN_BFLOAT16},       {PNN_FLOAT16, PNN_FLOAT16},
+                                             {PNN_FLOAT32, PNN_BFLOAT16},        {PNN_FLOAT32, PNN_FLOAT16},
+                                             {PNN_BFLOAT16, PNN_BFLOAT16, true}, {PNN_FLOAT32, PNN_BFLOAT16, true}};
   return list;
 }
 inline void set_types(Case &c, TypePair pair, bool input_mask = false) {
   c.input_type = pair.input;
   c.weight_type = pair.weight;
+  c.exact = pair.exact;
   c.mask_type = input_mask ? pair.input : PNN_FLOAT32;
 }
 

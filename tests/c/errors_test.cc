@@ -47,6 +47,7 @@ void expect_refused(Problem &problem, pnn_pass pass, pnn_status status, const st
   check(pnn_workspace_size(&problem.params, pass, nullptr, &bytes, &error), error, "pnn_workspace_size");
   EXPECT_EQ(bytes, 0u);
   std::vector<unsigned char> workspace(1 << 20, 0x5a);
+  const pnn_params saved = problem.params;
   if (problem.params.workspace == nullptr) {
     problem.params.workspace = workspace.data();
     problem.params.workspace_bytes = workspace.size();
@@ -59,6 +60,7 @@ void expect_refused(Problem &problem, pnn_pass pass, pnn_status status, const st
   EXPECT_EQ(run(&problem.params, nullptr, nullptr), status);
   EXPECT_EQ(pnn_workspace_size(&problem.params, pass, nullptr, &bytes, nullptr), status);
   problem.check_memory({});
+  problem.params = saved;
 }
 
 std::vector<Mistake> mistakes() {
@@ -498,32 +500,29 @@ TEST(Errors, Aliasing) {
         SCOPED_TRACE(std::string(output.name) + " over " + other.name);
         Case c = full();
         c.training = true;
-        // Exactly on top, and one element in common at the end.
-        for (bool touching : {false, true}) {
-          Problem problem(c);
-          pnn_tensor &o = problem.params.*output.tensor;
-          const pnn_tensor &t = problem.params.*other.tensor;
+        // Exactly on top, one element in common at either end, and just behind, in memory that nothing else uses.
+        Problem problem(c);
+        pnn_tensor &o = problem.params.*output.tensor;
+        pnn_tensor &t = problem.params.*other.tensor;
+        const auto reach = [](const pnn_tensor &tensor) {
           int64_t last = 0;
-          for (int d = 0; d < 4; d++) last += t.size[d] > 1 ? (t.size[d] - 1) * t.stride[d] : 0;
-          o.data = static_cast<char *>(t.data) + (touching ? last * 4 : 0);
+          for (int d = 0; d < 4; d++) last += tensor.size[d] > 1 ? (tensor.size[d] - 1) * tensor.stride[d] : 0;
+          return last;
+        };
+        std::vector<float> room(16384);
+        float *const place = room.data() + 8192;
+        t.data = place;
+        for (int64_t offset : {int64_t{0}, reach(t), -reach(o)}) {
+          o.data = place + offset;
           expect_refused(problem, pass, PNN_ERROR_ALIAS, {output.name, other.name, "overlaps"});
           cases++;
         }
-        // One behind the other's end is apart.
-        Problem problem(c);
-        pnn_tensor &o = problem.params.*output.tensor;
-        const pnn_tensor &t = problem.params.*other.tensor;
-        int64_t last = 0;
-        for (int d = 0; d < 4; d++) last += t.size[d] > 1 ? (t.size[d] - 1) * t.stride[d] : 0;
-        std::vector<float> room(8192);
-        pnn_tensor &moved = problem.params.*other.tensor;
-        const char *from = static_cast<const char *>(moved.data);
-        std::memcpy(room.data(), from, static_cast<size_t>(last + 1) * 4);
-        moved.data = room.data();
-        o.data = room.data() + last + 1;
-        size_t bytes = 0;
-        pnn_error error = {};
-        EXPECT_EQ(pnn_workspace_size(&problem.params, pass, nullptr, &bytes, &error), PNN_OK) << error.message;
+        for (int64_t offset : {reach(t) + 1, -reach(o) - 1}) {
+          o.data = place + offset;
+          size_t bytes = 0;
+          pnn_error error = {};
+          EXPECT_EQ(pnn_workspace_size(&problem.params, pass, nullptr, &bytes, &error), PNN_OK) << error.message;
+        }
       }
       // Over the workspace.
       Problem problem(full());

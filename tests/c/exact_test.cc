@@ -33,10 +33,11 @@ class ExactTypes : public testing::TestWithParam<int> {
 
 std::string type_name(const testing::TestParamInfo<int> &info) {
   const TypePair pair = type_pairs()[static_cast<size_t>(info.param)];
-  return std::string(name_of(pair.input)) + (pair.input == pair.weight ? "" : std::string("_") + name_of(pair.weight));
+  return std::string(name_of(pair.input)) + (pair.input == pair.weight ? "" : std::string("_") + name_of(pair.weight)) +
+         (pair.exact ? "_exact" : "");
 }
 
-INSTANTIATE_TEST_SUITE_P(Exact, ExactTypes, testing::Range(0, 6), type_name);
+INSTANTIATE_TEST_SUITE_P(Exact, ExactTypes, testing::Range(0, static_cast<int>(type_pairs().size())), type_name);
 
 TEST_P(ExactTypes, Columns) {
   uint64_t seed = 1;

@@ -51,11 +51,15 @@ inline const std::vector<IsaCase> &isa_cases() {
 // Runs forward and backward; the hash covers every output and the status.
 inline uint64_t isa_hash(const IsaCase &c, pnn_dtype type, pnn_activation activation) {
   Random random(static_cast<uint64_t>(c.C * 1009 + activation));
-  const auto tensor = [&](std::vector<int64_t> size, LayoutKind layout, double scale, double offset = 0) {
-    Tensor t(type, std::move(size), layout, random, Placement::kZones, Poison::kNan, random.integer(0, 15));
+  const auto make = [&](pnn_dtype of, std::vector<int64_t> size, LayoutKind layout, double scale, double offset = 0) {
+    Tensor t(of, std::move(size), layout, random, Placement::kZones, Poison::kNan, random.integer(0, 15));
     t.fill([&] { return offset + scale * random.uniform(); });
     return t;
   };
+  const auto tensor = [&](std::vector<int64_t> size, LayoutKind layout, double scale) {
+    return make(type, std::move(size), layout, scale);
+  };
+  const pnn_dtype statistics = type == PNN_FLOAT64 ? PNN_FLOAT64 : PNN_FLOAT32;
   const LayoutKind plain = LayoutKind::kContiguous;
   const int64_t out_h = (c.H - 1) / c.stride + 1;
   const int64_t out_w = (c.W - 1) / c.stride + 1;
@@ -64,18 +68,18 @@ inline uint64_t isa_hash(const IsaCase &c, pnn_dtype type, pnn_activation activa
   Tensor weight = tensor({c.T, K / c.groups}, plain, 1);
   Tensor bias = tensor({c.T}, plain, 1);
   Tensor mask = tensor({c.shared ? 1 : c.C, c.M, c.H, c.W}, c.layout, 1);
-  Tensor gamma = tensor({K}, plain, 2);
-  Tensor beta = tensor({K}, plain, 1);
-  Tensor mean = tensor({K}, plain, 0.5);
-  Tensor variance = tensor({K}, plain, 0.5, 1);
+  Tensor gamma = make(statistics, {K}, plain, 2);
+  Tensor beta = make(statistics, {K}, plain, 1);
+  Tensor mean = make(statistics, {K}, plain, 0.5);
+  Tensor variance = make(statistics, {K}, plain, 0.5, 1);
   Tensor output = tensor({c.B, c.T, out_h, out_w}, c.layout, 0);
   Tensor grad_output = tensor({c.B, c.T, out_h, out_w}, c.layout, 1);
   Tensor grad_input = tensor({c.B, c.C, c.H, c.W}, c.layout, 0);
   Tensor grad_weight = tensor({c.T, K / c.groups}, plain, 0);
   Tensor grad_bias = tensor({c.T}, plain, 0);
   Tensor grad_mask = tensor({c.shared ? 1 : c.C, c.M, c.H, c.W}, c.layout, 0);
-  Tensor grad_gamma = tensor({K}, plain, 0);
-  Tensor grad_beta = tensor({K}, plain, 0);
+  Tensor grad_gamma = make(statistics, {K}, plain, 0);
+  Tensor grad_beta = make(statistics, {K}, plain, 0);
 
   pnn_params p;
   pnn_params_init(&p);
@@ -94,6 +98,7 @@ inline uint64_t isa_hash(const IsaCase &c, pnn_dtype type, pnn_activation activa
   }
   p.level = 0.3;
   p.activation = activation;
+  p.exact = 1;
   p.stride[0] = p.stride[1] = c.stride;
   p.groups = c.groups;
   p.norm = c.norm;
@@ -130,10 +135,10 @@ inline uint64_t isa_hash(const IsaCase &c, pnn_dtype type, pnn_activation activa
   return hash;
 }
 
-// Name and hash of each result. float32 and float64 only: the other types promise less.
+// Name and hash of each result; bfloat16 in its exact form, which alone promises these bits.
 inline std::vector<std::pair<std::string, uint64_t>> isa_hashes() {
   std::vector<std::pair<std::string, uint64_t>> result;
-  for (pnn_dtype type : {PNN_FLOAT32, PNN_FLOAT64}) {
+  for (pnn_dtype type : {PNN_FLOAT32, PNN_FLOAT64, PNN_BFLOAT16, PNN_FLOAT16}) {
     for (int activation = 0; activation < PNN_ACTIVATION_COUNT; activation++) {
       for (const IsaCase &c : isa_cases()) {
         // Every case with ReLU, and every activation on the first and on a normalised one.

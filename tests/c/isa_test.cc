@@ -1,6 +1,6 @@
-// isa_test.cc - float32 and float64 results, and masks, have the same bits on every instruction set that this machine
-// has, and PNN_MAX_ISA really chose the set. The set is fixed at a process's first call, so this program runs itself
-// once for each, with --print-hashes.
+// isa_test.cc - results and masks have the same bits on every instruction set that this machine has (bfloat16 where
+// `exact` is set), and PNN_MAX_ISA really chose the set. The set is fixed at a process's first call, so this program
+// runs itself once for each, with --print-hashes.
 #include "isa_hashes.h"
 
 #include <gtest/gtest.h>

@@ -329,7 +329,7 @@ TEST(Masks, RecipeEqualsTensor) {
       }
     }
   }
-  EXPECT_EQ(cases, 6 * 3 * 2 * 3 * 2 * 2);
+  EXPECT_EQ(cases, static_cast<int64_t>(type_pairs().size()) * 3 * 2 * 3 * 2 * 2);
 }
 
 // At level 0 a finite mask changes nothing: the bits are those of no perturbation.

@@ -1,4 +1,5 @@
-# Programs of their own among the C tests: isa_hashes prints hashes of results, fuzz_params feeds libFuzzer.
+# Programs of their own among the C tests: isa_hashes prints hashes of results, threads_shared_test runs on the shared
+# library, fuzz_params feeds libFuzzer.
 
 add_executable(isa_hashes c/isa_hashes.cc)
 target_include_directories(isa_hashes PRIVATE c)
@@ -6,6 +7,18 @@ target_compile_features(isa_hashes PRIVATE cxx_std_17)
 target_compile_options(isa_hashes PRIVATE -ffp-contract=off -Wall -Wextra $<$<BOOL:${PNN_WERROR}>:-Werror>)
 target_link_libraries(isa_hashes PRIVATE pnn_static)
 set_target_properties(isa_hashes PROPERTIES RUNTIME_OUTPUT_DIRECTORY ${PROJECT_BINARY_DIR}/tests)
+
+# The same calls from many threads and after forks with the shared library, whose default host is OpenMP.
+if(TARGET pnn AND NOT PNN_SANITIZE)
+  add_executable(threads_shared_test c/threads_test.cc)
+  target_include_directories(threads_shared_test PRIVATE c)
+  target_compile_features(threads_shared_test PRIVATE cxx_std_17)
+  target_compile_options(threads_shared_test PRIVATE -ffp-contract=off -Wall -Wextra $<$<BOOL:${PNN_WERROR}>:-Werror>)
+  target_link_libraries(threads_shared_test PRIVATE pnn GTest::gtest GTest::gtest_main Threads::Threads)
+  set_target_properties(threads_shared_test PROPERTIES RUNTIME_OUTPUT_DIRECTORY ${PROJECT_BINARY_DIR}/tests)
+  gtest_discover_tests(threads_shared_test TEST_PREFIX "threads_shared_test: "
+    PROPERTIES LABELS c TIMEOUT 300 DISCOVERY_TIMEOUT 60)
+endif()
 
 # -DPNN_FUZZ=ON -DPNN_SANITIZE=address,undefined, with clang as the C and C++ compiler; then, for half a minute,
 #     tests/fuzz_params -max_total_time=30 -max_len=512
