@@ -6,7 +6,9 @@ import dataclasses
 import functools
 import html.parser
 import io
+import os
 import re
+import struct
 from pathlib import Path
 
 import pytest
@@ -323,3 +325,20 @@ def test_a_bar_on_a_terminal():
     assert "run 0/2" in text
     assert "left" in text
     assert "pnn, seed 1: diverged: the loss became nan" in text
+
+
+@pytest.mark.parametrize("size, kind", [((24, 80), progress.Bar), ((0, 0), progress.Lines), ((24, 20), progress.Lines)])
+def test_a_terminal_without_room_gets_lines(size, kind):
+    pytest.importorskip("tqdm")
+    fcntl, pty, termios = (pytest.importorskip(name) for name in ("fcntl", "pty", "termios"))
+    master, slave = pty.openpty()
+    fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("HHHH", *size, 0, 0))
+    with open(slave, "w") as stream:
+        shown = progress.make_progress(runs=1, done=0, epochs=1, stream=stream)
+        shown.say("hello")
+        shown.close()
+    written = os.read(master, 10000).decode()
+    os.close(master)
+    assert isinstance(shown, kind)
+    assert "hello" in written
+    assert ("left" in written) == (kind is progress.Bar)

@@ -5,6 +5,7 @@ Both write to standard error, so that standard output holds the result alone.
 
 from __future__ import annotations
 
+import os
 import sys
 import time
 from collections.abc import Callable
@@ -128,7 +129,7 @@ class Bar:
             leave=False,
             smoothing=0.05,
             mininterval=0.2,
-            bar_format="{desc} {percentage:3.0f} % |{bar}| {elapsed} passed, {remaining} left{postfix}",
+            bar_format="{desc} {percentage:3.0f} % |{bar:16}| {elapsed} passed, {remaining} left{postfix}",
         )
         self._bar.set_description_str(f"run {done}/{runs}")
 
@@ -157,10 +158,21 @@ class Bar:
         self._bar.close()
 
 
+def _shows_a_bar(stream: TextIO) -> bool:
+    """Whether it is a terminal with room for a bar; some say that they have no columns at all."""
+    if not stream.isatty():
+        return False
+    try:
+        size = os.get_terminal_size(stream.fileno())
+    except (OSError, ValueError):
+        return True
+    return size.columns >= 40 and size.lines >= 2
+
+
 def make_progress(runs: int, done: int, epochs: int, stream: TextIO | None = None) -> Progress:
     """A bar where ``stream`` (standard error by default) is a terminal and tqdm is installed, else lines."""
     stream = sys.stderr if stream is None else stream
-    if stream.isatty():
+    if _shows_a_bar(stream):
         try:
             return Bar(runs, done, epochs, stream)
         except ImportError:

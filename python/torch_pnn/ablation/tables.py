@@ -210,5 +210,5 @@ def text_report(records: Records, result: StudyResult) -> str:
     if result.missing:
         lines.append(f"{result.missing} of {len(study.runs)} runs have no result yet")
     if len(study.seeds) < SEEDS_TO_DECIDE:
-        lines.append(f"{len(study.seeds)} seeds show how the tool works; a verdict needs {SEEDS_TO_DECIDE} or more")
+        lines.append(f"a verdict needs {SEEDS_TO_DECIDE} seeds or more; fewer only show how the tool works")
     return "\n".join(lines)
