@@ -279,7 +279,7 @@ def perturb_conv2d(
 
 def _statistics(vector: Tensor | None, dtype: torch.dtype) -> Tensor | None:
     """A vector of the normalisation in the type that statistics have beside the input."""
-    return vector if vector is None else vector.to(dtype)
+    return vector if vector is None or vector.dtype == dtype else vector.to(dtype)
 
 
 def _update_running_statistics(

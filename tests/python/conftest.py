@@ -35,4 +35,5 @@ def pytest_terminal_summary(terminalreporter):
         return
     terminalreporter.section("bounded tier: |error| / bound")
     for (name, dtype), (worst, total, count) in sorted(support.RATIOS.items()):
-        terminalreporter.write_line(f"{name:12} {dtype:9} worst {worst:.3f}  mean {total / count:.4f}  ({count} values)")
+        mean = total / count
+        terminalreporter.write_line(f"{name:12} {dtype:9} worst {worst:.3f}  mean {mean:.4f}  ({count} values)")
