@@ -19,7 +19,7 @@ def duration(seconds: float) -> str:
 
     Example:
         >>> duration(0.4), duration(75), duration(3700)
-        ('less than 1 s', '1 min 15 s', '1 h 2 min')
+        ('less than 1 s', '1 min 15 s', '1 h 1 min')
     """
     whole = round(seconds)
     if whole < 1:
