@@ -19,10 +19,12 @@ bool pnn_rows_fit(const pnn_problem *problem, const pnn_view *a, const pnn_view 
   return true;
 }
 
-/* A panel's row holds `maps` reals, readable to a whole tile; the odd number of cache lines keeps its rows apart. */
+/* A panel's row holds `maps` reals, readable to a whole tile and written to whole PNN_LANES; the odd number of cache
+ * lines keeps its rows apart. */
 static int64_t row_length(const pnn_problem *p, int64_t maps) {
   const int64_t tile = p->kernels->tile_columns, line = 64 / p->real_size;
-  const int64_t lines = ((maps + tile - 1) / tile * tile + line - 1) / line;
+  const int64_t tiles = (maps + tile - 1) / tile * tile, lanes = (maps + PNN_LANES - 1) / PNN_LANES * PNN_LANES;
+  const int64_t lines = (PNN_MAX(tiles, lanes) + line - 1) / line;
   return (lines | 1) * line;
 }
 

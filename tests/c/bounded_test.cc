@@ -207,6 +207,11 @@ TEST(Bounded, EveryActivation) {
           c.activation = static_cast<pnn_activation>(f), c.norm = norm, c.training = norm, c.eps = 1e-5;
           c.noise = level > 1 ? PNN_NOISE_TENSOR : PNN_NOISE_NORMAL, c.seed = static_cast<uint64_t>(f) + 31;
           check_bounded(c, ledger);
+          c.input_layout = c.output_layout = c.grad_output_layout = c.grad_input_layout = LayoutKind::kChannelsLast;
+          check_bounded(c, ledger);
+          // Few maps: rows of channels-last panels shorter than a vector.
+          c.C = 2, c.T = 3;
+          check_bounded(c, ledger);
         }
       }
     }
@@ -249,6 +254,9 @@ TEST(Bounded, RandomCombinations) {
     c.output_layout = random.pick(output_layouts());
     c.grad_output_layout = random.pick(input_layouts());
     c.grad_input_layout = random.pick(output_layouts());
+    if (random.integer(0, 2) == 0) {
+      c.input_layout = c.output_layout = c.grad_output_layout = c.grad_input_layout = LayoutKind::kChannelsLast;
+    }
     check_bounded(c, ledger);
     if (testing::Test::HasFailure()) break;
   }

@@ -351,6 +351,9 @@ TEST_P(ExactTypes, RandomCombinations) {
     c.grad_input_layout = random.pick(output_layouts());
     c.grad_weight_layout = random.pick(output_layouts());
     c.grad_mask_layout = random.pick(output_layouts());
+    if (random.integer(0, 2) == 0) {
+      c.input_layout = c.output_layout = c.grad_output_layout = c.grad_input_layout = LayoutKind::kChannelsLast;
+    }
     c.placement = random.pick(
         std::vector<Placement>{Placement::kZones, Placement::kEndsAtPage, Placement::kBeginsAtPage, Placement::kHeap});
     c.poison = random.flip() ? Poison::kNan : Poison::kLarge;

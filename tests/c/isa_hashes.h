@@ -40,6 +40,8 @@ inline const std::vector<IsaCase> &isa_cases() {
       {"strided groups", 3, 12, 11, 15, 18, 3, 3, 2, PNN_NOISE_TENSOR, false, false, false, LayoutKind::kContiguous},
       {"shared mask", 3, 12, 11, 15, 18, 3, 3, 1, PNN_NOISE_TENSOR, true, false, false, LayoutKind::kSliced},
       {"channels last", 2, 19, 6, 10, 21, 1, 1, 1, PNN_NOISE_UNIFORM, false, false, false, LayoutKind::kChannelsLast},
+      {"channels last, few", 2, 4, 6, 10, 3, 1, 1, 1, PNN_NOISE_UNIFORM, false, false, false,
+       LayoutKind::kChannelsLast},
       {"no noise", 2, 8, 5, 5, 8, 1, 1, 1, PNN_NOISE_NONE, false, false, false, LayoutKind::kPrime},
       {"norm training", 3, 10, 9, 21, 6, 2, 1, 1, PNN_NOISE_UNIFORM, false, true, true, LayoutKind::kContiguous},
       {"norm training last", 3, 10, 9, 21, 6, 2, 1, 2, PNN_NOISE_TENSOR, false, true, true, LayoutKind::kChannelsLast},
@@ -141,8 +143,9 @@ inline std::vector<std::pair<std::string, uint64_t>> isa_hashes() {
   for (pnn_dtype type : {PNN_FLOAT32, PNN_FLOAT64, PNN_BFLOAT16, PNN_FLOAT16}) {
     for (int activation = 0; activation < PNN_ACTIVATION_COUNT; activation++) {
       for (const IsaCase &c : isa_cases()) {
-        // Every case with ReLU, and every activation on the first and on a normalised one.
-        const bool chosen = activation == PNN_ACTIVATION_RELU || &c == &isa_cases().front() || c.training;
+        // Every case with ReLU, and every activation on the first, in channels-last, and on normalised ones.
+        const bool chosen = activation == PNN_ACTIVATION_RELU || &c == &isa_cases().front() || c.training ||
+                            c.layout == LayoutKind::kChannelsLast;
         if (!chosen) continue;
         const std::string name =
             std::string(name_of(type)) + " activation " + std::to_string(activation) + " " + c.name;
