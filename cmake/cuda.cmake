@@ -8,7 +8,7 @@
 # The CUDA runtime is linked statically: the library then fits any PyTorch, whatever CUDA that brings.
 
 set(PNN_CUDA AUTO CACHE STRING "Build the CUDA half: AUTO (with nvcc and a CUDA build of PyTorch), ON or OFF")
-set(PNN_CUDA_ARCHITECTURES 80 86 89 90 100 120 CACHE STRING
+set(PNN_CUDA_ARCHITECTURES "80;86;89;90;100;120" CACHE STRING
     "Compute capabilities, times ten, to make machine code for; the last one's PTX goes along for newer devices")
 set(PNN_HAVE_CUDA OFF)
 
@@ -70,23 +70,25 @@ if(missing)
   return()
 endif()
 set(PNN_HAVE_CUDA ON)
-message(STATUS "The GPU half: CUDA ${PNN_CUDA_VERSION} in ${PNN_CUDA_ROOT} for sm_${PNN_CUDA_ARCHITECTURES}")
 
+string(REPLACE ";" "_" architectures "sm_${PNN_CUDA_ARCHITECTURES}")
+message(STATUS "The GPU half: CUDA ${PNN_CUDA_VERSION} in ${PNN_CUDA_ROOT} for ${architectures}")
 set(cuda_flags -std=c++17 -O3
   # A fused multiply-add happens where it is written, as on the host: both must give the same bits.
   -fmad=false
   -I${PROJECT_SOURCE_DIR}/csrc/include -I${PROJECT_SOURCE_DIR}/csrc -I${PROJECT_SOURCE_DIR}/cuda
-  "-DPNN_CUDA_ARCHITECTURES=\"${PNN_CUDA_ARCHITECTURES}\""
+  -DPNN_CUDA_ARCHITECTURES=${architectures} # a word: nvcc takes quotes and commas apart
   -Xcompiler=-fPIC,-fvisibility=hidden,-ffp-contract=off,-Wall,-Wextra,-Wno-unknown-pragmas
   # A kernel that keeps registers in memory is a mistake on every architecture.
   -Xptxas=-warn-spills,-warn-lmem-usage)
 if(PNN_WERROR)
-  list(APPEND cuda_flags -Werror=all-warnings)
+  list(APPEND cuda_flags -Werror=all-warnings -Xptxas=-Werror)
 endif()
 foreach(architecture IN LISTS PNN_CUDA_ARCHITECTURES)
   list(APPEND cuda_flags -gencode=arch=compute_${architecture},code=sm_${architecture})
 endforeach()
-list(APPEND cuda_flags -gencode=arch=compute_${architecture},code=compute_${architecture})
+list(GET PNN_CUDA_ARCHITECTURES -1 newest)
+list(APPEND cuda_flags -gencode=arch=compute_${newest},code=compute_${newest})
 
 file(GLOB cuda_sources CONFIGURE_DEPENDS ${PROJECT_SOURCE_DIR}/cuda/*.cu)
 set(cuda_objects "")
@@ -99,6 +101,7 @@ foreach(source IN LISTS cuda_sources)
   list(APPEND cuda_objects ${object})
 endforeach()
 
+enable_language(CXX) # to link with
 add_library(pnn_cuda STATIC ${cuda_objects})
 add_library(pnn::cuda ALIAS pnn_cuda)
 set_target_properties(pnn_cuda PROPERTIES LINKER_LANGUAGE CXX)
@@ -107,12 +110,10 @@ find_package(Threads REQUIRED)
 target_link_libraries(pnn_cuda PUBLIC pnn_static ${PNN_CUDART} Threads::Threads ${CMAKE_DL_LIBS} rt)
 
 if(PNN_TORCH)
-  file(GLOB cuda_ops CONFIGURE_DEPENDS ${PROJECT_SOURCE_DIR}/csrc/torch/cuda/*.cpp)
-  if(cuda_ops)
-    pnn_torch_library(torch_pnn_cuda ${cuda_ops} ${PROJECT_SOURCE_DIR}/csrc/torch/params.cpp)
-    # 2.12 is the first whose stable ABI hands out the current stream.
-    target_compile_definitions(torch_pnn_cuda PRIVATE TORCH_TARGET_VERSION=0x020b000000000000)
-    target_include_directories(torch_pnn_cuda PRIVATE ${PROJECT_SOURCE_DIR}/csrc/torch)
-    target_link_libraries(torch_pnn_cuda PRIVATE pnn_cuda)
-  endif()
+  # The operators' own sources once more, with the CUDA device behind them.
+  pnn_torch_library(torch_pnn_cuda ${PROJECT_SOURCE_DIR}/csrc/torch/operators.cpp
+    ${PROJECT_SOURCE_DIR}/csrc/torch/params.cpp ${PROJECT_SOURCE_DIR}/csrc/torch/cuda/backend_cuda.cpp)
+  target_compile_definitions(torch_pnn_cuda PRIVATE TORCH_PNN_CUDA TORCH_TARGET_VERSION=0x020b000000000000)
+  target_include_directories(torch_pnn_cuda PRIVATE ${PROJECT_SOURCE_DIR}/csrc/torch)
+  target_link_libraries(torch_pnn_cuda PRIVATE pnn_cuda ${PNN_TORCH_ROOT}/lib/libtorch_cuda.so)
 endif()

@@ -303,6 +303,8 @@ pnn_status pnn_cuda_mask_fill(const pnn_tensor *mask, pnn_noise noise, int32_t s
 }
 
 #if !defined(PNN_CUDA_ARCHITECTURES)
-#define PNN_CUDA_ARCHITECTURES "host"
+#define PNN_CUDA_ARCHITECTURES host
 #endif
-const char *pnn_cuda_architectures(void) { return PNN_CUDA_ARCHITECTURES; }
+#define PNN_TEXT_(x) #x
+#define PNN_TEXT(x) PNN_TEXT_(x)
+const char *pnn_cuda_architectures(void) { return PNN_TEXT(PNN_CUDA_ARCHITECTURES); }

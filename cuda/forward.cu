@@ -202,7 +202,22 @@ Status choose(const Layer &layer, Stream stream) {
   return launch<D, Small>(layer, stream);
 }
 
+template <class D, class S>
+void list(Visit visit, const char *name) {
+  visit(name, S::threads, Shape<D, S>::bytes(static_cast<int>(sizeof(D))));
+}
+
 }  // namespace
+
+void list_forward(Visit visit) {
+  list<float, Large<float>>(visit, "forward float Large");
+  list<float, Small>(visit, "forward float Small");
+  list<double, Small>(visit, "forward double Small");
+  list<bfloat16, Large<bfloat16>>(visit, "forward bfloat16 Large");
+  list<bfloat16, Small>(visit, "forward bfloat16 Small");
+  list<float16, Large<float16>>(visit, "forward float16 Large");
+  list<float16, Small>(visit, "forward float16 Small");
+}
 
 Status run_forward(const Layer &layer, int dtype, Stream stream) {
   switch (dtype) {

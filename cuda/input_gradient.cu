@@ -14,6 +14,8 @@
  * early. A channel with more maps than a tile is taken in pieces, its sum waiting in a register. For dN a block keeps its
  * pixels and goes through the batch. Every sum has one order, whatever the grid.
  */
+#include <string>
+
 #include "kernels.h"
 #include "response.h"
 #include "tile.h"
@@ -269,7 +271,27 @@ Status choose(const Layer &layer, bool masks, Stream stream) {
   return choose_order<D, Small>(layer, masks, stream);
 }
 
+template <class D, class S, Fastest G>
+void list_one(Visit visit, const std::string &name) {
+  visit((name + (G == DEPTH_FASTEST ? " depth" : " rows")).c_str(), S::threads, Shape<D, S, G>::bytes);
+}
+template <class D, class S>
+void list(Visit visit, const char *name) {
+  list_one<D, S, DEPTH_FASTEST>(visit, name);
+  list_one<D, S, ROWS_FASTEST>(visit, name);
+}
+
 }  // namespace
+
+void list_input_gradient(Visit visit) {
+  list<float, Large<float>>(visit, "input_gradient float Large");
+  list<float, Small>(visit, "input_gradient float Small");
+  list<double, Small>(visit, "input_gradient double Small");
+  list<bfloat16, Large<bfloat16>>(visit, "input_gradient bfloat16 Large");
+  list<bfloat16, Small>(visit, "input_gradient bfloat16 Small");
+  list<float16, Large<float16>>(visit, "input_gradient float16 Large");
+  list<float16, Small>(visit, "input_gradient float16 Small");
+}
 
 Status run_input_gradient(const Layer &layer, int dtype, bool masks, Stream stream) {
   switch (dtype) {

@@ -60,6 +60,14 @@ Status run_input_gradient(const Layer &layer, int dtype, bool masks, Stream stre
 Status run_weight_gradient(const Layer &layer, int dtype, Stream stream);
 Status run_moments(const Layer &layer, int dtype, void *parts, Stream stream);
 
+/* Calls visit(kernel, threads, shared memory in bytes) for each kernel of a file, named as in the machine code: for the
+ * table of registers and occupancy (tests/cuda/gates.py). */
+using Visit = void (*)(const char *kernel, int threads, int64_t shared_bytes);
+void list_forward(Visit visit);
+void list_input_gradient(Visit visit);
+void list_weight_gradient(Visit visit);
+void list_moments(Visit visit);
+
 /* ---- per channel, in double (finish.cu) ---- */
 
 /* A vector or matrix tensor. */

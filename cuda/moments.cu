@@ -129,6 +129,13 @@ Status launch(const Layer &layer, void *parts, Stream stream) {
 
 }  // namespace
 
+void list_moments(Visit visit) {
+  visit("moments float", THREADS, THREADS * RUN * static_cast<int64_t>(sizeof(float)));
+  visit("moments double", THREADS, THREADS * RUN * static_cast<int64_t>(sizeof(double)));
+  visit("moments bfloat16", THREADS, THREADS * RUN * static_cast<int64_t>(sizeof(float)));
+  visit("moments float16", THREADS, THREADS * RUN * static_cast<int64_t>(sizeof(float)));
+}
+
 Status run_moments(const Layer &layer, int dtype, void *parts, Stream stream) {
   switch (dtype) {
     case PNN_FLOAT32: return launch<float>(layer, parts, stream);

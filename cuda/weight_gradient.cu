@@ -7,6 +7,8 @@
  * Per step of depth (64 bytes of pixels) g travels as it is stored, x too; the operand is made as in the forward pass, as
  * [pixel][map], and read transposed. The blocks of the first maps also add up h from the g that is in shared memory.
  */
+#include <string>
+
 #include "kernels.h"
 #include "response.h"
 #include "tile.h"
@@ -195,7 +197,27 @@ Status choose(const Layer &layer, Stream stream) {
   return choose_order<D, Small>(layer, stream);
 }
 
+template <class D, class S, Fastest G>
+void list_one(Visit visit, const std::string &name) {
+  visit((name + (G == DEPTH_FASTEST ? " depth" : " rows")).c_str(), S::threads, Shape<D, S, G>::bytes(static_cast<int>(sizeof(D))));
+}
+template <class D, class S>
+void list(Visit visit, const char *name) {
+  list_one<D, S, DEPTH_FASTEST>(visit, name);
+  list_one<D, S, ROWS_FASTEST>(visit, name);
+}
+
 }  // namespace
+
+void list_weight_gradient(Visit visit) {
+  list<float, Large<float>>(visit, "weight_gradient float Large");
+  list<float, Small>(visit, "weight_gradient float Small");
+  list<double, Small>(visit, "weight_gradient double Small");
+  list<bfloat16, Large<bfloat16>>(visit, "weight_gradient bfloat16 Large");
+  list<bfloat16, Small>(visit, "weight_gradient bfloat16 Small");
+  list<float16, Large<float16>>(visit, "weight_gradient float16 Large");
+  list<float16, Small>(visit, "weight_gradient float16 Small");
+}
 
 Status run_weight_gradient(const Layer &layer, int dtype, Stream stream) {
   switch (dtype) {

@@ -261,6 +261,101 @@ TEST_P(CudaTypes, ForwardDoesNotDependOnTheBatch) {
   }
 }
 
+/* One result against plain loops: |error| <= (terms + slack) * u * sum|terms| + u_out * |result|. A tensor core cuts each
+ * term below the 24th bit of the largest, so its unit is 2^-23 and its error one for each term. */
+void expect_close(const Tensor &tensor, const Sums<long double> &want, double terms, double slack, const Case &c,
+                  const char *name, double *worst) {
+  if (!tensor.present()) return;
+  const double u = c.input_type == PNN_FLOAT64 ? 0x1p-53 : is_half(c.weight_type) ? 0x1p-23 : 0x1p-24;
+  int64_t wrong = 0;
+  for (int64_t i = 0; i < tensor.count(); i++) {
+    const long double value = want.value[static_cast<size_t>(i)], size = want.magnitude[static_cast<size_t>(i)];
+    const double got = tensor.value(i);
+    if (std::isnan(value) || std::isinf(value)) {
+      const bool good = c.norm ? !std::isfinite(got) : same_value(got, static_cast<double>(value), false);
+      if (!good && wrong++ < 3) ADD_FAILURE() << name << "[" << i << "] is " << got << ", should be " << (double)value;
+      continue;
+    }
+    const long double bound = ((terms + 2) * u + slack) * size + unit_of(tensor.type()) * std::fabs(value) * 1.01L +
+                              4 * tiny_of(tensor.type()) + terms * 0x1p-149L;
+    if (!(std::fabs(got - value) <= bound) && wrong++ < 3)
+      ADD_FAILURE() << name << "[" << i << "] is " << got << ", should be " << static_cast<double>(value) << " +- "
+                    << static_cast<double>(bound);
+    if (size > 0) {
+      const long double beyond = std::max(0.0L, std::fabs(got - value) - unit_of(tensor.type()) * std::fabs(value));
+      *worst = std::max(*worst, static_cast<double>(beyond / (u * size)));
+    }
+  }
+  if (wrong > 3) ADD_FAILURE() << name << ": " << wrong << " of " << tensor.count() << " are out of bounds";
+}
+
+TEST_P(CudaTypes, BoundedErrors) {
+  uint64_t seed = 2000;
+  double worst = 0;
+  for (Fill fill : {Fill::kRandom, Fill::kCancelling, Fill::kSpecial})
+    for (pnn_activation f : {PNN_ACTIVATION_RELU, PNN_ACTIVATION_GELU, PNN_ACTIVATION_SILU, PNN_ACTIVATION_SELU})
+      for (bool norm : {false, true}) {
+        Case c = base();
+        c.B = 2, c.C = 9, c.T = 7, c.H = 5, c.W = 8, c.M = 2, c.fill = fill, c.activation = f, c.seed = seed++;
+        c.noise = norm ? PNN_NOISE_TENSOR : PNN_NOISE_NORMAL, c.level = 0.25;
+        c.norm = norm, c.training = norm && fill == Fill::kRandom, c.eps = 1e-5;
+        SCOPED_TRACE(c.describe());
+        set_schedule(static_cast<int>(seed));
+        Problem p(c);
+        ASSERT_EQ(p.forward(), PNN_OK) << p.error.message;
+        const ReferenceInput in = p.reference_input();
+        ASSERT_EQ(p.backward(), PNN_OK) << p.error.message;
+        Reference<long double> reference(in);
+        ReferenceOutput<long double> out;
+        reference.forward(out, &in.mean, &in.variance);
+        reference.backward(out, in.mean, in.variance);
+        const double u = unit_of(c.statistics_type()), n = static_cast<double>(c.samples());
+        double slack = is_exact(f) ? 0 : 24 * u;
+        if (is_half(c.weight_type) && (norm || !is_exact(f))) slack += 4 * unit_of(c.weight_type);
+        const double terms = static_cast<double>(c.columns()), more = norm ? n + 16 : 0;
+        if (c.training)
+          for (int64_t k = 0; k < c.K(); k++) {
+            const size_t s = static_cast<size_t>(k);
+            EXPECT_LE(std::fabs(p.mean.value(k) - out.mean.value[s]), (16 * u + slack) * out.mean.magnitude[s]);
+            EXPECT_LE(std::fabs(p.variance.value(k) - out.variance.value[s]),
+                      (64 * u + 8 * slack) * (out.variance.value[s] + out.mean.magnitude[s] * out.mean.magnitude[s]));
+          }
+        expect_close(p.output, out.output, terms + 8, slack, c, "output", &worst);
+        expect_close(p.grad_input, out.grad_input, static_cast<double>(c.T) + 8 + more, 2 * slack + more * u, c, "grad_input",
+                     &worst);
+        expect_close(p.grad_weight, out.grad_weight, n + 8, slack + more * u, c, "grad_weight", &worst);
+        expect_close(p.grad_bias, out.grad_bias, n, 0, c, "grad_bias", &worst);
+        expect_close(p.grad_mask, out.grad_mask, static_cast<double>(c.T) + 8 + more, 2 * slack + more * u, c, "grad_mask",
+                     &worst);
+      }
+  std::printf("worst error beyond the last rounding: %.3g u sum|terms|\n", worst);
+  host::options = {};
+}
+
+TEST(CudaMoments, NeitherOverflowNorCancel) {
+  /* Values near float's largest, and maps whose spread is a thousandth of their mean. */
+  for (Fill fill : {Fill::kHuge, Fill::kNearConstant, Fill::kTiny}) {
+    Case c;
+    c.B = 3, c.C = 4, c.T = 2, c.H = 31, c.W = 33, c.norm = c.training = true, c.fill = fill, c.noise = PNN_NOISE_NONE;
+    c.activation = PNN_ACTIVATION_IDENTITY;
+    Problem p(c);
+    ASSERT_EQ(p.forward(), PNN_OK);
+    const ReferenceInput in = p.reference_input();
+    Reference<long double> reference(in);
+    ReferenceOutput<long double> out;
+    reference.forward(out, &in.mean, &in.variance);
+    for (int64_t k = 0; k < c.K(); k++) {
+      const size_t s = static_cast<size_t>(k);
+      const long double variance = out.variance.value[s];
+      EXPECT_LE(std::fabs(p.mean.value(k) - out.mean.value[s]), 0x1p-20L * out.mean.magnitude[s]) << name_of(fill);
+      if (variance > 3.4e38L)
+        EXPECT_TRUE(std::isinf(p.variance.value(k)));
+      else
+        EXPECT_LE(std::fabs(p.variance.value(k) - variance), 0x1p-18L * variance + 0x1p-149L) << name_of(fill);
+    }
+  }
+}
+
 /* float32 and float64 sum in the CPU's order, so any data give the CPU's bits where the activation does. */
 TEST(CudaAndCpu, SameBitsOnAnyData) {
   uint64_t seed = 1000;

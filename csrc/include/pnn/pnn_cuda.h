@@ -39,8 +39,8 @@ PNN_API pnn_status pnn_cuda_backward(const pnn_params *params, pnn_cuda_stream s
 PNN_API pnn_status pnn_cuda_mask_fill(const pnn_tensor *mask, pnn_noise noise, int32_t shared_masks, const int64_t *seed,
                                       pnn_cuda_stream stream, pnn_error *error);
 
-/* The compute capabilities that this build holds machine code for, for example "80;86;89;90;100;120"; a device newer
- * than the newest of them runs its PTX. */
+/* The compute capabilities that this build holds machine code for, for example "sm_80_86_89_90_100_120"; a device
+ * newer than the newest of them runs its PTX. */
 PNN_API const char *pnn_cuda_architectures(void);
 
 #ifdef __cplusplus
