@@ -186,7 +186,7 @@ Tensor input_gradient(const Tensor& grad_u, const Tensor& input, const Options& 
 }
 
 Tensor mask_gradient(const Tensor& grad_u, const Tensor& mask, const Options& options) {
-  const Tensor sum = mask.sym_size(0) == 1 ? grad_u.sum({0, 1}).unsqueeze(0) : grad_u.sum(0);
+  const Tensor sum = mask.sym_size(0) == 1 ? grad_u.sum(at::IntArrayRef{0, 1}).unsqueeze(0) : grad_u.sum(0);
   return all_pixels(sum * options.level, mask.sym_sizes(), options).to(mask.scalar_type());
 }
 
