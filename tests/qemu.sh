@@ -28,6 +28,12 @@ if [ ! -x "$native" ]; then
   echo "error: $native is missing: build the tests first (make build)" >&2
   exit 1
 fi
+for source in tests/c/isa_hashes.cc tests/c/isa_hashes.h; do
+  if [ $source -nt "$native" ]; then
+    echo "error: $native is older than $source: build the tests again (make build)" >&2
+    exit 1
+  fi
+done
 
 mkdir -p $work
 "$native" >$work/native.txt

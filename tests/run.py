@@ -234,7 +234,8 @@ class Machine:
         with self.locked(tree):
             wanted = [f"-DCMAKE_MAKE_PROGRAM={ninja}", *options]
             stamp = tree / "configured.txt"
-            key = "\n".join([str(cmake), preset, *wanted])
+            presets = (ROOT / "CMakePresets.json").read_text(encoding="utf-8")
+            key = "\n".join([str(cmake), preset, *wanted, presets])
             if not ((tree / "build.ninja").exists() and stamp.exists() and stamp.read_text(encoding="utf-8") == key):
                 # A tree that another compiler or interpreter configured is not worth mending.
                 self.must(f"configuring {tree.name}", [cmake, "--fresh", "--preset", preset, "-B", tree, *wanted])
