@@ -87,7 +87,9 @@ class Line:
     @property
     def text(self) -> str:
         """The value as it is printed."""
-        return str(self.value) if not self.unit else f"{self.value.value:,.0f} {self.unit}"
+        if not self.unit:
+            return str(self.value)
+        return f"{self.value.value:,.{0 if self.unit == 'bytes' else 1}f} {self.unit}"
 
 
 @dataclass
