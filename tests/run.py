@@ -409,7 +409,8 @@ def tier_operators(machine: Machine) -> tuple[Counts, str]:
     machine.build_tree(
         "dev", machine.build, [f"-DPython_EXECUTABLE={machine.python}", "-DPNN_TESTS=OFF", "-DPNN_SHARED=OFF"]
     )
-    return machine.pytest("operators", ["-k", "not ablation and not cli and not packaging and not runner"]), torch_version()
+    elsewhere = "not ablation and not cli and not packaging and not runner"
+    return machine.pytest("operators", ["-k", elsewhere]), torch_version()
 
 
 TIERS: dict[str, Tier] = {
