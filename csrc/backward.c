@@ -36,8 +36,7 @@ static sums_scratch sums_take(const pnn_sums *s, pnn_arena *arena) {
   if (!s->products) return t;
   t.maps = pnn_arena_take(arena, round_up(s->block, kernels->dot_columns) * PNN_CHUNK, p->real_size);
   t.mask = pnn_arena_take(arena, pnn_mask_rows(p, s->block) * s->chunks.pixels, p->real_size);
-  if (p->masks > 1)
-    t.channels = pnn_arena_take(arena, pnn_response_channels(p, s->block) * PNN_CHUNK, p->real_size);
+  if (p->masks > 1) t.channels = pnn_arena_take(arena, pnn_response_channels(p, s->block) * PNN_CHUNK, p->real_size);
   if (p->pairs) {
     t.map_pairs = pnn_arena_take(arena, round_up(s->block, kernels->dot_columns) * PNN_CHUNK, 2);
     t.output_pairs = pnn_arena_take(arena, round_up(OUTPUT_BLOCK, kernels->dot_rows) * PNN_CHUNK, 2);
@@ -91,8 +90,12 @@ static void sums_item(void *sums_, int32_t worker, int64_t item) {
   const pnn_sums_place at = pnn_sums_locate(s, item);
   pnn_arena own = {.base = s->scratch + worker * s->scratch_bytes};
   const sums_scratch t = sums_take(s, &own);
-  const pnn_response response = {.problem = p, .mask = t.mask, .mask_ld = s->chunks.pixels, .mask_k0 = at.k0,
-                                 .mean = s->mean, .channels = t.channels};
+  const pnn_response response = {.problem = p,
+                                 .mask = t.mask,
+                                 .mask_ld = s->chunks.pixels,
+                                 .mask_k0 = at.k0,
+                                 .mean = s->mean,
+                                 .channels = t.channels};
   if (at.maps) { /* rows that a last tile reads beyond the block's end */
     const int64_t rows = round_up(at.maps, p->kernels->dot_columns);
     memset(t.maps + at.maps * PNN_CHUNK * size, 0, (size_t)((rows - at.maps) * PNN_CHUNK * size));
@@ -121,8 +124,7 @@ static void sums_item(void *sums_, int32_t worker, int64_t item) {
       memset(t.outputs + rows * PNN_CHUNK * size, 0, (size_t)((padded - rows) * PNN_CHUNK * size));
       if (at.maps && p->pairs)
         p->kernels->pair_columns(t.output_pairs, PNN_CHUNK / 2, t.outputs, PNN_CHUNK, padded, columns.padded);
-      if (at.maps)
-        sums_products(s, &t, columns.padded, at.products + (o * p->group_maps + at.k) * size, rows, at.maps);
+      if (at.maps) sums_products(s, &t, columns.padded, at.products + (o * p->group_maps + at.k) * size, rows, at.maps);
       if (at.totals) {
         p->kernels->sum(columns.padded, t.outputs, PNN_CHUNK, rows, t.totals);
         add_reals(p, at.totals + o * size, t.totals, rows);
@@ -256,8 +258,12 @@ static void inputs_group(const pnn_inputs *in, const inputs_scratch *s, int64_t 
   const pnn_problem *p = in->problem;
   const pnn_kernels *kernels = p->kernels;
   const int64_t size = p->real_size, k_first = group * p->group_maps;
-  const pnn_response response = {.problem = p, .mask = s->mask, .mask_ld = in->deal.pixels, .mask_k0 = k_first,
-                                 .mean = in->mean, .channels = s->channels};
+  const pnn_response response = {.problem = p,
+                                 .mask = s->mask,
+                                 .mask_ld = in->deal.pixels,
+                                 .mask_k0 = k_first,
+                                 .mean = in->mean,
+                                 .channels = s->channels};
   pnn_mask_panel(p, k_first, p->group_maps, range, s->mask, in->deal.pixels);
   pnn_columns columns;
   for (; column < end; column += PNN_PANEL) {
@@ -385,8 +391,7 @@ static void weight_store(const pnn_problem *p, const pnn_sums *s, const pnn_norm
     const int64_t base = t / p->group_outputs * columns;
     for (int64_t k = 0; k < columns; k++) {
       row[k] = pnn_real_get(p, s->maps_part, t * columns + k);
-      if (norm)
-        row[k] = norm->scale[base + k] * row[k] + pnn_real_get(p, s->outputs_part, t) * norm->beta[base + k];
+      if (norm) row[k] = norm->scale[base + k] * row[k] + pnn_real_get(p, s->outputs_part, t) * norm->beta[base + k];
     }
     out.data = data + t * step * pnn_dtype_size(out.dtype);
     pnn_vector_store(&out, columns, row);

@@ -111,8 +111,7 @@ static void respond(const pnn_problem *p, const row_masks *m, int64_t mask_k0, c
     for (int64_t done = 0, count; done < s->columns; done += count) {
       const int64_t pixel = s->pixel + done, row = pixel / width, from = pixel % width;
       count = rows_join ? s->columns - done : PNN_MIN(width - from, s->columns - done);
-      const char *x =
-          v->data + (s->image * v->batch + k0 / p->masks + row * v->row + from * v->column) * size;
+      const char *x = v->data + (s->image * v->batch + k0 / p->masks + row * v->row + from * v->column) * size;
       p->kernels->respond_rows[activation](panel + (s->column + done) * ld * size, ld, x, step,
                                            mask ? mask + (pixel - columns->range->pixel) * m->ld * size : NULL, m->ld,
                                            count, maps, k0, p->masks, p->shared);
@@ -163,8 +162,7 @@ void pnn_rows_forward_item(void *state, int32_t worker, int64_t item) {
     for (int64_t k = 0; k < p->group_maps || k == 0; k += PNN_MAX(f->block, 1)) {
       const int64_t depth = PNN_MIN(f->block, p->group_maps - k);
       respond(p, &s.masks, k_first, &columns, k_first + k, depth, p->activation, s.panel, s.ld);
-      if (f->mean)
-        kernels->center_rows(s.panel, s.ld, from_map(p, f->mean, k_first + k), columns.columns, depth);
+      if (f->mean) kernels->center_rows(s.panel, s.ld, from_map(p, f->mean, k_first + k), columns.columns, depth);
       for (int64_t t = 0; t < p->group_outputs; t += tile) {
         const void *b = pnn_packing_tile(p, &f->packing, f->packed, group, 0, t / tile, k);
         const char *start = from_map(p, f->bias, group * f->sum_rows + t);
@@ -244,8 +242,8 @@ void pnn_rows_sums_item(void *sums, int32_t worker, int64_t item) {
       gradient_tile(p, runs, run_count, o, rows, count, t.outputs);
       for (int64_t j = 0; j < at.maps; j += kernels->tile_columns)
         kernels->product_rows(PNN_PRODUCT_ADD, rows, PNN_MIN(kernels->tile_columns, at.maps - j), count, t.outputs, 1,
-                              tile, t.maps + j * size, t.ld,
-                              at.products + (o * p->group_maps + at.k + j) * size, p->group_maps, NULL);
+                              tile, t.maps + j * size, t.ld, at.products + (o * p->group_maps + at.k + j) * size,
+                              p->group_maps, NULL);
       if (!at.totals) continue;
       memset(t.totals, 0, (size_t)(tile * size));
       kernels->sum_columns(count, t.outputs, t.totals);
@@ -304,8 +302,8 @@ void pnn_rows_inputs_item(void *inputs, int32_t worker, int64_t item) {
             const int64_t offset = gradient[r].offset + i * gradient_step + group * p->group_outputs;
             kernels->product_rows(PNN_PRODUCT_START, PNN_MIN(kernels->tile_rows, gradient[r].columns - i),
                                   PNN_MIN(tile, maps - j), p->group_outputs, p->grad_output.data + offset * size,
-                                  gradient_step, 1, b, tile,
-                                  s.d + ((gradient[r].column + i) * s.ld + j) * size, s.ld, NULL);
+                                  gradient_step, 1, b, tile, s.d + ((gradient[r].column + i) * s.ld + j) * size, s.ld,
+                                  NULL);
           }
       }
       respond(p, &s.masks, k_first, &columns, k0, maps, PNN_ACTIVATION_IDENTITY, s.u, s.ld);

@@ -118,8 +118,8 @@ static pnn_status check_size(const pnn_tensor *t, const char *name, int64_t s0, 
                              const char *meaning, pnn_error *error) {
   PNN_FAIL_IF(t->size[0] != s0 || t->size[1] != s1 || t->size[2] != s2 || t->size[3] != s3, error, PNN_ERROR_SHAPE,
               "%s has size [%lld, %lld, %lld, %lld], it should be [%lld, %lld, %lld, %lld]: %s", name,
-              (long long)t->size[0], (long long)t->size[1], (long long)t->size[2], (long long)t->size[3],
-              (long long)s0, (long long)s1, (long long)s2, (long long)s3, meaning);
+              (long long)t->size[0], (long long)t->size[1], (long long)t->size[2], (long long)t->size[3], (long long)s0,
+              (long long)s1, (long long)s2, (long long)s3, meaning);
   return PNN_OK;
 }
 
@@ -184,8 +184,7 @@ static pnn_status check_options(const pnn_params *p, pnn_pass pass, pnn_error *e
   for (int d = 0; d < 2; d++)
     PNN_FAIL_IF(p->stride[d] < 1, error, PNN_ERROR_VALUE, "stride[%d] is %lld, it should be at least 1", d,
                 (long long)p->stride[d]);
-  PNN_FAIL_IF(p->groups < 1, error, PNN_ERROR_VALUE, "groups is %lld, it should be at least 1",
-              (long long)p->groups);
+  PNN_FAIL_IF(p->groups < 1, error, PNN_ERROR_VALUE, "groups is %lld, it should be at least 1", (long long)p->groups);
   PNN_FAIL_IF(p->norm && !(p->norm_eps >= 0 && isfinite(p->norm_eps)), error, PNN_ERROR_VALUE,
               "norm_eps is %g, it should be finite and not negative", p->norm_eps);
   return PNN_OK;
@@ -284,8 +283,10 @@ static pnn_status check_norm(const pnn_params *p, pnn_pass pass, pnn_problem *q,
     if (vectors[i].needed) PNN_FORWARD_IF(required(vectors[i].t, vectors[i].name, " where norm is set", error));
     if (!vectors[i].t->data) continue;
     PNN_FORWARD_IF(check_size(vectors[i].t, vectors[i].name, q->maps, 1, 1, 1, "[channels * masks]", error));
-    PNN_FORWARD_IF(check_dtype(vectors[i].t, vectors[i].name, type, "statistics are float64 beside a float64 input, "
-                               "else float32", error));
+    PNN_FORWARD_IF(check_dtype(vectors[i].t, vectors[i].name, type,
+                               "statistics are float64 beside a float64 input, "
+                               "else float32",
+                               error));
     PNN_FORWARD_IF(operand(o, vectors[i].t, vectors[i].name, vectors[i].output, error));
   }
   PNN_FAIL_IF(writes_moments && q->batch * q->pixels == 1, error, PNN_ERROR_SHAPE,
@@ -356,7 +357,8 @@ pnn_status pnn_check(const pnn_params *params, pnn_pass pass, const pnn_host *ho
   PNN_FAIL_IF(!params, error, PNN_ERROR_NULL, "params is NULL, it should point to a pnn_params");
   PNN_FAIL_IF(params->struct_size != sizeof *params, error, PNN_ERROR_VERSION,
               "params.struct_size is %zu, it should be %zu: call pnn_params_init first, and compile against the header "
-              "of this library", params->struct_size, sizeof *params);
+              "of this library",
+              params->struct_size, sizeof *params);
   PNN_FORWARD_IF(pnn_check_host(host, error));
   PNN_FORWARD_IF(check_options(params, pass, error));
   pnn_problem q;

@@ -16,8 +16,8 @@ void pnn_columns_set(pnn_columns *columns, const pnn_range *range, int64_t first
   int64_t image = first / range->pixels, pixel = first % range->pixels;
   for (int64_t column = 0; column < count;) {
     const int64_t run = PNN_MIN(range->pixels - pixel, count - column);
-    columns->segment[columns->segments++] = (pnn_segment){
-        .column = column, .columns = run, .image = image, .pixel = range->pixel + pixel};
+    columns->segment[columns->segments++] =
+        (pnn_segment){.column = column, .columns = run, .image = image, .pixel = range->pixel + pixel};
     column += run;
     pixel = 0;
     image++;

@@ -22,8 +22,8 @@ static worker_scratch scratch_take(const pnn_forward_state *f, pnn_arena *arena)
   s.pairs = p->pairs ? pnn_arena_take(arena, (f->block + 1) / 2 * PNN_PANEL, 4) : NULL;
   s.sums = pnn_arena_take(arena, f->sum_rows * PNN_PANEL, p->real_size);
   s.mask = pnn_arena_take(arena, pnn_mask_rows(p, p->group_maps) * f->deal.pixels, p->real_size);
-  s.channels = p->masks == 1 ? NULL
-                             : pnn_arena_take(arena, pnn_response_channels(p, f->block) * PNN_PANEL, p->real_size);
+  s.channels =
+      p->masks == 1 ? NULL : pnn_arena_take(arena, pnn_response_channels(p, f->block) * PNN_PANEL, p->real_size);
   return s;
 }
 
@@ -65,8 +65,12 @@ static void forward_item(void *forward_, int32_t worker, int64_t item) {
   pnn_arena own = {.base = f->scratch + worker * f->scratch_bytes};
   const worker_scratch s = scratch_take(f, &own);
   const int64_t k_first = group * p->group_maps;
-  const pnn_response response = {.problem = p, .mask = s.mask, .mask_ld = f->deal.pixels, .mask_k0 = k_first,
-                                 .mean = f->mean, .channels = s.channels};
+  const pnn_response response = {.problem = p,
+                                 .mask = s.mask,
+                                 .mask_ld = f->deal.pixels,
+                                 .mask_k0 = k_first,
+                                 .mean = f->mean,
+                                 .channels = s.channels};
   pnn_mask_panel(p, k_first, p->group_maps, &range, s.mask, f->deal.pixels);
   pnn_columns columns;
   for (; column < end; column += PNN_PANEL) {
@@ -92,8 +96,7 @@ static void forward_item(void *forward_, int32_t worker, int64_t item) {
           if (p->pairs)
             kernels->product_pairs((depth + 1) / 2, a, s.pairs + j * 4, PNN_PANEL, c, PNN_PANEL, start);
           else
-            kernels->product(depth, a, s.panel + j * size, PNN_PANEL, c, here ? p->output.channel : PNN_PANEL,
-                             start);
+            kernels->product(depth, a, s.panel + j * size, PNN_PANEL, c, here ? p->output.channel : PNN_PANEL, start);
         }
       }
     }

@@ -24,14 +24,14 @@
 pnn_status pnn_fail(pnn_error *error, pnn_status status, const char *format, ...) __attribute__((format(printf, 3, 4)));
 pnn_status pnn_succeed(pnn_error *error);
 
-#define PNN_FAIL_IF(condition, error, status, ...)                        \
-  do {                                                                    \
-    if (condition) return pnn_fail((error), (status), __VA_ARGS__);       \
+#define PNN_FAIL_IF(condition, error, status, ...)                  \
+  do {                                                              \
+    if (condition) return pnn_fail((error), (status), __VA_ARGS__); \
   } while (0)
-#define PNN_FORWARD_IF(expression)                                        \
-  do {                                                                    \
-    const pnn_status status_ = (expression);                              \
-    if (status_ != PNN_OK) return status_;                                \
+#define PNN_FORWARD_IF(expression)           \
+  do {                                       \
+    const pnn_status status_ = (expression); \
+    if (status_ != PNN_OK) return status_;   \
   } while (0)
 
 /* ---- a checked problem (check.c) ---- */
@@ -47,10 +47,10 @@ typedef struct pnn_view {
 } pnn_view;
 
 typedef struct pnn_problem {
-  int64_t batch, channels, height, width; /* B, C, H, W */
-  int64_t outputs;                        /* T */
-  int64_t masks, maps;                    /* M, K = C*M */
-  int64_t out_height, out_width, pixels;  /* H', W', P = H'*W' */
+  int64_t batch, channels, height, width;                    /* B, C, H, W */
+  int64_t outputs;                                           /* T */
+  int64_t masks, maps;                                       /* M, K = C*M */
+  int64_t out_height, out_width, pixels;                     /* H', W', P = H'*W' */
   int64_t groups, group_channels, group_maps, group_outputs; /* G, C/G, K/G, T/G */
   int64_t stride[2];
 
@@ -175,20 +175,20 @@ void pnn_mask_grad_store(const pnn_problem *problem, const pnn_range *range, voi
 /* What turns input rows into response maps, for one worker. */
 typedef struct pnn_response {
   const pnn_problem *problem;
-  const void *mask;           /* mask panel, from response map mask_k0 on (from mask 0 where shared) */
+  const void *mask; /* mask panel, from response map mask_k0 on (from mask 0 where shared) */
   int64_t mask_ld, mask_k0;
-  const void *mean;           /* [K] reals, or NULL: nothing is subtracted */
-  void *channels;             /* scratch: [pnn_response_channels(rows)][ld], where M > 1 */
+  const void *mean; /* [K] reals, or NULL: nothing is subtracted */
+  void *channels;   /* scratch: [pnn_response_channels(rows)][ld], where M > 1 */
 } pnn_response;
 
 /* Channels that `rows` response maps can touch. */
 int64_t pnn_response_channels(const pnn_problem *problem, int64_t rows);
 /* u[r][column] = the perturbed input of response map k0 + r; padding is zero. */
-void pnn_response_perturbed(const pnn_response *response, const pnn_columns *columns, int64_t k0, int64_t rows,
-                            void *u, int64_t ld);
+void pnn_response_perturbed(const pnn_response *response, const pnn_columns *columns, int64_t k0, int64_t rows, void *u,
+                            int64_t ld);
 /* a = activation(u), likewise. */
-void pnn_response_activated(const pnn_response *response, const pnn_columns *columns, int64_t k0, int64_t rows,
-                            void *a, int64_t ld);
+void pnn_response_activated(const pnn_response *response, const pnn_columns *columns, int64_t k0, int64_t rows, void *a,
+                            int64_t ld);
 /* From a to the product's operand, in place: minus the mean, rounded to the product's type (left to the pairs' own
  * rounding where there are pairs); padding is zero. */
 void pnn_response_finish(const pnn_response *response, const pnn_columns *columns, int64_t k0, int64_t rows, void *a,
@@ -229,9 +229,9 @@ double pnn_real_get(const pnn_problem *problem, const void *reals, int64_t i);
 /* Normalisation's per-map constants, in double. */
 typedef struct pnn_norm {
   double *mean, *variance, *gamma, *beta;
-  double *scale;     /* alpha = gamma / sqrt(variance + eps) */
-  double *inverse;   /* r = 1 / sqrt(variance + eps) */
-  void *mean_reals;  /* fl(mean) */
+  double *scale;    /* alpha = gamma / sqrt(variance + eps) */
+  double *inverse;  /* r = 1 / sqrt(variance + eps) */
+  void *mean_reals; /* fl(mean) */
 } pnn_norm;
 
 void pnn_norm_plan(const pnn_problem *problem, pnn_arena *arena, pnn_norm *norm);

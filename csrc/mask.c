@@ -93,8 +93,8 @@ static void fill_item(void *fill_, int32_t worker, int64_t item) {
     f->kernels->recipe(&values, PNN_PANEL, &f->recipe, 1.0, k0, rows, row, column, 1, count);
     for (int64_t r = 0; r < rows; r++) {
       const int64_t c = (k0 + r) / masks, m = (k0 + r) % masks;
-      char *dst = (char *)t->data +
-                  (c * t->stride[0] + m * t->stride[1] + row * t->stride[2] + column * t->stride[3]) * size;
+      char *dst =
+          (char *)t->data + (c * t->stride[0] + m * t->stride[1] + row * t->stride[2] + column * t->stride[3]) * size;
       f->kernels->store[t->dtype](dst, 0, t->stride[3], (char *)&values + r * PNN_PANEL * real_size, PNN_PANEL, 1,
                                   count);
     }
@@ -107,8 +107,10 @@ pnn_status pnn_mask_fill(const pnn_tensor *mask, pnn_noise noise, int32_t shared
   PNN_FORWARD_IF(pnn_check_host(host, error));
   PNN_FAIL_IF(!seed, error, PNN_ERROR_NULL, "seed is NULL, it should point to one int64");
   PNN_FAIL_IF(noise != PNN_NOISE_UNIFORM && noise != PNN_NOISE_NORMAL && noise != PNN_NOISE_WAVES, error,
-              PNN_ERROR_VALUE, "noise is %d, it should be PNN_NOISE_UNIFORM (2), PNN_NOISE_NORMAL (3) or "
-              "PNN_NOISE_WAVES (4)", (int)noise);
+              PNN_ERROR_VALUE,
+              "noise is %d, it should be PNN_NOISE_UNIFORM (2), PNN_NOISE_NORMAL (3) or "
+              "PNN_NOISE_WAVES (4)",
+              (int)noise);
   PNN_FORWARD_IF(pnn_check_output(mask, "mask", error));
   PNN_FAIL_IF(shared_masks && mask->size[0] > 1, error, PNN_ERROR_SHAPE,
               "mask.size[0] is %lld, it should be 1 where shared_masks is set", (long long)mask->size[0]);

@@ -59,14 +59,14 @@ static void respond(const pnn_response *response, const pnn_columns *columns, in
   }
 }
 
-void pnn_response_perturbed(const pnn_response *response, const pnn_columns *columns, int64_t k0, int64_t rows,
-                            void *u, int64_t ld) {
+void pnn_response_perturbed(const pnn_response *response, const pnn_columns *columns, int64_t k0, int64_t rows, void *u,
+                            int64_t ld) {
   respond(response, columns, k0, rows, PNN_ACTIVATION_IDENTITY, u, ld);
   zero_padding(response->problem, columns, rows, u, ld);
 }
 
-void pnn_response_activated(const pnn_response *response, const pnn_columns *columns, int64_t k0, int64_t rows,
-                            void *a, int64_t ld) {
+void pnn_response_activated(const pnn_response *response, const pnn_columns *columns, int64_t k0, int64_t rows, void *a,
+                            int64_t ld) {
   respond(response, columns, k0, rows, response->problem->activation, a, ld);
   zero_padding(response->problem, columns, rows, a, ld);
 }

@@ -60,16 +60,25 @@ void pnn_weights_scale(const pnn_problem *problem, void *weights, const double *
 
 pnn_packing pnn_packing_forward(const pnn_problem *problem, int64_t tile) {
   const int64_t rows = problem->group_outputs;
-  return (pnn_packing){.rows = rows, .depth = problem->group_maps, .block = PNN_MAX(rows, 1), .tile = tile,
-                       .block_tiles = (PNN_MAX(rows, 1) + tile - 1) / tile, .blocks = rows > 0,
+  return (pnn_packing){.rows = rows,
+                       .depth = problem->group_maps,
+                       .block = PNN_MAX(rows, 1),
+                       .tile = tile,
+                       .block_tiles = (PNN_MAX(rows, 1) + tile - 1) / tile,
+                       .blocks = rows > 0,
                        .pairs = problem->pairs};
 }
 
 pnn_packing pnn_packing_backward(const pnn_problem *problem, int64_t tile, int64_t block) {
   const int64_t rows = problem->group_maps, step = PNN_MAX(block, 1);
-  return (pnn_packing){.rows = rows, .depth = problem->group_outputs, .block = step, .tile = tile,
-                       .block_tiles = (step + tile - 1) / tile, .blocks = (rows + step - 1) / step,
-                       .transposed = true, .pairs = problem->pairs};
+  return (pnn_packing){.rows = rows,
+                       .depth = problem->group_outputs,
+                       .block = step,
+                       .tile = tile,
+                       .block_tiles = (step + tile - 1) / tile,
+                       .blocks = (rows + step - 1) / step,
+                       .transposed = true,
+                       .pairs = problem->pairs};
 }
 
 /* Bytes of one tile's column of rows: an element each, at every depth. */
@@ -150,8 +159,7 @@ void pnn_vector_store(const pnn_tensor *tensor, int64_t count, const double *src
 
 void pnn_norm_plan(const pnn_problem *problem, pnn_arena *arena, pnn_norm *norm) {
   double **vectors[] = {&norm->mean, &norm->variance, &norm->gamma, &norm->beta, &norm->scale, &norm->inverse};
-  for (size_t i = 0; i < sizeof vectors / sizeof vectors[0]; i++)
-    *vectors[i] = pnn_arena_take(arena, problem->maps, 8);
+  for (size_t i = 0; i < sizeof vectors / sizeof vectors[0]; i++) *vectors[i] = pnn_arena_take(arena, problem->maps, 8);
   norm->mean_reals = pnn_arena_take(arena, problem->maps, problem->real_size);
 }
 

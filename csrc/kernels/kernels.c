@@ -174,26 +174,26 @@ static inline void store_vector_float(float *p, vr v) {
     }                                                                                                                  \
   }
 
-#define DEFINE_STORE(name, type, convert)                                                                              \
-  static void name(void *dst_, int64_t row_stride, int64_t column_stride, const void *src_, int64_t ld, int64_t rows,  \
-                   int64_t columns) {                                                                                  \
-    type *dst = dst_;                                                                                                  \
-    const real *src = src_;                                                                                            \
-    if (column_stride == 1) {                                                                                          \
-      for (int64_t r = 0; r < rows; r++) {                                                                             \
-        type *restrict d = dst + r * row_stride;                                                                       \
-        const real *restrict s = src + r * ld;                                                                         \
-        int64_t j = 0;                                                                                                 \
-        for (; j + VR <= columns; j += VR) store_vector_##convert(d + j, vr_load(s + j));                              \
-        for (; j < columns; j++) d[j] = to_##convert(s[j]);                                                            \
-      }                                                                                                                \
-    } else {                                                                                                           \
-      for (int64_t r0 = 0; r0 < rows; r0 += 16) {                                                                      \
-        const int64_t r1 = r0 + 16 < rows ? r0 + 16 : rows;                                                            \
-        for (int64_t j = 0; j < columns; j++)                                                                          \
-          for (int64_t r = r0; r < r1; r++) dst[r * row_stride + j * column_stride] = to_##convert(src[r * ld + j]);   \
-      }                                                                                                                \
-    }                                                                                                                  \
+#define DEFINE_STORE(name, type, convert)                                                                             \
+  static void name(void *dst_, int64_t row_stride, int64_t column_stride, const void *src_, int64_t ld, int64_t rows, \
+                   int64_t columns) {                                                                                 \
+    type *dst = dst_;                                                                                                 \
+    const real *src = src_;                                                                                           \
+    if (column_stride == 1) {                                                                                         \
+      for (int64_t r = 0; r < rows; r++) {                                                                            \
+        type *restrict d = dst + r * row_stride;                                                                      \
+        const real *restrict s = src + r * ld;                                                                        \
+        int64_t j = 0;                                                                                                \
+        for (; j + VR <= columns; j += VR) store_vector_##convert(d + j, vr_load(s + j));                             \
+        for (; j < columns; j++) d[j] = to_##convert(s[j]);                                                           \
+      }                                                                                                               \
+    } else {                                                                                                          \
+      for (int64_t r0 = 0; r0 < rows; r0 += 16) {                                                                     \
+        const int64_t r1 = r0 + 16 < rows ? r0 + 16 : rows;                                                           \
+        for (int64_t j = 0; j < columns; j++)                                                                         \
+          for (int64_t r = r0; r < r1; r++) dst[r * row_stride + j * column_stride] = to_##convert(src[r * ld + j]);  \
+      }                                                                                                               \
+    }                                                                                                                 \
   }
 
 DEFINE_LOAD(load_real, real, real)
@@ -258,7 +258,8 @@ static inline real lanes_sum(const vr lane[LANE_VECTORS]) {
  * each addition works on full vectors. */
 static inline void lanes_sums(vr sum[DOT_ROWS * DOT_COLUMNS][LANE_VECTORS], real *out) {
 #if VR == 16
-#define FOLD(a, b, ...) (__builtin_shufflevector(a, b, FOLD_LOW_##__VA_ARGS__) + __builtin_shufflevector(a, b, FOLD_HIGH_##__VA_ARGS__))
+#define FOLD(a, b, ...) \
+  (__builtin_shufflevector(a, b, FOLD_LOW_##__VA_ARGS__) + __builtin_shufflevector(a, b, FOLD_HIGH_##__VA_ARGS__))
 #define FOLD_LOW_8 0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23
 #define FOLD_HIGH_8 8, 9, 10, 11, 12, 13, 14, 15, 24, 25, 26, 27, 28, 29, 30, 31
 #define FOLD_LOW_4 0, 1, 2, 3, 8, 9, 10, 11, 16, 17, 18, 19, 24, 25, 26, 27
@@ -401,42 +402,42 @@ static void sum_rows(int64_t columns, const void *a_, int64_t lda, int64_t rows,
 
 /* ---- element by element ---- */
 
-#define DEFINE_ACTIVATION(suffix, name)                                                                                \
-  static void respond_##name(void *a_, int64_t lda, const void *x_, int64_t ldx, const void *mask_, int64_t ldm,       \
-                             int64_t rows, int64_t columns, int64_t k0, int64_t masks, int32_t shared) {               \
-    const int64_t whole = columns / VR * VR, rest = columns - whole;                                                   \
-    int64_t m = k0 % masks, channel = 0;                                                                               \
-    for (int64_t r = 0; r < rows; r++) {                                                                               \
-      real *a = (real *)a_ + r * lda;                                                                                  \
-      const real *x = (const real *)x_ + channel * ldx;                                                                \
-      if (mask_) {                                                                                                     \
-        const real *mask = (const real *)mask_ + (shared ? m : r) * ldm;                                               \
-        for (int64_t j = 0; j < whole; j += VR)                                                                        \
-          vr_store(a + j, PNN_ACTIVATE(name)(vr_load(x + j) + vr_load(mask + j)));                                     \
-        if (rest)                                                                                                      \
-          vr_store_part(a + whole,                                                                                     \
-                        PNN_ACTIVATE(name)(vr_load_part(x + whole, rest) + vr_load_part(mask + whole, rest)), rest);   \
-      } else {                                                                                                         \
-        for (int64_t j = 0; j < whole; j += VR) vr_store(a + j, PNN_ACTIVATE(name)(vr_load(x + j)));                   \
-        if (rest) vr_store_part(a + whole, PNN_ACTIVATE(name)(vr_load_part(x + whole, rest)), rest);                   \
-      }                                                                                                                \
-      if (++m == masks) m = 0, channel++;                                                                              \
-    }                                                                                                                  \
-  }                                                                                                                    \
-  static void activate_##name(void *a_, int64_t lda, int64_t rows, int64_t columns) {                                  \
-    for (int64_t r = 0; r < rows; r++) {                                                                               \
-      real *a = (real *)a_ + r * lda;                                                                                  \
-      for (int64_t j = 0; j < columns; j += VR) vr_store(a + j, PNN_ACTIVATE(name)(vr_load(a + j)));                   \
-    }                                                                                                                  \
-  }                                                                                                                    \
-  static void activate_grad_##name(void *d_, int64_t ldd, const void *u_, int64_t ldu, int64_t rows,                   \
-                                   int64_t columns) {                                                                  \
-    for (int64_t r = 0; r < rows; r++) {                                                                               \
-      real *d = (real *)d_ + r * ldd;                                                                                  \
-      const real *u = (const real *)u_ + r * ldu;                                                                      \
-      for (int64_t j = 0; j < columns; j += VR)                                                                        \
-        vr_store(d + j, PNN_ACTIVATE_GRAD(name)(vr_load(u + j), vr_load(d + j)));                                      \
-    }                                                                                                                  \
+#define DEFINE_ACTIVATION(suffix, name)                                                                              \
+  static void respond_##name(void *a_, int64_t lda, const void *x_, int64_t ldx, const void *mask_, int64_t ldm,     \
+                             int64_t rows, int64_t columns, int64_t k0, int64_t masks, int32_t shared) {             \
+    const int64_t whole = columns / VR * VR, rest = columns - whole;                                                 \
+    int64_t m = k0 % masks, channel = 0;                                                                             \
+    for (int64_t r = 0; r < rows; r++) {                                                                             \
+      real *a = (real *)a_ + r * lda;                                                                                \
+      const real *x = (const real *)x_ + channel * ldx;                                                              \
+      if (mask_) {                                                                                                   \
+        const real *mask = (const real *)mask_ + (shared ? m : r) * ldm;                                             \
+        for (int64_t j = 0; j < whole; j += VR)                                                                      \
+          vr_store(a + j, PNN_ACTIVATE(name)(vr_load(x + j) + vr_load(mask + j)));                                   \
+        if (rest)                                                                                                    \
+          vr_store_part(a + whole,                                                                                   \
+                        PNN_ACTIVATE(name)(vr_load_part(x + whole, rest) + vr_load_part(mask + whole, rest)), rest); \
+      } else {                                                                                                       \
+        for (int64_t j = 0; j < whole; j += VR) vr_store(a + j, PNN_ACTIVATE(name)(vr_load(x + j)));                 \
+        if (rest) vr_store_part(a + whole, PNN_ACTIVATE(name)(vr_load_part(x + whole, rest)), rest);                 \
+      }                                                                                                              \
+      if (++m == masks) m = 0, channel++;                                                                            \
+    }                                                                                                                \
+  }                                                                                                                  \
+  static void activate_##name(void *a_, int64_t lda, int64_t rows, int64_t columns) {                                \
+    for (int64_t r = 0; r < rows; r++) {                                                                             \
+      real *a = (real *)a_ + r * lda;                                                                                \
+      for (int64_t j = 0; j < columns; j += VR) vr_store(a + j, PNN_ACTIVATE(name)(vr_load(a + j)));                 \
+    }                                                                                                                \
+  }                                                                                                                  \
+  static void activate_grad_##name(void *d_, int64_t ldd, const void *u_, int64_t ldu, int64_t rows,                 \
+                                   int64_t columns) {                                                                \
+    for (int64_t r = 0; r < rows; r++) {                                                                             \
+      real *d = (real *)d_ + r * ldd;                                                                                \
+      const real *u = (const real *)u_ + r * ldu;                                                                    \
+      for (int64_t j = 0; j < columns; j += VR)                                                                      \
+        vr_store(d + j, PNN_ACTIVATE_GRAD(name)(vr_load(u + j), vr_load(d + j)));                                    \
+    }                                                                                                                \
   }
 #if defined(PNN_REAL_F32)
 #define PNN_ACTIVATE(name) pnn_##name##_f32
@@ -461,8 +462,7 @@ static void affine(void *d_, int64_t ldd, const void *c_, int64_t ldc, const voi
     real *d = (real *)d_ + r * ldd;
     const real *c = (const real *)c_ + r * ldc;
     const vr offset = vr_set1(((const real *)offset_)[r]), slope = vr_set1(((const real *)slope_)[r]);
-    for (int64_t j = 0; j < columns; j += VR)
-      vr_store(d + j, vr_fma(slope, vr_load(c + j), vr_load(d + j) + offset));
+    for (int64_t j = 0; j < columns; j += VR) vr_store(d + j, vr_fma(slope, vr_load(c + j), vr_load(d + j) + offset));
   }
 }
 
@@ -530,7 +530,9 @@ static void product_rows(pnn_product_mode mode, int64_t rows, int64_t columns, i
   }
   if (mode == PNN_PRODUCT_START && start) {
     for (int v = 0; v < TILE_VECTORS; v++) {
-      const vr s = full ? vr_load(start + v * VR) : v * VR < columns ? load_some(start + v * VR, columns - v * VR) : vr_set1(0);
+      const vr s = full               ? vr_load(start + v * VR)
+                   : v * VR < columns ? load_some(start + v * VR, columns - v * VR)
+                                      : vr_set1(0);
 #pragma GCC unroll 8
       for (int i = 0; i < TILE_ROWS; i++) sum[i][v] = s;
     }
@@ -584,34 +586,34 @@ static void sum_columns(int64_t depth, const void *a_, void *out_) {
   for (int i = 0; i < TILE_ROWS; i++) out[i] += sum[i];
 }
 
-#define DEFINE_RESPOND_ROWS(suffix, name)                                                                              \
-  static void respond_rows_##name(void *a_, int64_t lda, const void *x_, int64_t ldx, const void *mask_, int64_t ldm,  \
-                                  int64_t pixels, int64_t rows, int64_t k0, int64_t masks, int32_t shared) {           \
-    for (int64_t p = 0; p < pixels; p++) {                                                                             \
-      real *a = (real *)a_ + p * lda;                                                                                  \
-      const real *x = (const real *)x_ + p * ldx;                                                                      \
-      const real *mask = mask_ ? (const real *)mask_ + p * ldm : NULL;                                                 \
-      if (masks == 1) {                                                                                                \
-        const vr one = mask && shared ? vr_set1(mask[0]) : vr_set1(0);                                                 \
-        for (int64_t r = 0; r < rows; r += VR) {                                                                       \
-          const int64_t n = rows - r;                                                                                  \
-          vr u = load_some(x + r, n);                                                                                  \
-          if (mask) u += shared ? one : load_some(mask + r, n);                                                        \
-          store_some(a + r, PNN_ACTIVATE(name)(u), n);                                                                 \
-        }                                                                                                              \
-        continue;                                                                                                      \
-      }                                                                                                                \
-      int64_t m = k0 % masks;                                                                                          \
-      for (int64_t r = 0, run; r < rows; r += run, x++, m = 0) {                                                       \
-        run = masks - m < rows - r ? masks - m : rows - r;                                                             \
-        const real *from = mask ? mask + (shared ? m : r) : NULL;                                                      \
-        for (int64_t i = 0; i < run; i += VR) {                                                                        \
-          vr u = vr_set1(*x);                                                                                          \
-          if (from) u += load_some(from + i, run - i);                                                                 \
-          store_some(a + r + i, PNN_ACTIVATE(name)(u), run - i);                                                       \
-        }                                                                                                              \
-      }                                                                                                                \
-    }                                                                                                                  \
+#define DEFINE_RESPOND_ROWS(suffix, name)                                                                             \
+  static void respond_rows_##name(void *a_, int64_t lda, const void *x_, int64_t ldx, const void *mask_, int64_t ldm, \
+                                  int64_t pixels, int64_t rows, int64_t k0, int64_t masks, int32_t shared) {          \
+    for (int64_t p = 0; p < pixels; p++) {                                                                            \
+      real *a = (real *)a_ + p * lda;                                                                                 \
+      const real *x = (const real *)x_ + p * ldx;                                                                     \
+      const real *mask = mask_ ? (const real *)mask_ + p * ldm : NULL;                                                \
+      if (masks == 1) {                                                                                               \
+        const vr one = mask && shared ? vr_set1(mask[0]) : vr_set1(0);                                                \
+        for (int64_t r = 0; r < rows; r += VR) {                                                                      \
+          const int64_t n = rows - r;                                                                                 \
+          vr u = load_some(x + r, n);                                                                                 \
+          if (mask) u += shared ? one : load_some(mask + r, n);                                                       \
+          store_some(a + r, PNN_ACTIVATE(name)(u), n);                                                                \
+        }                                                                                                             \
+        continue;                                                                                                     \
+      }                                                                                                               \
+      int64_t m = k0 % masks;                                                                                         \
+      for (int64_t r = 0, run; r < rows; r += run, x++, m = 0) {                                                      \
+        run = masks - m < rows - r ? masks - m : rows - r;                                                            \
+        const real *from = mask ? mask + (shared ? m : r) : NULL;                                                     \
+        for (int64_t i = 0; i < run; i += VR) {                                                                       \
+          vr u = vr_set1(*x);                                                                                         \
+          if (from) u += load_some(from + i, run - i);                                                                \
+          store_some(a + r + i, PNN_ACTIVATE(name)(u), run - i);                                                      \
+        }                                                                                                             \
+      }                                                                                                               \
+    }                                                                                                                 \
   }
 PNN_ACTIVATION_LIST(DEFINE_RESPOND_ROWS)
 
@@ -631,7 +633,9 @@ static void affine_rows(void *d_, int64_t ldd, const void *c_, int64_t ldc, cons
     const real *c = (const real *)c_ + p * ldc;
     for (int64_t r = 0; r < rows; r += VR) {
       const int64_t n = rows - r;
-      store_some(d + r, vr_fma(load_some(slope + r, n), load_some(c + r, n), load_some(d + r, n) + load_some(offset + r, n)), n);
+      store_some(d + r,
+                 vr_fma(load_some(slope + r, n), load_some(c + r, n), load_some(d + r, n) + load_some(offset + r, n)),
+                 n);
     }
   }
 }

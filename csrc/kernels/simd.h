@@ -49,8 +49,16 @@ static inline vd vd_set1(double x) { return x - (vd){0}; }
 static inline vi vi_set1(int32_t x) { return x - (vi){0}; }
 static inline vl vl_set1(int64_t x) { return x - (vl){0}; }
 
-static inline vf vf_load(const float *p) { vf v; memcpy(&v, p, sizeof v); return v; }
-static inline vd vd_load(const double *p) { vd v; memcpy(&v, p, sizeof v); return v; }
+static inline vf vf_load(const float *p) {
+  vf v;
+  memcpy(&v, p, sizeof v);
+  return v;
+}
+static inline vd vd_load(const double *p) {
+  vd v;
+  memcpy(&v, p, sizeof v);
+  return v;
+}
 static inline void vf_store(float *p, vf v) { memcpy(p, &v, sizeof v); }
 static inline void vd_store(double *p, vd v) { memcpy(p, &v, sizeof v); }
 
@@ -93,9 +101,7 @@ static inline vf vf_abs(vf a) { return (vf)((vi)a & vi_set1(0x7fffffff)); }
 static inline vd vd_abs(vd a) { return (vd)((vl)a & vl_set1(INT64_MAX)); }
 
 /* The magnitude of a with the sign bit of s. */
-static inline vf vf_copysign(vf a, vf s) {
-  return (vf)(((vi)a & vi_set1(0x7fffffff)) | ((vi)s & vi_set1(INT32_MIN)));
-}
+static inline vf vf_copysign(vf a, vf s) { return (vf)(((vi)a & vi_set1(0x7fffffff)) | ((vi)s & vi_set1(INT32_MIN))); }
 static inline vd vd_copysign(vd a, vd s) { return (vd)(((vl)a & vl_set1(INT64_MAX)) | ((vl)s & vl_set1(INT64_MIN))); }
 
 /* The two halves of a vf as doubles, exactly, and back, rounded to nearest. */

@@ -47,9 +47,9 @@ typedef struct pnn_kernels {
   /* The inverse, rounded to nearest even where the tensor's type is narrower. */
   pnn_store_fn store[4];
 
-  /* C[tile_rows][tile_columns] = start + A * B, each element one chain of fused multiply-adds in ascending k that begins
-   * at its row's `start`, or at C itself where start is NULL.
-   *   a: packed [depth][tile_rows];  b: panel rows, [depth][ldb];  c: [tile_rows][ldc];  start: [tile_rows]. */
+  /* C[tile_rows][tile_columns] = start + A * B, each element one chain of fused multiply-adds in ascending k that
+   * begins at its row's `start`, or at C itself where start is NULL. a: packed [depth][tile_rows];  b: panel rows,
+   * [depth][ldb];  c: [tile_rows][ldc];  start: [tile_rows]. */
   void (*product)(int64_t depth, const void *a, const void *b, int64_t ldb, void *c, int64_t ldc, const void *start);
 
   /* out[i*dot_columns + j] = sum over columns of a[i][.] * b[j][.] in PNN_LANES partial sums, each a chain of fused
@@ -60,8 +60,9 @@ typedef struct pnn_kernels {
   void (*sum)(int64_t columns, const void *a, int64_t lda, int64_t rows, void *out);
 
   /* a[r][j] = activation(x[r'][j] + mask[r''][j]) for `columns` columns, where row r is response map k0 + r, r' =
-   * (k0 + r)/masks - k0/masks counts channels, and r'' is r, or (k0 + r) mod masks where the masks are shared. mask NULL:
-   * nothing is added. The input itself may stand for x. a may be x if masks is 1. `respond[IDENTITY]` only perturbs. */
+   * (k0 + r)/masks - k0/masks counts channels, and r'' is r, or (k0 + r) mod masks where the masks are shared. mask
+   * NULL: nothing is added. The input itself may stand for x. a may be x if masks is 1. `respond[IDENTITY]` only
+   * perturbs. */
   void (*respond[PNN_ACTIVATION_COUNT])(void *a, int64_t lda, const void *x, int64_t ldx, const void *mask, int64_t ldm,
                                         int64_t rows, int64_t columns, int64_t k0, int64_t masks, int32_t shared);
 

@@ -125,25 +125,26 @@ typedef struct pnn_params {
   pnn_tensor bias;   /* [T]                 D, optional */
 
   pnn_noise noise;
-  int32_t shared_masks;    /* recipes: not 0 = the same M masks for every channel (m takes the place of k) */
-  int64_t masks;           /* M; with a mask tensor it must be mask.size[1] */
-  pnn_tensor mask;         /* [C or 1, M, H, W]   float32 or X; for PNN_NOISE_TENSOR */
-  const int64_t *seed;     /* one value, two's complement of the 64-bit seed; for the recipes. Device memory on CUDA */
-  double level;            /* finite; every mask value is multiplied by it */
+  int32_t shared_masks; /* recipes: not 0 = the same M masks for every channel (m takes the place of k) */
+  int64_t masks;        /* M; with a mask tensor it must be mask.size[1] */
+  pnn_tensor mask;      /* [C or 1, M, H, W]   float32 or X; for PNN_NOISE_TENSOR */
+  const int64_t *seed;  /* one value, two's complement of the 64-bit seed; for the recipes. Device memory on CUDA */
+  double level;         /* finite; every mask value is multiplied by it */
   pnn_activation activation;
-  int32_t exact;     /* not 0 = bfloat16 by float32 chains, with the same bits on every instruction set; 0 = by the
-                        processor's bfloat16 dot products where it has them: faster, rounded otherwise, denormals as 0 */
+  /* bfloat16 only. Not 0 = by float32 chains, with the same bits on every instruction set; 0 = by the processor's
+   * bfloat16 dot products where it has them: faster, rounded otherwise, denormals as 0. */
+  int32_t exact;
   int64_t stride[2]; /* rows, columns; >= 1 */
   int64_t groups;    /* divides C and T */
 
   /* Normalisation between the activation and the 1x1 product, over the computed pixels of the batch. */
-  int32_t norm;            /* not 0 = normalise */
-  int32_t norm_training;   /* not 0 = with the moments of this batch; 0 = with `mean` and `variance` as given */
-  double norm_eps;         /* >= 0, finite */
-  pnn_tensor norm_weight;  /* [K] S, gamma; absent = 1 */
-  pnn_tensor norm_bias;    /* [K] S, beta; absent = 0 */
-  pnn_tensor mean;         /* [K] S; forward in training writes it, every other pass reads it */
-  pnn_tensor variance;     /* [K] S; biased (divided by n); likewise */
+  int32_t norm;           /* not 0 = normalise */
+  int32_t norm_training;  /* not 0 = with the moments of this batch; 0 = with `mean` and `variance` as given */
+  double norm_eps;        /* >= 0, finite */
+  pnn_tensor norm_weight; /* [K] S, gamma; absent = 1 */
+  pnn_tensor norm_bias;   /* [K] S, beta; absent = 0 */
+  pnn_tensor mean;        /* [K] S; forward in training writes it, every other pass reads it */
+  pnn_tensor variance;    /* [K] S; biased (divided by n); likewise */
 
   pnn_tensor output;      /* [B, T, H', W']   D; written by the forward pass */
   pnn_tensor grad_output; /* [B, T, H', W']   D; read by the backward pass */
