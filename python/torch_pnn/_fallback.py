@@ -205,10 +205,9 @@ def _autocast_kernel(name: str, device: str, key: str) -> Callable[..., Any]:
     """Casts weight and bias, the arguments at 1 and 2, to the type that autocast has for the device; nothing else."""
 
     def cast(tensor: Tensor | None) -> Tensor | None:
-        eligible = isinstance(tensor, Tensor) and tensor.is_floating_point() and tensor.dtype != torch.float64
-        if not eligible or tensor.device.type != device:
+        if tensor is None or not tensor.is_floating_point() or tensor.dtype == torch.float64:
             return tensor
-        return tensor.to(torch.get_autocast_dtype(device))
+        return tensor.to(torch.get_autocast_dtype(device)) if tensor.device.type == device else tensor
 
     def kernel(*args: Any, **kwargs: Any) -> Any:
         arguments = list(args)
