@@ -7,6 +7,7 @@ import subprocess
 import sys
 
 import pytest
+
 from torch_pnn._library import status
 
 PROGRAM = """
