@@ -296,6 +296,7 @@ def test_a_given_mask_is_copied():
     before = layer(x)
     mask.zero_()
     assert torch.equal(layer(x), before)
+    assert not layer.shared_masks and PerturbConv2d(3, 4, 1, mask=mask[:1]).shared_masks
 
 
 def test_trained_masks_learn_and_others_do_not():
@@ -334,6 +335,22 @@ def test_control_is_the_layer_without_masks(control, options):
     assert not torch.equal(layer(x), same(x))
     assert same.perturbation(9, 9) is None
     torch.testing.assert_close(same(x), plain_layer(same, x))
+
+
+@pytest.mark.parametrize("norm", [False, True])
+@pytest.mark.parametrize("control", [{"noise": None}, {"level": 0.0}])
+def test_control_asks_for_no_masks(control, norm, monkeypatch):
+    name = "perturb_norm_conv2d" if norm else "perturb_conv2d"
+    seen = []
+    original = getattr(functional, name)
+
+    def spy(*arguments, **options):
+        seen.append((options["mask"], options["seed"], options["noise"]))
+        return original(*arguments, **options)
+
+    monkeypatch.setattr(functional, name, spy)
+    PerturbConv2d(3, 4, 1, norm=norm, **control)(torch.randn(2, 3, 4, 4))
+    assert seen == [(None, None, None)]
 
 
 @pytest.mark.parametrize("level", [0.02, 1.0, 4.0])
@@ -389,6 +406,19 @@ def test_the_norms_own_settings_are_honoured(settings):
             torch.testing.assert_close(layer.norm.state_dict()[name], value, rtol=1e-5, atol=1e-6)
     if layer.norm.track_running_stats:
         assert layer.norm.num_batches_tracked.item() == 4
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"mask_size": (5, 6)}, {"noise": None}, {"stride": 2, "downsample": "subsample"}]
+)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_both_paths_of_the_norm_agree(dtype, options):
+    layer = PerturbConv2d(3, 4, 3, padding=1, norm=True, masks=2, seed=1, **options).to(dtype)
+    if layer.mask is not None:
+        layer.mask = layer.mask.float()
+    x = torch.randn(2, 3, 5, 6, dtype=dtype)
+    tolerance = 1e-12 if dtype == torch.float64 else 0.05
+    torch.testing.assert_close(layer(x), unfused(layer)(x), rtol=tolerance, atol=tolerance)
 
 
 def test_the_norms_own_training_flag_is_honoured():
