@@ -56,6 +56,14 @@ def finished(computed, tmp_path):
     return Path(shutil.copytree(computed[0], tmp_path / "results"))
 
 
+@pytest.fixture
+def no_training(monkeypatch):
+    """Fails a test that would begin to train, instead of letting it."""
+    from torch_pnn.ablation import runner
+
+    monkeypatch.setattr(runner, "execute", lambda *_: pytest.fail("it began to train"))
+
+
 def test_a_study_from_end_to_end(computed):
     folder, output, errors = computed
     assert sorted(path.name for path in folder.iterdir()) == [
@@ -201,7 +209,7 @@ def test_a_run_that_breaks_is_said_and_done_again(tmp_path, capsys, monkeypatch)
         (("info", "more"), "unrecognized arguments: more"),
     ],
 )
-def test_wrong_usage(arguments, words, capsys, tmp_path, monkeypatch):
+def test_wrong_usage(arguments, words, capsys, tmp_path, monkeypatch, no_training):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(SystemExit) as ended:
         _run(*arguments)
@@ -228,7 +236,7 @@ def test_wrong_usage(arguments, words, capsys, tmp_path, monkeypatch):
         (("report", "n" * 300), 1, "file name too long"),
     ],
 )
-def test_what_can_not_be_done_is_one_line(arguments, status, words, capsys, tmp_path, monkeypatch):
+def test_what_can_not_be_done_is_one_line(arguments, status, words, capsys, tmp_path, monkeypatch, no_training):
     monkeypatch.chdir(tmp_path)
     assert _run(*arguments) == status
     printed = capsys.readouterr()
@@ -252,7 +260,7 @@ def test_a_folder_without_write_permission(tmp_path, capsys):
 @pytest.mark.parametrize(
     "module, package", [("sklearn", "scikit-learn"), ("scipy", "scipy"), ("matplotlib", "matplotlib")]
 )
-def test_a_missing_package_is_named_before_any_training(module, package, capsys, tmp_path, monkeypatch):
+def test_a_missing_package_is_named_before_any_training(module, package, capsys, tmp_path, monkeypatch, no_training):
     monkeypatch.setitem(sys.modules, module, None)
     assert _run("ablate", "--out", tmp_path / "x") == 1
     error = capsys.readouterr().err
