@@ -179,7 +179,9 @@ TEST(Threads, DefaultHostAfterAFork) {
   EXPECT_EQ(in_child([&] { return results(c, pnn_default_host()); }), expected);
 }
 
-// A fork while another thread is inside a call.
+// A fork while another thread is inside a call. That thread also allocates, and a child of the address sanitizer hangs
+// where the fork finds its allocator locked (GCC 12), so this one is left to the builds without it.
+#if !defined(__SANITIZE_ADDRESS__)
 TEST(Threads, ForkDuringACall) {
   const Case c = cases()[2];
   const uint64_t expected = hash_of(results(c));
@@ -191,6 +193,7 @@ TEST(Threads, ForkDuringACall) {
   stop = true;
   busy.join();
 }
+#endif
 #endif
 
 }  // namespace
