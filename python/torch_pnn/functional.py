@@ -73,7 +73,7 @@ def _explained(error: Exception, arguments: dict[str, Any]) -> Exception:
     if not colon or not operator.startswith("torch_pnn"):
         return error
     sentence = sentence.split("\nException raised from", 1)[0]
-    if "out of memory" in sentence or "could not be allocated" in sentence:
+    if "out of memory" in sentence or "can't allocate memory" in sentence:
         return torch.OutOfMemoryError(sentence)
     about_type = " has type " in sentence or sentence.startswith("dtype is ")
     return TypeError(sentence) if about_type else ValueError(sentence)

@@ -313,6 +313,12 @@ def test_a_refused_call_leaves_the_statistics():
     assert bool((mean == 0).all()) and bool((variance == 1).all())
 
 
+def test_too_little_memory_is_said():
+    x = torch.zeros(1).expand(2**43, 1, 1, 1)
+    with pytest.raises(torch.OutOfMemoryError, match="35184372088832 bytes"):
+        functional.perturb_conv2d(x, torch.ones(1, 1, 1, 1), seed=1)
+
+
 def test_meta_tensors_are_shaped_and_checked():
     x, weight = torch.empty(2, 4, 5, 6, device="meta"), torch.empty(3, 8, 1, 1, device="meta")
     assert functional.perturb_conv2d(x, weight, seed=1, masks=2, stride=2).shape == (2, 3, 3, 3)
