@@ -1,15 +1,16 @@
-# The CUDA half of libpnn: target pnn_cuda, and with PNN_TORCH the operators torch_pnn_cuda.
+# The CUDA half of libpnn: target pnn_cuda.
 #
-# PNN_CUDA = AUTO builds it where nvcc is found and PyTorch, if any is built against, is a CUDA build; ON insists, OFF
-# leaves it out. The reason for leaving it out is printed, and `torch-pnn info` shows that it is missing.
+# PNN_CUDA = OFF, the default while no operators stand on it; AUTO builds it where nvcc is found and PyTorch, if any is built against, is a CUDA build; ON
+# insists. The reason for leaving it out is printed, and `torch-pnn info` shows that it is missing.
 #
 # nvcc is called directly: CMake's own CUDA language links test programs against parts of the toolkit that small
 # installations lack. The nvcc on the PATH may be a wrapper script, so the toolkit's root is asked of nvcc itself.
 # The CUDA runtime is linked statically: the library then fits any PyTorch, whatever CUDA that brings.
 
-set(PNN_CUDA AUTO CACHE STRING "Build the CUDA half: AUTO (with nvcc and a CUDA build of PyTorch), ON or OFF")
+set(PNN_CUDA OFF CACHE STRING "Build the CUDA half: AUTO (with nvcc and a CUDA build of PyTorch), ON or OFF")
 set(PNN_CUDA_ARCHITECTURES "80;86;89;90;100;120" CACHE STRING
     "Compute capabilities, times ten, to make machine code for; the last one's PTX goes along for newer devices")
+option(PNN_GPU_CHECK "Build the programs that tests/cuda/gpu_check.py runs" OFF)
 set(PNN_HAVE_CUDA OFF)
 
 function(pnn_find_nvcc)
@@ -21,7 +22,8 @@ function(pnn_find_nvcc)
   endif()
   # A dry run names the toolkit's root as TOP, through any wrapper.
   file(WRITE ${PROJECT_BINARY_DIR}/cuda/probe.cu "")
-  execute_process(COMMAND ${PNN_NVCC} --dryrun -c ${PROJECT_BINARY_DIR}/cuda/probe.cu -o ${PROJECT_BINARY_DIR}/cuda/probe.o
+  set(probe ${PROJECT_BINARY_DIR}/cuda/probe)
+  execute_process(COMMAND ${PNN_NVCC} --dryrun -c ${probe}.cu -o ${probe}.o
                   ERROR_VARIABLE dry_run OUTPUT_VARIABLE dry_run_output RESULT_VARIABLE status)
   if(status EQUAL 0 AND "${dry_run}${dry_run_output}" MATCHES "TOP=([^\n]+)")
     file(REAL_PATH "${CMAKE_MATCH_1}" root)
@@ -109,11 +111,7 @@ target_include_directories(pnn_cuda PUBLIC ${PROJECT_SOURCE_DIR}/csrc/include)
 find_package(Threads REQUIRED)
 target_link_libraries(pnn_cuda PUBLIC pnn_static ${PNN_CUDART} Threads::Threads ${CMAKE_DL_LIBS} rt)
 
-if(PNN_TORCH)
-  # The operators' own sources once more, with the CUDA device behind them.
-  pnn_torch_library(torch_pnn_cuda ${PROJECT_SOURCE_DIR}/csrc/torch/operators.cpp
-    ${PROJECT_SOURCE_DIR}/csrc/torch/params.cpp ${PROJECT_SOURCE_DIR}/csrc/torch/cuda/backend_cuda.cpp)
-  target_compile_definitions(torch_pnn_cuda PRIVATE TORCH_PNN_CUDA TORCH_TARGET_VERSION=0x020b000000000000)
-  target_include_directories(torch_pnn_cuda PRIVATE ${PROJECT_SOURCE_DIR}/csrc/torch)
-  target_link_libraries(torch_pnn_cuda PRIVATE pnn_cuda ${PNN_TORCH_ROOT}/lib/libtorch_cuda.so)
+if(PNN_GPU_CHECK AND NOT PNN_TESTS)
+  enable_testing()
+  add_subdirectory(tests/cuda)
 endif()

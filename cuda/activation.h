@@ -3,9 +3,9 @@
  *
  * The formulas are those of csrc/kernels/activations.h, whose opening comment explains them. In float the GPU stays in
  * float, where the CPU goes through double: double precision is slow on most GPUs. Only identity, relu, leaky_relu and
- * hardtanh promise the CPU's bits. Limits in ulp of the exact result, in float: identity, relu, hardtanh 0; leaky_relu 0.5;
- * elu 2; tanh, sigmoid, selu, silu 3; gelu 5; derivatives 5; in double 6, gelu 10. Derivatives of gelu and silu in ulp of
- * 0.125 near their zeros. Tested in tests/cuda/activation_test.cc.
+ * hardtanh promise the CPU's bits. Limits in ulp of the exact result, in float: identity, relu, hardtanh 0; leaky_relu
+ * 0.5; elu 2; tanh, sigmoid, selu, silu 3; gelu 5; derivatives 5; in double 6, gelu 10. Derivatives of gelu and silu in
+ * ulp of 0.125 near their zeros. Tested in tests/cuda/activation_test.cc.
  *
  * Division is ours: the correctly rounded one is a called function on the GPU.
  */
@@ -56,8 +56,8 @@ PNN_DEVICE float divide(float n, float d) {
   const float q = n * r;
   return fma_(fma_(-q, d, n), r, q);
 }
-/* The same in double; the last correction rounds as the division would (Markstein, "Computation of elementary functions on
- * the IBM RISC System/6000 processor", 1990). */
+/* The same in double; the last correction rounds as the division would (Markstein, "Computation of elementary functions
+ * on the IBM RISC System/6000 processor", 1990). */
 PNN_DEVICE double divide(double n, double d) {
   double r = double_of(0x7fde623822fc16e6u - bits_of(d));
 #pragma unroll
@@ -190,9 +190,7 @@ PNN_DEVICE R activate_gradient(int activation, R u, R d) {
   switch (activation) {
     case PNN_ACTIVATION_RELU: return u <= 0 ? R(0) : d;
     case PNN_ACTIVATION_LEAKY_RELU: return u > 0 ? d : d * C::leaky_slope;
-    case PNN_ACTIVATION_ELU:
-      t = exponential(u > 0 ? R(0) : u, R(0), &rest);
-      return d * (u > 0 ? R(1) : t * rest);
+    case PNN_ACTIVATION_ELU: t = exponential(u > 0 ? R(0) : u, R(0), &rest); return d * (u > 0 ? R(1) : t * rest);
     case PNN_ACTIVATION_SELU:
       t = exponential(u > 0 ? R(0) : u, R(0), &rest);
       return d * (u > 0 ? C::selu_scale : C::selu_scale_alpha * t * rest);

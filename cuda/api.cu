@@ -12,9 +12,7 @@ extern "C" {
 namespace pnn_cuda {
 namespace {
 
-Vector vector_of(const pnn_tensor &t) {
-  return {t.data, static_cast<int>(t.dtype), t.size[0] > 1 ? t.stride[0] : 0};
-}
+Vector vector_of(const pnn_tensor &t) { return {t.data, static_cast<int>(t.dtype), t.size[0] > 1 ? t.stride[0] : 0}; }
 Matrix matrix_of(const pnn_tensor &t) {
   return {t.data, static_cast<int>(t.dtype), {t.size[0] > 1 ? t.stride[0] : 0, t.size[1] > 1 ? t.stride[1] : 0}};
 }
@@ -22,12 +20,13 @@ View view_of(const pnn_view &v) { return {v.data, v.batch, v.channel, v.row, v.c
 
 bool multiple(int64_t step, int64_t of) { return step % of == 0; }
 
-/* Whether the pixels, or the channels, of a tensor lie in aligned runs of 16 bytes that no group or image ends inside. */
+/* Whether the pixels, or the channels, of a tensor lie in aligned runs of 16 bytes that no group or image ends inside.
+ */
 int staging_of(const pnn_problem &p, const pnn_view &v, int64_t channels, int64_t group_channels) {
   const int64_t run = 16 / v.element;
   if (reinterpret_cast<uintptr_t>(v.data) % 16 || channels == 0) return STAGE_ELEMENTS;
-  const bool joined = p.out_width > 1 ? v.column == 1 && (p.out_height == 1 || v.row == p.out_width)
-                                      : p.out_height > 1 && v.row == 1;
+  const bool joined =
+      p.out_width > 1 ? v.column == 1 && (p.out_height == 1 || v.row == p.out_width) : p.out_height > 1 && v.row == 1;
   if (joined && multiple(p.pixels, run) && multiple(v.channel, run) && multiple(v.batch, run)) return STAGE_PIXELS;
   if (v.channel == 1 && (p.groups == 1 || multiple(group_channels, run)) && multiple(v.batch, run) &&
       multiple(v.row, run) && multiple(v.column, run))
@@ -86,7 +85,7 @@ struct Pieces {
 struct Plan {
   Layer layer;
   Pieces pieces;
-  bool direct;  /* the weight is read where it is */
+  bool direct; /* the weight is read where it is */
   bool inputs, affine, want_products, want_totals;
 };
 
@@ -162,9 +161,9 @@ Plan plan_make(const pnn_problem &p, pnn_pass pass, pnn_arena *arena) {
   return plan;
 }
 
-#define PNN_STOP_IF(expression)             \
-  do {                                      \
-    const Status status_ = (expression);    \
+#define PNN_STOP_IF(expression)               \
+  do {                                        \
+    const Status status_ = (expression);      \
     if (status_ != STATUS_OK) return status_; \
   } while (0)
 
@@ -183,8 +182,8 @@ Status forward(const pnn_problem &p, Plan &plan, Stream stream) {
   }
   const Matrix weight = matrix_of(params.weight);
   if (p.norm) {
-    PNN_STOP_IF(run_norm(l, is_double, vector_of(params.mean), vector_of(params.variance), vector_of(params.norm_weight),
-                         vector_of(params.norm_bias), p.eps, w.norm, stream));
+    PNN_STOP_IF(run_norm(l, is_double, vector_of(params.mean), vector_of(params.variance),
+                         vector_of(params.norm_weight), vector_of(params.norm_bias), p.eps, w.norm, stream));
     PNN_STOP_IF(run_start(l, is_double, weight, vector_of(params.bias), w.norm.beta, w.start, stream));
   }
   if (!plan.direct) PNN_STOP_IF(run_weight(l, weight, p.norm ? w.norm.scale : nullptr, w.weight, stream));
@@ -199,8 +198,8 @@ Status backward(const pnn_problem &p, Plan &plan, Stream stream) {
   const Matrix weight = matrix_of(params.weight);
   if (w.waves) PNN_STOP_IF(run_waves(l, p.shared ? p.masks : p.maps, w.waves, stream));
   if (p.norm)
-    PNN_STOP_IF(run_norm(l, is_double, vector_of(params.mean), vector_of(params.variance), vector_of(params.norm_weight),
-                         vector_of(params.norm_bias), p.eps, w.norm, stream));
+    PNN_STOP_IF(run_norm(l, is_double, vector_of(params.mean), vector_of(params.variance),
+                         vector_of(params.norm_weight), vector_of(params.norm_bias), p.eps, w.norm, stream));
   if (plan.want_totals) {
     l.totals = w.totals;
     l.products = plan.want_products ? w.products : nullptr;
@@ -218,8 +217,7 @@ Status backward(const pnn_problem &p, Plan &plan, Stream stream) {
   if (p.stride[0] != 1 || p.stride[1] != 1 || p.batch == 0) {
     if (params.grad_input.data)
       PNN_STOP_IF(run_clear(params.grad_input, pnn_dtype_size(params.grad_input.dtype), stream));
-    if (params.grad_mask.data)
-      PNN_STOP_IF(run_clear(params.grad_mask, pnn_dtype_size(params.grad_mask.dtype), stream));
+    if (params.grad_mask.data) PNN_STOP_IF(run_clear(params.grad_mask, pnn_dtype_size(params.grad_mask.dtype), stream));
   }
   if (l.columns == 0) return STATUS_OK;
   if (!plan.direct) PNN_STOP_IF(run_weight(l, weight, p.norm ? w.norm.scale : nullptr, w.weight, stream));
@@ -293,7 +291,8 @@ pnn_status pnn_cuda_mask_fill(const pnn_tensor *mask, pnn_noise noise, int32_t s
                               pnn_cuda_stream stream, pnn_error *error) {
   PNN_FAIL_IF(!mask, error, PNN_ERROR_NULL, "mask is NULL, it should point to a tensor");
   PNN_FAIL_IF(!seed, error, PNN_ERROR_NULL, "seed is NULL, it should point to one int64");
-  PNN_FAIL_IF(noise != PNN_NOISE_UNIFORM && noise != PNN_NOISE_NORMAL && noise != PNN_NOISE_WAVES, error, PNN_ERROR_VALUE,
+  PNN_FAIL_IF(noise != PNN_NOISE_UNIFORM && noise != PNN_NOISE_NORMAL && noise != PNN_NOISE_WAVES, error,
+              PNN_ERROR_VALUE,
               "noise is %d, it should be PNN_NOISE_UNIFORM (2), PNN_NOISE_NORMAL (3) or PNN_NOISE_WAVES (4)",
               static_cast<int>(noise));
   PNN_FORWARD_IF(pnn_check_output(mask, "mask", error));

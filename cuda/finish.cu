@@ -1,6 +1,6 @@
 /*
- * finish.cu - what there is one of per map, output or weight: normalisation's algebra, joining the pieces of sums, packing
- * the weight, writing masks out. Little work, done in double where digits matter.
+ * finish.cu - what there is one of per map, output or weight: normalisation's algebra, joining the pieces of sums,
+ * packing the weight, writing masks out. Little work, done in double where digits matter.
  */
 #include <math.h>
 
@@ -21,8 +21,8 @@ PNN_DEVICE double get(const void *data, int dtype, int64_t at) {
   }
 }
 
-/* x as a float from which a further rounding to 16 bits gives what one rounding would: inexact results become odd (Boldo,
- * Melquiond, "When double rounding is odd", 2005). */
+/* x as a float from which a further rounding to 16 bits gives what one rounding would: inexact results become odd
+ * (Boldo, Melquiond, "When double rounding is odd", 2005). */
 PNN_DEVICE float float_to_odd(double x) {
   const float f = static_cast<float>(x);
   if (static_cast<double>(f) == x || x != x || magnitude(f) == float_of(0x7f800000u)) return f;
@@ -58,8 +58,8 @@ inline int64_t blocks_for(int64_t count) {
 
 PNN_DEVICE bool finite(double x) { return magnitude(x) < double_of(0x7ff0000000000000u); }
 
-__global__ void moments_finish_kernel(const __grid_constant__ Layer layer, bool is_double, const void *parts, Vector mean,
-                                      Vector variance) {
+__global__ void moments_finish_kernel(const __grid_constant__ Layer layer, bool is_double, const void *parts,
+                                      Vector mean, Vector variance) {
   const int64_t chunks = (layer.columns + MOMENTS_COLUMNS - 1) / MOMENTS_COLUMNS;
   for (int64_t k = first_index(); k < layer.maps; k += index_step()) {
     double n = 0, m = 0, m2 = 0;
@@ -91,8 +91,8 @@ __global__ void moments_finish_kernel(const __grid_constant__ Layer layer, bool 
   }
 }
 
-__global__ void norm_kernel(int64_t maps, bool is_double, Vector mean, Vector variance, Vector gamma, Vector beta, double eps,
-                            Norm norm) {
+__global__ void norm_kernel(int64_t maps, bool is_double, Vector mean, Vector variance, Vector gamma, Vector beta,
+                            double eps, Norm norm) {
   for (int64_t k = first_index(); k < maps; k += index_step()) {
     const double r = 1 / sqrt(get(variance.data, variance.dtype, k * variance.step) + eps);
     norm.inverse[k] = r;
@@ -198,8 +198,8 @@ __global__ void mask_join_kernel(const __grid_constant__ Layer layer, bool is_do
       sum += get_real(layer.mask_parts, is_double, (c * layer.masks + m) * layer.pixels + p);
     const Place place = place_make(layer, p);
     const int64_t at = place.i * layer.grad_mask.row + place.j * layer.grad_mask.column + m * layer.grad_mask.batch;
-    const double value = is_double ? layer.level * sum
-                                   : static_cast<double>(static_cast<float>(layer.level) * static_cast<float>(sum));
+    const double value =
+        is_double ? layer.level * sum : static_cast<double>(static_cast<float>(layer.level) * static_cast<float>(sum));
     put(layer.grad_mask.data, layer.grad_mask.dtype, at, value);
   }
 }
@@ -258,15 +258,15 @@ Status run_moments_finish(const Layer &layer, bool is_double, const void *parts,
 Status run_norm(const Layer &layer, bool is_double, Vector mean, Vector variance, Vector gamma, Vector beta, double eps,
                 Norm norm, Stream stream) {
   Status status;
-  PNN_LAUNCH(status, norm_kernel, blocks_for(layer.maps), THREADS, 0, stream, layer.maps, is_double, mean, variance, gamma,
-             beta, eps, norm);
+  PNN_LAUNCH(status, norm_kernel, blocks_for(layer.maps), THREADS, 0, stream, layer.maps, is_double, mean, variance,
+             gamma, beta, eps, norm);
   return status;
 }
 
 Status run_weight(const Layer &layer, Matrix weight, const double *scale, void *to, Stream stream) {
   Status status;
-  PNN_LAUNCH(status, weight_kernel, blocks_for(layer.outputs * layer.group_maps), THREADS, 0, stream, layer, weight, scale,
-             to);
+  PNN_LAUNCH(status, weight_kernel, blocks_for(layer.outputs * layer.group_maps), THREADS, 0, stream, layer, weight,
+             scale, to);
   return status;
 }
 
@@ -275,8 +275,8 @@ Status run_start(const Layer &layer, bool is_double, Matrix weight, Vector bias,
   Status status;
   const int64_t blocks = layer.outputs < 65536 ? layer.outputs : 65536;
   if (blocks == 0) return STATUS_OK;
-  PNN_LAUNCH(status, start_kernel, blocks, THREADS, THREADS * sizeof(double), stream, layer, is_double, weight, bias, beta,
-             start);
+  PNN_LAUNCH(status, start_kernel, blocks, THREADS, THREADS * sizeof(double), stream, layer, is_double, weight, bias,
+             beta, start);
   return status;
 }
 
@@ -289,7 +289,8 @@ Status run_waves(const Layer &layer, int64_t count, uint32_t *waves, Stream stre
 Status run_join(const Layer &layer, bool is_double, Stream stream) {
   if (layer.splits == 1) return STATUS_OK;
   Status status;
-  PNN_LAUNCH(status, join_kernel, blocks_for(layer.outputs * (layer.group_maps + 1)), THREADS, 0, stream, layer, is_double);
+  PNN_LAUNCH(status, join_kernel, blocks_for(layer.outputs * (layer.group_maps + 1)), THREADS, 0, stream, layer,
+             is_double);
   return status;
 }
 

@@ -7,9 +7,9 @@
  *     global --cp.async--> V [output][map] ------------------------------------------^
  *
  * The middle arrow is where masks are added (generated in registers, or read), the activation applied, the mean
- * subtracted and the operand rounded. x and V travel STAGES - 1 steps ahead; the operand of the next step is made between
- * the same two barriers in which this step's is multiplied, so that the arithmetic of one hides behind the other.
- * Tensors whose pixels or channels do not lie in aligned runs of 16 bytes skip the first arrow.
+ * subtracted and the operand rounded. x and V travel STAGES - 1 steps ahead; the operand of the next step is made
+ * between the same two barriers in which this step's is multiplied, so that the arithmetic of one hides behind the
+ * other. Tensors whose pixels or channels do not lie in aligned runs of 16 bytes skip the first arrow.
  */
 #include "kernels.h"
 #include "response.h"
@@ -35,9 +35,9 @@ struct Shape {
   static constexpr int table_bytes = S::columns * static_cast<int>(sizeof(Column));
   /* Sums leave through shared memory in the output's order; the padding keeps the fragments' banks apart. */
   static constexpr int pitch_pixels = S::columns + 8, pitch_outputs = S::rows + 4;
-  static constexpr int sums_bytes = static_cast<int>(sizeof(R)) * (S::rows * pitch_pixels > S::columns * pitch_outputs
-                                                                       ? S::rows * pitch_pixels
-                                                                       : S::columns * pitch_outputs);
+  static constexpr int sums_bytes =
+      static_cast<int>(sizeof(R)) *
+      (S::rows * pitch_pixels > S::columns * pitch_outputs ? S::rows * pitch_pixels : S::columns * pitch_outputs);
   static PNN_HOST_DEVICE int input_bytes(int size) {
     const int pixels = DEPTH * (S::columns * size + 16), channels = S::columns * (DEPTH * size + 16);
     return pixels > channels ? pixels : channels;
@@ -111,8 +111,8 @@ __global__ void __launch_bounds__(S::threads, S::blocks)
           stage_view<sizeof(D), S::columns, S::threads>(layer.input, staging, c0, count, layer.group_channels,
                                                         channel_first, raw, pitch, offset);
         else
-          stage_view<4, S::columns, S::threads>(layer.input, staging, c0, count, layer.group_channels, channel_first, raw,
-                                                pitch, offset);
+          stage_view<4, S::columns, S::threads>(layer.input, staging, c0, count, layer.group_channels, channel_first,
+                                                raw, pitch, offset);
       }
     }
     copy_commit();

@@ -6,13 +6,14 @@
  *     dx[c,q] = sum over m of d        or, in a launch of its own where masks are trained,
  *     dN[k,p] = level * sum over b of d
  *
- * Both operands travel as they are stored, four steps of depth (outputs) at a time: V as [output][map], read transposed;
- * g as [output][pixel] (transposed) or, channels-last, as [pixel][output]. The sums go through shared memory into runs of
- * eight maps of a pixel, where u is made again from x as the forward pass did; d returns there to be added up over m.
+ * Both operands travel as they are stored, four steps of depth (outputs) at a time: V as [output][map], read
+ * transposed; g as [output][pixel] (transposed) or, channels-last, as [pixel][output]. The sums go through shared
+ * memory into runs of eight maps of a pixel, where u is made again from x as the forward pass did; d returns there to
+ * be added up over m.
  *
  * A block's maps are those of whole channels; they start at a multiple of 16 bytes, so the tile may begin a few maps
- * early. A channel with more maps than a tile is taken in pieces, its sum waiting in a register. For dN a block keeps its
- * pixels and goes through the batch. Every sum has one order, whatever the grid.
+ * early. A channel with more maps than a tile is taken in pieces, its sum waiting in a register. For dN a block keeps
+ * its pixels and goes through the batch. Every sum has one order, whatever the grid.
  */
 #include <string>
 
@@ -48,7 +49,7 @@ struct Shape {
   static constexpr int table_bytes = S::columns * static_cast<int>(sizeof(Column));
   static constexpr int pitch = S::columns + 8;
   static constexpr int sums_bytes = S::rows * pitch * static_cast<int>(sizeof(R));
-  static constexpr int work_bytes = STAGES * stage_bytes > sums_bytes ? STAGES * stage_bytes : sums_bytes;
+  static constexpr int work_bytes = STAGES * stage_bytes > sums_bytes ? STAGES *stage_bytes : sums_bytes;
   static constexpr int bytes = table_bytes + work_bytes;
   static constexpr int mask_bytes = bytes + sums_bytes;
 };
@@ -70,7 +71,8 @@ __global__ void __launch_bounds__(S::threads, S::blocks)
   const R *const offset = static_cast<const R *>(layer.offset), *const slope = static_cast<const R *>(layer.slope);
 
   int64_t map_tile, column_tile;
-  const int64_t group = divide(grid.by_columns, divide(grid.by_maps, grid.first_tile + blockIdx.x, &map_tile), &column_tile);
+  const int64_t group =
+      divide(grid.by_columns, divide(grid.by_maps, grid.first_tile + blockIdx.x, &map_tile), &column_tile);
   const int64_t map_first = group * layer.group_maps, output_first = group * layer.group_outputs;
   int64_t k_begin, k_end;
   if (masks) {
@@ -112,7 +114,7 @@ __global__ void __launch_bounds__(S::threads, S::blocks)
             *at = j < columns ? table[j].grad_output : 0;
             return j < columns;
           };
-          const int staging = G == DEPTH_FASTEST               ? STAGE_CHANNELS
+          const int staging = G == DEPTH_FASTEST                          ? STAGE_CHANNELS
                               : layer.grad_output_staging == STAGE_PIXELS ? STAGE_PIXELS
                                                                           : STAGE_ELEMENTS;
           stage_view<sizeof(D), S::columns, S::threads>(layer.grad_output, staging, step * DEPTH, DEPTH,
@@ -194,7 +196,8 @@ __global__ void __launch_bounds__(S::threads, S::blocks)
         carry = sum;
         if (last != first + layer.masks) continue;
         const Place p = place_make(layer, q0 + j);
-        const int64_t at = place_in(layer.grad_input, p) + (group * layer.group_channels + channel) * layer.grad_input.channel;
+        const int64_t at =
+            place_in(layer.grad_input, p) + (group * layer.group_channels + channel) * layer.grad_input.channel;
         if constexpr (sizeof(D) == 2) {
           if (layer.input_float) {
             reinterpret_cast<float *>(layer.grad_input.data)[at] = sum;

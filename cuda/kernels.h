@@ -1,5 +1,6 @@
 /*
- * kernels.h - what api.cu launches: one function for each kernel, on the host's side, and the sizes both sides agree on.
+ * kernels.h - what api.cu launches: one function for each kernel, on the host's side, and the sizes both sides agree
+ * on.
  */
 #ifndef PNN_CUDA_KERNELS_H
 #define PNN_CUDA_KERNELS_H
@@ -12,26 +13,26 @@ namespace pnn_cuda {
 using Stream = cudaStream_t;
 using Status = cudaError_t;
 constexpr Status STATUS_OK = cudaSuccess;
-#define PNN_LAUNCH(result, kernel, blocks, threads, shared, stream, ...)                                               \
-  do {                                                                                                                 \
-    Status status_ = STATUS_OK;                                                                                        \
-    if ((shared) > 48 * 1024)                                                                                          \
-      status_ = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared));   \
-    if (status_ == STATUS_OK) {                                                                                        \
-      kernel<<<dim3(static_cast<unsigned>(blocks)), dim3(threads), (shared), (stream)>>>(__VA_ARGS__);                 \
-      status_ = cudaGetLastError();                                                                                    \
-    }                                                                                                                  \
-    (result) = status_;                                                                                                \
+#define PNN_LAUNCH(result, kernel, blocks, threads, shared, stream, ...)                                             \
+  do {                                                                                                               \
+    Status status_ = STATUS_OK;                                                                                      \
+    if ((shared) > 48 * 1024)                                                                                        \
+      status_ = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared)); \
+    if (status_ == STATUS_OK) {                                                                                      \
+      kernel<<<dim3(static_cast<unsigned>(blocks)), dim3(threads), (shared), (stream)>>>(__VA_ARGS__);               \
+      status_ = cudaGetLastError();                                                                                  \
+    }                                                                                                                \
+    (result) = status_;                                                                                              \
   } while (0)
 #else
 using Stream = void *;
 using Status = int;
 constexpr Status STATUS_OK = 0;
-#define PNN_LAUNCH(result, kernel, blocks, threads, shared, stream, ...)                                             \
-  do {                                                                                                               \
-    (void)(stream);                                                                                                  \
-    cuda_on_host::launch(kernel, dim3(static_cast<unsigned>(blocks)), dim3(threads), (shared), __VA_ARGS__);         \
-    (result) = STATUS_OK;                                                                                            \
+#define PNN_LAUNCH(result, kernel, blocks, threads, shared, stream, ...)                                     \
+  do {                                                                                                       \
+    (void)(stream);                                                                                          \
+    cuda_on_host::launch(kernel, dim3(static_cast<unsigned>(blocks)), dim3(threads), (shared), __VA_ARGS__); \
+    (result) = STATUS_OK;                                                                                    \
   } while (0)
 #endif
 
@@ -40,8 +41,8 @@ constexpr int64_t GRID_MOST = 0x7fffffff;
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-/* Two shapes of tiles: large ones read less, small ones leave no multiprocessor idle in small problems. `blocks` of them
- * must fit on a multiprocessor by their registers. */
+/* Two shapes of tiles: large ones read less, small ones leave no multiprocessor idle in small problems. `blocks` of
+ * them must fit on a multiprocessor by their registers. */
 template <class D>
 struct Large {
   static constexpr int rows = 128, columns = 128, threads = 256, blocks = 1;

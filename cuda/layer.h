@@ -1,10 +1,10 @@
 /*
- * layer.h - one layer's call as the kernels see it: sizes, views, dividers. Built on the host by api.cu from the problem
- * that csrc/check.c checked, handed to each kernel by value.
+ * layer.h - one layer's call as the kernels see it: sizes, views, dividers. Built on the host by api.cu from the
+ * problem that csrc/check.c checked, handed to each kernel by value.
  *
- * The columns of every product are the computed pixels of all images: column q is pixel q % P of image q / P, P = H'*W'.
- * Indices are 64 bits wide; they are divided by multiplying (Granlund, Montgomery, "Division by invariant integers using
- * multiplication", PLDI 1994), since the hardware has no integer division.
+ * The columns of every product are the computed pixels of all images: column q is pixel q % P of image q / P, P =
+ * H'*W'. Indices are 64 bits wide; they are divided by multiplying (Granlund, Montgomery, "Division by invariant
+ * integers using multiplication", PLDI 1994), since the hardware has no integer division.
  */
 #ifndef PNN_CUDA_LAYER_H
 #define PNN_CUDA_LAYER_H

@@ -56,7 +56,7 @@ PNN_DEVICE void join_threads(R v[RUN], R *shared, bool largest) {
 }
 
 template <class D>
-__global__ void __launch_bounds__(THREADS)
+__global__ void __launch_bounds__(THREADS, sizeof(D) == 8 ? 1 : 2)
     moments_kernel(const __grid_constant__ Layer layer, int64_t first_tile, const __grid_constant__ Divider by_runs,
                    typename RealOf<D>::type *parts) {
   using R = typename RealOf<D>::type;

@@ -36,8 +36,8 @@ struct alignas(16) words4 {
 
 #if defined(__CUDACC__)
 
-#define PNN_SHARED_MEMORY(name)                              \
-  extern __shared__ __align__(128) unsigned char name##_[];  \
+#define PNN_SHARED_MEMORY(name)                             \
+  extern __shared__ __align__(128) unsigned char name##_[]; \
   char *const name = reinterpret_cast<char *>(name##_)
 
 PNN_DEVICE uint32_t shared_address(const void *p) { return static_cast<uint32_t>(__cvta_generic_to_shared(p)); }
@@ -70,23 +70,26 @@ PNN_DEVICE void load_matrices_transposed(uint32_t r[4], const void *row) {
 
 /* c[16][8] += a[16][16] * b[16][8], the operands spread over the warp as the PTX manual draws them (m16n8k16). */
 PNN_DEVICE void multiply(bfloat16, float c[4], const uint32_t a[4], const uint32_t b[2]) {
-  asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
-               "{%0, %1, %2, %3};"
-               : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
-               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+  asm volatile(
+      "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+      "{%0, %1, %2, %3};"
+      : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
 }
 PNN_DEVICE void multiply(float16, float c[4], const uint32_t a[4], const uint32_t b[2]) {
-  asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
-               "{%0, %1, %2, %3};"
-               : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
-               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+  asm volatile(
+      "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+      "{%0, %1, %2, %3};"
+      : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
 }
 /* c[16][8] += a[16][8] * b[8][8] of TF32 values, one to a register (m16n8k8). */
 PNN_DEVICE void multiply_tf32(float c[4], const uint32_t a[4], const uint32_t b[2]) {
-  asm volatile("mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
-               "{%0, %1, %2, %3};"
-               : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
-               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+  asm volatile(
+      "mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+      "{%0, %1, %2, %3};"
+      : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
 }
 /* Rounds to TF32's 10 bits of fraction, to nearest, ties away from zero. */
 PNN_DEVICE uint32_t to_tf32(float x) {
@@ -171,7 +174,9 @@ inline uint32_t bits_of(float x) { return reinterpret<uint32_t>(x); }
 inline float float_of(uint32_t x) { return reinterpret<float>(x); }
 inline uint64_t bits_of(double x) { return reinterpret<uint64_t>(x); }
 inline double double_of(uint64_t x) { return reinterpret<double>(x); }
-inline uint32_t multiply_high(uint32_t a, uint32_t b) { return static_cast<uint32_t>(static_cast<uint64_t>(a) * b >> 32); }
+inline uint32_t multiply_high(uint32_t a, uint32_t b) {
+  return static_cast<uint32_t>(static_cast<uint64_t>(a) * b >> 32);
+}
 inline uint64_t multiply_high(uint64_t a, uint64_t b) {
   __extension__ typedef unsigned __int128 wide;
   return static_cast<uint64_t>(static_cast<wide>(a) * b >> 64);
@@ -213,8 +218,8 @@ inline float element_of(float16, uint32_t word, int half) {
 constexpr int smallest_exponent(bfloat16) { return -126; }
 constexpr int smallest_exponent(float16) { return -14; }
 
-/* Lane i holds, of a: rows i / 4 (+ 8), columns 2 * (i % 4) + {0, 1} (+ 8); of b: rows 2 * (i % 4) + {0, 1} (+ 8), column
- * i / 4; of c: rows i / 4 (+ 8), columns 2 * (i % 4) + {0, 1}. */
+/* Lane i holds, of a: rows i / 4 (+ 8), columns 2 * (i % 4) + {0, 1} (+ 8); of b: rows 2 * (i % 4) + {0, 1} (+ 8),
+ * column i / 4; of c: rows i / 4 (+ 8), columns 2 * (i % 4) + {0, 1}. */
 template <class T>
 void multiply(T type, float c[4], const uint32_t a[4], const uint32_t b[2]) {
   const uint32_t words[6] = {a[0], a[1], a[2], a[3], b[0], b[1]};

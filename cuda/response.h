@@ -1,9 +1,9 @@
 /*
  * response.h - response maps in registers: masks from their tensor or their seed, perturbation, activation, centring.
  *
- * A thread makes eight neighbouring maps of one pixel at a time. The 256-value lattice takes one Philox call for sixteen
- * maps (csrc/kernels/philox.h, the same generator); the loop that writes eight at a time computes it once for each eight
- * that are aligned, and map by map, as the coordinates come, where they are not.
+ * A thread makes eight neighbouring maps of one pixel at a time. The 256-value lattice takes one Philox call for
+ * sixteen maps (csrc/kernels/philox.h, the same generator); the loop that writes eight at a time computes it once for
+ * each eight that are aligned, and map by map, as the coordinates come, where they are not.
  */
 #ifndef PNN_CUDA_RESPONSE_H
 #define PNN_CUDA_RESPONSE_H
@@ -59,8 +59,8 @@ PNN_DEVICE float wave_value(uint32_t down, uint32_t across, uint32_t phase, uint
   return lattice(t < 256 ? t : 511 - t);
 }
 
-/* The recipe's value for map k at a pixel of the full grid, one by one; `words` and `*made` keep the last generator call
- * for the next map. */
+/* The recipe's value for map k at a pixel of the full grid, one by one; `words` and `*made` keep the last generator
+ * call for the next map. */
 PNN_DEVICE float recipe_value(const Layer &layer, uint64_t seed, uint32_t k, uint32_t row, uint32_t column,
                               uint32_t words[4], uint32_t *made) {
   if (layer.noise == PNN_NOISE_WAVES) {

@@ -21,8 +21,8 @@ enum Fastest { DEPTH_FASTEST, ROWS_FASTEST };
 
 template <class D>
 struct Depth {
-  static constexpr int value = 64 / static_cast<int>(sizeof(D));     /* of one step of the pipeline */
-  static constexpr int vector = 16 / static_cast<int>(sizeof(D));    /* elements in 16 bytes */
+  static constexpr int value = 64 / static_cast<int>(sizeof(D));  /* of one step of the pipeline */
+  static constexpr int vector = 16 / static_cast<int>(sizeof(D)); /* elements in 16 bytes */
 };
 
 /* Bytes from one row (or one depth) to the next, and of the whole tile. */
@@ -48,7 +48,8 @@ struct Tile {
   static constexpr int N = 8, LANES_N = COLUMNS / N, LANES_M = THREADS / LANES_N, M = ROWS / LANES_M;
   R c[M][N];
 
-  /* The i-th of a thread's rows: neighbours in lanes where depth is contiguous, neighbours in a vector where rows are. */
+  /* The i-th of a thread's rows: neighbours in lanes where depth is contiguous, neighbours in a vector where rows are.
+   */
   template <Fastest F, int LANES>
   static PNN_DEVICE int index(int i, int lane) {
     return F == DEPTH_FASTEST ? i * LANES + lane : i / V * (V * LANES) + lane * V + i % V;
@@ -204,11 +205,11 @@ PNN_DEVICE void stage_weight(const Layer &layer, int64_t group, int64_t t0, int 
 }
 
 /* Channels [c0, c0 + count) below `end` of columns [0, columns) of a view into shared memory: [channel][column] with
- * STAGE_PIXELS (and STAGE_ELEMENTS, at once and not asynchronously), [column][channel] with STAGE_CHANNELS, where c0 and
- * count are multiples of 16 bytes. offset(j) is column j's place in the view, or -1 where it is beyond the last. */
+ * STAGE_PIXELS (and STAGE_ELEMENTS, at once and not asynchronously), [column][channel] with STAGE_CHANNELS, where c0
+ * and count are multiples of 16 bytes. offset(j) is column j's place in the view, or -1 where it is beyond the last. */
 template <int SIZE, int COLUMNS, int THREADS, class Offset>
-PNN_DEVICE void stage_view(const View &v, int staging, int64_t c0, int count, int64_t end, int64_t group_first, char *to,
-                           int pitch, Offset offset) {
+PNN_DEVICE void stage_view(const View &v, int staging, int64_t c0, int count, int64_t end, int64_t group_first,
+                           char *to, int pitch, Offset offset) {
   constexpr int V = 16 / SIZE;
   const int thread = static_cast<int>(threadIdx.x);
   if (staging == STAGE_PIXELS) {

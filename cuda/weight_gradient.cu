@@ -2,10 +2,11 @@
  * weight_gradient.cu - G[t,k] = sum over q of g[t,q] * operand[k,q], and h[t] = sum over q of g[t,q].
  *
  * The sum over pixels is cut into `splits` pieces, whose number depends on the sizes alone; each block leaves its piece
- * of the sum, and finish.cu adds the pieces in order: no atomics, the same bits in every run and on every GPU of a kind.
+ * of the sum, and finish.cu adds the pieces in order: no atomics, the same bits in every run and on every GPU of a
+ * kind.
  *
- * Per step of depth (64 bytes of pixels) g travels as it is stored, x too; the operand is made as in the forward pass, as
- * [pixel][map], and read transposed. The blocks of the first maps also add up h from the g that is in shared memory.
+ * Per step of depth (64 bytes of pixels) g travels as it is stored, x too; the operand is made as in the forward pass,
+ * as [pixel][map], and read transposed. The blocks of the first maps also add up h from the g that is in shared memory.
  */
 #include <string>
 
@@ -51,10 +52,9 @@ __global__ void __launch_bounds__(S::threads, S::blocks)
   const uint64_t seed = seed_read(layer);
 
   int64_t output_tile, map_tile, group;
-  const int64_t split = divide(grid.by_groups,
-                               divide(grid.by_maps, divide(grid.by_outputs, grid.first_tile + blockIdx.x, &output_tile),
-                                      &map_tile),
-                               &group);
+  const int64_t split = divide(
+      grid.by_groups,
+      divide(grid.by_maps, divide(grid.by_outputs, grid.first_tile + blockIdx.x, &output_tile), &map_tile), &group);
   const int64_t t0 = output_tile * S::rows, k0 = map_tile * S::columns;
   const int64_t q_begin = split * layer.split_columns;
   const int64_t q_end = q_begin + layer.split_columns < layer.columns ? q_begin + layer.split_columns : layer.columns;
@@ -84,17 +84,17 @@ __global__ void __launch_bounds__(S::threads, S::blocks)
         *at = q + j < q_end ? place_in(view, place_make(layer, q + j)) : 0;
         return q + j < q_end;
       };
-      const int order = G == ROWS_FASTEST                             ? STAGE_CHANNELS
+      const int order = G == ROWS_FASTEST                           ? STAGE_CHANNELS
                         : layer.grad_output_staging == STAGE_PIXELS ? STAGE_PIXELS
-                                                                      : STAGE_ELEMENTS;
-      stage_view<sizeof(D), DEPTH, S::threads>(
-          layer.grad_output, order, t0, S::rows, layer.group_outputs, output_first, to, pitch_of<D>(G, S::rows),
-          [&](int j, int64_t *at) { return in(layer.grad_output, j, at); });
+                                                                    : STAGE_ELEMENTS;
+      stage_view<sizeof(D), DEPTH, S::threads>(layer.grad_output, order, t0, S::rows, layer.group_outputs, output_first,
+                                               to, pitch_of<D>(G, S::rows),
+                                               [&](int j, int64_t *at) { return in(layer.grad_output, j, at); });
       if (products && staging != STAGE_ELEMENTS) {
         const auto place = [&](int j, int64_t *at) { return in(layer.input, j, at); };
         if (input_size == static_cast<int>(sizeof(D)))
-          stage_view<sizeof(D), DEPTH, S::threads>(layer.input, staging, c0, channels, layer.group_channels, channel_first,
-                                                   to + H::gradient_bytes, pitch, place);
+          stage_view<sizeof(D), DEPTH, S::threads>(layer.input, staging, c0, channels, layer.group_channels,
+                                                   channel_first, to + H::gradient_bytes, pitch, place);
         else
           stage_view<4, DEPTH, S::threads>(layer.input, staging, c0, channels, layer.group_channels, channel_first,
                                            to + H::gradient_bytes, pitch, place);
@@ -147,8 +147,9 @@ __global__ void __launch_bounds__(S::threads, S::blocks)
     if (totals && thread < S::rows) {
 #pragma unroll
       for (int j = 0; j < DEPTH; j++) {
-        const char *at = G == DEPTH_FASTEST ? gradient + thread * pitch_of<D>(G, S::rows) + j * static_cast<int>(sizeof(D))
-                                            : gradient + j * pitch_of<D>(G, S::rows) + thread * static_cast<int>(sizeof(D));
+        const char *at = G == DEPTH_FASTEST
+                             ? gradient + thread * pitch_of<D>(G, S::rows) + j * static_cast<int>(sizeof(D))
+                             : gradient + j * pitch_of<D>(G, S::rows) + thread * static_cast<int>(sizeof(D));
         total += widen(*reinterpret_cast<const D *>(at));
       }
     }
@@ -199,7 +200,8 @@ Status choose(const Layer &layer, Stream stream) {
 
 template <class D, class S, Fastest G>
 void list_one(Visit visit, const std::string &name) {
-  visit((name + (G == DEPTH_FASTEST ? " depth" : " rows")).c_str(), S::threads, Shape<D, S, G>::bytes(static_cast<int>(sizeof(D))));
+  visit((name + (G == DEPTH_FASTEST ? " depth" : " rows")).c_str(), S::threads,
+        Shape<D, S, G>::bytes(static_cast<int>(sizeof(D))));
 }
 template <class D, class S>
 void list(Visit visit, const char *name) {

@@ -31,7 +31,9 @@ double ulp_of(double x, double least, pnn_dtype type = PNN_FLOAT32) {
 
 class Activation : public testing::TestWithParam<int> {};
 INSTANTIATE_TEST_SUITE_P(Cuda, Activation, testing::Range(0, static_cast<int>(PNN_ACTIVATION_COUNT)),
-                         [](const testing::TestParamInfo<int> &i) { return name_of(static_cast<pnn_activation>(i.param)); });
+                         [](const testing::TestParamInfo<int> &i) {
+                           return name_of(static_cast<pnn_activation>(i.param));
+                         });
 
 TEST_P(Activation, FloatWithinItsLimit) {
   const pnn_activation f = static_cast<pnn_activation>(GetParam());
@@ -69,13 +71,15 @@ TEST_P(Activation, DoubleWithinItsLimit) {
   Random random(11);
   for (int i = 0; i < 60000; i++) {
     /* Down to where results still have all their digits. */
-    const double u = i % 3 == 0 ? std::ldexp(random.uniform(), static_cast<int>(random.integer(-60, 5))) : 20 * random.uniform();
+    const double u =
+        i % 3 == 0 ? std::ldexp(random.uniform(), static_cast<int>(random.integer(-60, 5))) : 20 * random.uniform();
     const long double exact = activate(f, u, true), slope = derivative(f, u, true);
     const double least = crosses && u < 0 && u > -4 ? 0.125 : 0;
     worst = std::max(worst, static_cast<double>(std::fabs(pnn_cuda::activate(f, u) - exact)) /
                                 ulp_of(static_cast<double>(exact), 0, PNN_FLOAT64));
-    worst_gradient = std::max(worst_gradient, static_cast<double>(std::fabs(pnn_cuda::activate_gradient(f, u, 1.0) - slope)) /
-                                                  ulp_of(static_cast<double>(slope), least, PNN_FLOAT64));
+    worst_gradient =
+        std::max(worst_gradient, static_cast<double>(std::fabs(pnn_cuda::activate_gradient(f, u, 1.0) - slope)) /
+                                     ulp_of(static_cast<double>(slope), least, PNN_FLOAT64));
   }
   std::printf("%-10s double: worst %.3f ulp, derivative %.3f ulp\n", name_of(f), worst, worst_gradient);
   EXPECT_LE(worst, f == PNN_ACTIVATION_GELU ? 10 : 6);
@@ -109,7 +113,8 @@ TEST(Divide, CloseInFloatAndRoundedInDouble) {
   double worst = 0;
   int64_t differ = 0;
   for (int i = 0; i < 200000; i++) {
-    const float n = static_cast<float>(random.uniform()), d = static_cast<float>(std::ldexp(1 + std::fabs(random.uniform()), i % 30));
+    const float n = static_cast<float>(random.uniform()),
+                d = static_cast<float>(std::ldexp(1 + std::fabs(random.uniform()), i % 30));
     const double exact = static_cast<double>(n) / static_cast<double>(d);
     worst = std::max(worst, std::fabs(static_cast<double>(pnn_cuda::divide(n, d)) - exact) / ulp_of(exact, 0));
     const double x = random.uniform(), y = std::ldexp(1 + std::fabs(random.uniform()), i % 30);

@@ -13,12 +13,12 @@
  * Reads and writes outside of an allocation are the address sanitizer's to find: it is told of every switch.
  *
  * mma.sync follows the arithmetic that was measured on hardware (arXiv 2511.10909, 2512.07004): products are exact,
- * aligned to the largest exponent, truncated to F fractional bits, summed exactly and rounded toward zero: F = 25 in one
- * step on Hopper, F = 24 in two steps of half the depth on Ampere.
+ * aligned to the largest exponent, truncated to F fractional bits, summed exactly and rounded toward zero: F = 25 in
+ * one step on Hopper, F = 24 in two steps of half the depth on Ampere.
  *
- * Shared-memory wavefronts are counted on request: 32 banks of 4 bytes; an access of 4 bytes a lane goes as one group of
- * 32 lanes, of 8 as two of 16, of 16 as four of 8, and ldmatrix as one group for each matrix. Accesses are paired up by
- * their number since the last barrier, so the count is meant for code that the lanes of a warp run together.
+ * Shared-memory wavefronts are counted on request: 32 banks of 4 bytes; an access of 4 bytes a lane goes as one group
+ * of 32 lanes, of 8 as two of 16, of 16 as four of 8, and ldmatrix as one group for each matrix. Accesses are paired up
+ * by their number since the last barrier, so the count is meant for code that the lanes of a warp run together.
  */
 #ifndef PNN_CUDA_ON_HOST_H
 #define PNN_CUDA_ON_HOST_H
@@ -252,7 +252,8 @@ inline void release_block_barrier() {
 
 /* Threads must wait at one and the same barrier, and none may be done: the hardware would mix them up or hang. */
 inline void block_barrier(int line) {
-  if (block->arrived && block->barrier != line) fail("divergent barrier: threads wait at __syncthreads of different lines");
+  if (block->arrived && block->barrier != line)
+    fail("divergent barrier: threads wait at __syncthreads of different lines");
   if (block->live != static_cast<int>(block->fibers.size())) fail("divergent barrier: a thread is done, others wait");
   block->barrier = line;
   if (++block->arrived == block->live) {
@@ -383,8 +384,10 @@ inline void run_block(Block &b) {
       at_warp += f.state == State::AT_WARP_BARRIER;
     }
     char text[160];
-    std::snprintf(text, sizeof text, "barrier deadlock in block (%u,%u,%u): %d threads at __syncthreads, %d at a warp barrier, "
-                  "%d of %d still running", b.index.x, b.index.y, b.index.z, at_block, at_warp, b.live, threads);
+    std::snprintf(text, sizeof text,
+                  "barrier deadlock in block (%u,%u,%u): %d threads at __syncthreads, %d at a warp barrier, "
+                  "%d of %d still running",
+                  b.index.x, b.index.y, b.index.z, at_block, at_warp, b.live, threads);
     fail(text);
   }
   flush_all_accesses();
@@ -460,7 +463,8 @@ inline void copy_wait(size_t pending) {
 
 /* ---- the tensor core ---- */
 
-/* A factor's exponent as the hardware aligns it: denormal numbers stand at the smallest normal exponent of their type. */
+/* A factor's exponent as the hardware aligns it: denormal numbers stand at the smallest normal exponent of their type.
+ */
 inline int aligned_exponent(double x, int smallest) {
   int e;
   std::frexp(x, &e);
@@ -476,7 +480,8 @@ inline float tensor_core_step(float c, const float *a, const float *b, int depth
     const double p = static_cast<double>(a[k]) * b[k];
     if (std::isnan(p)) nan = true;
     if (std::isinf(p)) (p > 0 ? plus : minus) = true;
-    if (p != 0 && std::isfinite(p)) top = std::max(top, aligned_exponent(a[k], smallest) + aligned_exponent(b[k], smallest));
+    if (p != 0 && std::isfinite(p))
+      top = std::max(top, aligned_exponent(a[k], smallest) + aligned_exponent(b[k], smallest));
   }
   if (nan || (plus && minus)) return NAN;
   if (plus || minus) return plus ? HUGE_VALF : -HUGE_VALF;

@@ -170,7 +170,8 @@ TEST(CudaOnHostDeathTest, EarlyEndIsReported) {
 }
 
 TEST(CudaOnHostDeathTest, DeadlockIsReported) {
-  EXPECT_DEATH(host::launch(deadlock, dim3(1), dim3(64), 0), "deadlock in block \\(0,0,0\\): 63 threads at __syncthreads, 1");
+  EXPECT_DEATH(host::launch(deadlock, dim3(1), dim3(64), 0),
+               "deadlock in block \\(0,0,0\\): 63 threads at __syncthreads, 1");
 }
 
 TEST(CudaOnHost, ShufflesAddUpAWarp) {

@@ -4,10 +4,10 @@
     python tests/cuda/gates.py ... --write     writes the table anew
 
 For every architecture in the object files, no kernel may use local memory (LDL, STL: spilled registers). The tiled
-kernels may not call functions (CALL) nor, unless they compute in double, use double precision (DFMA, DADD, DMUL, DSETP);
-those of 16-bit types must use the tensor cores (HMMA) and ldmatrix (LDSM); all must copy asynchronously (LDGSTS), but for
-the moments', which need no tile. The kernels of finish.cu, of which there is one thread per channel, output or weight,
-may do all but spill. (nvcc itself refuses spills in a build with warnings as errors.)
+kernels may not call functions (CALL) nor, unless they compute in double, use double precision (DFMA, DADD, DMUL,
+DSETP); those of 16-bit types must use the tensor cores (HMMA) and ldmatrix (LDSM); all must copy asynchronously
+(LDGSTS), but for the moments', which need no tile. The kernels of finish.cu, of which there is one thread per channel,
+output or weight, may do all but spill. (nvcc itself refuses spills in a build with warnings as errors.)
 
 Registers, shared memory and the blocks that fit on a multiprocessor are printed as a table, which must equal
 tests/cuda/kernels.txt: a change is to be looked at, then written with --write. Registers depend on the compiler, so the
@@ -89,7 +89,9 @@ def opcodes(objects: Path) -> dict[tuple[str, int], set[str]]:
                 architecture = int(match[1])
             elif match := re.search(r"Function : (\S+)", line):
                 current = found.setdefault((short_name(match[1]), architecture), set())
-            elif current is not None and (match := re.search(r"/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_]*)", line)):
+            elif current is not None and (
+                match := re.search(r"/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_]*)", line)
+            ):
                 current.add(match[1])
     return found
 
@@ -184,7 +186,9 @@ def main() -> int:
         elif written[1] != lines[1]:
             print("gates.py: the table is of other architectures, so it is not compared")
         else:
-            failures += [f"changed: {new}\n  was:   {old}" for old, new in zip(written, lines, strict=True) if old != new]
+            failures += [
+                f"changed: {new}\n  was:   {old}" for old, new in zip(written, lines, strict=True) if old != new
+            ]
     print(f"{len(found)} kernels on {len({a for _, a in found})} architectures, {len(failures)} failures")
     print("\n".join(failures))
     return 1 if failures else 0

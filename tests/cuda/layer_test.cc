@@ -1,6 +1,6 @@
 /*
- * layer_test.cc - the CUDA kernels, run on the CPU by cuda_on_host.h, against the plain loops of tests/c/reference.h and
- * against libpnn.
+ * layer_test.cc - the CUDA kernels, run on the CPU by cuda_on_host.h, against the plain loops of tests/c/reference.h
+ * and against libpnn.
  *
  * Tensors, cases and comparisons are those of the C tests; only the calls go to the CUDA entry points. Each case runs
  * under one of the schedules in turn, and a choice of cases under all of them, which must give the same bits.
@@ -193,8 +193,8 @@ TEST_P(CudaTypes, SomeGradients) {
 }
 
 TEST(CudaLarge, LargeTiles) {
-  /* 128 blocks of 128 x 128: enough to be worth the large tiles, in each type, order and pass. The device would run 132 of
-   * them at once; a CPU takes seconds, so the depth is short. */
+  /* 128 blocks of 128 x 128: enough to be worth the large tiles, in each type, order and pass. The device would run 132
+   * of them at once; a CPU takes seconds, so the depth is short. */
   uint64_t seed = 900;
   for (int type : {0, 2})
     for (LayoutKind kind : {LayoutKind::kContiguous, LayoutKind::kChannelsLast}) {
@@ -261,8 +261,8 @@ TEST_P(CudaTypes, ForwardDoesNotDependOnTheBatch) {
   }
 }
 
-/* One result against plain loops: |error| <= (terms + slack) * u * sum|terms| + u_out * |result|. A tensor core cuts each
- * term below the 24th bit of the largest, so its unit is 2^-23 and its error one for each term. */
+/* One result against plain loops: |error| <= (terms + slack) * u * sum|terms| + u_out * |result|. A tensor core cuts
+ * each term below the 24th bit of the largest, so its unit is 2^-23 and its error one for each term. */
 void expect_close(const Tensor &tensor, const Sums<long double> &want, double terms, double slack, const Case &c,
                   const char *name, double *worst) {
   if (!tensor.present()) return;
@@ -321,12 +321,12 @@ TEST_P(CudaTypes, BoundedErrors) {
                       (64 * u + 8 * slack) * (out.variance.value[s] + out.mean.magnitude[s] * out.mean.magnitude[s]));
           }
         expect_close(p.output, out.output, terms + 8, slack, c, "output", &worst);
-        expect_close(p.grad_input, out.grad_input, static_cast<double>(c.T) + 8 + more, 2 * slack + more * u, c, "grad_input",
-                     &worst);
+        expect_close(p.grad_input, out.grad_input, static_cast<double>(c.T) + 8 + more, 2 * slack + more * u, c,
+                     "grad_input", &worst);
         expect_close(p.grad_weight, out.grad_weight, n + 8, slack + more * u, c, "grad_weight", &worst);
         expect_close(p.grad_bias, out.grad_bias, n, 0, c, "grad_bias", &worst);
-        expect_close(p.grad_mask, out.grad_mask, static_cast<double>(c.T) + 8 + more, 2 * slack + more * u, c, "grad_mask",
-                     &worst);
+        expect_close(p.grad_mask, out.grad_mask, static_cast<double>(c.T) + 8 + more, 2 * slack + more * u, c,
+                     "grad_mask", &worst);
       }
   std::printf("worst error beyond the last rounding: %.3g u sum|terms|\n", worst);
   host::options = {};
@@ -360,12 +360,13 @@ TEST(CudaMoments, NeitherOverflowNorCancel) {
 TEST(CudaAndCpu, SameBitsOnAnyData) {
   uint64_t seed = 1000;
   for (pnn_dtype type : {PNN_FLOAT32, PNN_FLOAT64})
-    for (pnn_activation f : {PNN_ACTIVATION_IDENTITY, PNN_ACTIVATION_RELU, PNN_ACTIVATION_LEAKY_RELU,
-                             PNN_ACTIVATION_HARDTANH}) {
+    for (pnn_activation f :
+         {PNN_ACTIVATION_IDENTITY, PNN_ACTIVATION_RELU, PNN_ACTIVATION_LEAKY_RELU, PNN_ACTIVATION_HARDTANH}) {
       for (pnn_noise noise : {PNN_NOISE_TENSOR, PNN_NOISE_NORMAL}) {
         Case c;
         c.input_type = c.weight_type = c.mask_type = type;
-        c.B = 3, c.C = 21, c.T = 11, c.H = 5, c.W = 7, c.M = 3, c.fill = Fill::kRandom, c.activation = f, c.noise = noise;
+        c.B = 3, c.C = 21, c.T = 11, c.H = 5, c.W = 7, c.M = 3, c.fill = Fill::kRandom, c.activation = f,
+        c.noise = noise;
         c.level = 0.1, c.gradients = kGradInput | kGradMask, c.seed = seed++;
         Problem gpu(c), cpu(c);
         set_schedule(static_cast<int>(seed));
@@ -385,6 +386,43 @@ TEST(CudaAndCpu, SameBitsOnAnyData) {
         EXPECT_EQ(gpu.grad_mask.bits(), cpu.grad_mask.bits()) << c.describe();
       }
     }
+  host::options = {};
+}
+
+TEST(CudaWavefronts, OperandsMeetNoBankConflicts) {
+  /* Wavefronts of shared memory per wavefront that the bytes need; docs/cuda.md quotes them. */
+  static const char *const kinds[] = {"16-byte loads", "16-byte stores", "cp.async", "ldmatrix"};
+  for (int type : {0, 2})
+    for (LayoutKind kind : {LayoutKind::kContiguous, LayoutKind::kChannelsLast})
+      for (unsigned gradients : {0u, unsigned{kGradInput}, unsigned{kGradWeight}}) {
+        Case c;
+        set_types(c, type_pairs()[static_cast<size_t>(type)]);
+        c.placement = Placement::kHeap, c.gradients = gradients;
+        set_layouts(c, kind);
+        c.B = 1, c.C = 64, c.T = 64, c.H = 8, c.W = 32;
+        host::options = {};
+        Problem p(c);
+        host::options.count_wavefronts = true;
+        host::wavefronts = {};
+        const pnn_pass pass = gradients ? PNN_PASS_BACKWARD : PNN_PASS_FORWARD;
+        if (gradients) {
+          host::options.count_wavefronts = false;
+          ASSERT_EQ(p.forward(), PNN_OK);
+          host::options.count_wavefronts = true;
+        }
+        ASSERT_EQ(p.run(pass), PNN_OK);
+        std::printf("%-9s %-13s %-15s", name_of(c.weight_type), name_of(kind),
+                    gradients == 0            ? "forward"
+                    : gradients == kGradInput ? "input gradient"
+                                              : "weight gradient");
+        for (int k = 0; k < host::ACCESS_KINDS; k++) {
+          const double ideal = static_cast<double>(host::wavefronts.ideal[k]);
+          if (ideal > 0) std::printf("  %s %.2f", kinds[k], static_cast<double>(host::wavefronts.actual[k]) / ideal);
+        }
+        std::printf("\n");
+        EXPECT_EQ(host::wavefronts.actual[host::MATRIX], host::wavefronts.ideal[host::MATRIX]);
+        EXPECT_EQ(host::wavefronts.ideal[host::MATRIX] > 0, type == 2);
+      }
   host::options = {};
 }
 

@@ -1,5 +1,5 @@
-/* list_kernels.cc - prints each tiled kernel's name, threads and shared memory, a line each: what gates.py can't read from
- * the machine code. */
+/* list_kernels.cc - prints each tiled kernel's name, threads and shared memory, a line each: what gates.py can't read
+ * from the machine code. */
 #include <cstdio>
 
 #include "kernels.h"

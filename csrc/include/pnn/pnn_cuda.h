@@ -2,13 +2,14 @@
  * pnn_cuda.h - the perturbation layer on a CUDA device: the passes of pnn.h on the caller's stream.
  *
  * The params are those of pnn.h, filled alike; what differs:
- *   - Every `data` pointer, `seed` and `workspace` is device memory of the current device. Nothing reads it on the host.
+ *   - Every `data` pointer, `seed` and `workspace` is device memory of the current device. Nothing reads it on the
+ * host.
  *   - The functions enqueue kernels on `stream` and return: they do not wait, allocate or copy to the host, and may be
  *     captured into a CUDA graph. Outputs and workspace must live until the stream has passed them.
  *   - A status other than PNN_OK from the checks means that nothing was enqueued; PNN_ERROR_DEVICE means that the CUDA
  *     runtime refused a launch (its words are in the message) and that outputs may be partly written.
- *   - Results have the same bits in every run and, forward without the batch's moments, for every split of the batch, on
- *     one kind of GPU. float32 and float64 products are chains of fused multiply-adds in ascending order, as on the CPU;
+ *   - Results have the same bits in every run and, forward without the batch's moments, for every split of the batch,
+ * on one kind of GPU. float32 and float64 products are chains of fused multiply-adds in ascending order, as on the CPU;
  *     bfloat16 and float16 products are the tensor cores', which keep 24 or 25 bits of each partial sum. There is no
  *     TF32 here: float32 has float32's accuracy.
  *
@@ -36,8 +37,8 @@ PNN_API pnn_status pnn_cuda_forward(const pnn_params *params, pnn_cuda_stream st
 PNN_API pnn_status pnn_cuda_backward(const pnn_params *params, pnn_cuda_stream stream, pnn_error *error);
 
 /* As pnn_mask_fill. */
-PNN_API pnn_status pnn_cuda_mask_fill(const pnn_tensor *mask, pnn_noise noise, int32_t shared_masks, const int64_t *seed,
-                                      pnn_cuda_stream stream, pnn_error *error);
+PNN_API pnn_status pnn_cuda_mask_fill(const pnn_tensor *mask, pnn_noise noise, int32_t shared_masks,
+                                      const int64_t *seed, pnn_cuda_stream stream, pnn_error *error);
 
 /* The compute capabilities that this build holds machine code for, for example "sm_80_86_89_90_100_120"; a device
  * newer than the newest of them runs its PTX. */
