@@ -1,7 +1,7 @@
 # The CUDA half of libpnn: target pnn_cuda.
 #
-# PNN_CUDA = OFF, the default while no operators stand on it; AUTO builds it where nvcc is found and PyTorch, if any is built against, is a CUDA build; ON
-# insists. The reason for leaving it out is printed, and `torch-pnn info` shows that it is missing.
+# PNN_CUDA = OFF, the default while no operators stand on it; AUTO builds it where nvcc is found and PyTorch, if any is
+# built against, is a CUDA build; ON insists. The reason for leaving it out is printed.
 #
 # nvcc is called directly: CMake's own CUDA language links test programs against parts of the toolkit that small
 # installations lack. The nvcc on the PATH may be a wrapper script, so the toolkit's root is asked of nvcc itself.
