@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import nn
 
-from torch_pnn import LBConv2d, PerturbConv2d
+from torch_pnn import LBConv2d, PerturbConv2d, _library
 
 ROOT = Path(__file__).parents[2]
 
@@ -60,7 +60,15 @@ def test_a_state_dict_gives_the_same_bits_in_another_process(tmp_path):
     trained = model.train()(x)
     trained.square().sum().backward()
     for ours, theirs in zip((evaluated, trained, x.grad), torch.load(tmp_path / "found.pt"), strict=True):
+        assert_same(ours, theirs)
+
+
+def assert_same(ours, theirs):
+    """The same bits; on the reference, whose products depend on where memory happens to lie, the same numbers."""
+    if _library.status().ops == "loaded":
         assert torch.equal(ours, theirs)
+    else:
+        torch.testing.assert_close(ours, theirs)
 
 
 def copied(model, way):
@@ -86,8 +94,8 @@ def test_copies_give_the_same_bits(way):
     x = torch.randn(2, 3, 16, 16)
     model(x)
     other = copied(model, way)
-    assert torch.equal(model.eval()(x), other.eval()(x))
-    assert torch.equal(model.train()(x), other.train()(x))
+    assert_same(model.eval()(x), other.eval()(x))
+    assert_same(model.train()(x), other.train()(x))
     assert other[0].weight is not model[0].weight
 
 
