@@ -31,11 +31,12 @@ inline int64_t scaled(int64_t count) {
 enum class TaskOrder { kAscending, kReversed, kShuffled };
 
 // A parallel-for on std::thread: tasks are handed out one by one in the given order. `before` runs on every worker
-// first (to disturb its floating-point environment, say).
+// first (to disturb its floating-point environment, say), `after` when its tasks are done.
 class ThreadHost {
  public:
-  explicit ThreadHost(int32_t threads, TaskOrder order = TaskOrder::kAscending, std::function<void()> before = {})
-      : threads_(threads), order_(order), before_(std::move(before)) {
+  explicit ThreadHost(int32_t threads, TaskOrder order = TaskOrder::kAscending, std::function<void()> before = {},
+                      std::function<void()> after = {})
+      : threads_(threads), order_(order), before_(std::move(before)), after_(std::move(after)) {
     host_ = {threads, &ThreadHost::run, this};
   }
   const pnn_host *get() const { return &host_; }
@@ -58,6 +59,7 @@ class ThreadHost {
     const auto work = [&] {
       if (self->before_) self->before_();
       for (size_t i = next++; i < order.size(); i = next++) task(argument, order[i]);
+      if (self->after_) self->after_();
     };
     std::vector<std::thread> workers;
     for (int32_t i = 0; i < self->threads_; i++) workers.emplace_back(work);
@@ -66,7 +68,7 @@ class ThreadHost {
 
   int32_t threads_;
   TaskOrder order_;
-  std::function<void()> before_;
+  std::function<void()> before_, after_;
   std::atomic<int64_t> tasks_{0};
   pnn_host host_;
 };

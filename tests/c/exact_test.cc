@@ -289,11 +289,11 @@ TEST_P(ExactTypes, EverySubsetOfGradients) {
 // Sums over many pixels, where backward keeps several partial sums and reuses their memory, whatever is asked for.
 TEST_P(ExactTypes, SubsetsOfGradientsOverManySamples) {
   uint64_t seed = 1200;
-  for (int64_t pixels : {512, 1024, 2048, 4096}) {
+  for (int64_t pixels : {1024, 2048}) {
     for (bool even : {false, true}) {
       for (unsigned subset : {63u, 1u, 2u, 4u, 8u, 16u, 32u, 9u, 3u, 62u, 54u, 25u}) {
         Case c = base();
-        c.B = 2, c.C = even ? 16 : 3, c.T = even ? 16 : 5, c.H = 4, c.W = pixels / 8, c.M = even ? 1 : 2;
+        c.B = 2, c.C = even ? 8 : 3, c.T = even ? 8 : 5, c.H = 4, c.W = pixels / 8, c.M = even ? 1 : 2;
         c.noise = PNN_NOISE_TENSOR, c.norm = c.training = true, c.activation = PNN_ACTIVATION_IDENTITY;
         c.fill = Fill::kUnit, c.gradients = subset, c.seed = seed++;
         check_exact(c, 0);

@@ -91,7 +91,7 @@ TEST(Isa, WithoutACapTheBestRuns) { EXPECT_EQ(isa_of(print_under(nullptr)), mach
 
 TEST(Isa, UnknownCapsChangeNothing) {
   const std::string best = machine_sets().front();
-  for (const char *cap : {"", "nonsense", "AVX2", "avx", "avx5122", "sse2"})
+  for (const char *cap : {"", "nonsense", "AVX2", "avx", "avx5122", "avx2x", "avx2 ", "portables", "port", "sse2"})
     EXPECT_EQ(isa_of(print_under(cap)), best) << cap;
 #if defined(__x86_64__)
   EXPECT_EQ(isa_of(print_under("neon")), best);

@@ -212,7 +212,13 @@ TEST(Promises, FloatingPointEnvironmentNeitherMattersNorChanges) {
       Problem problem(c);  // filled in the default environment
       for (pnn_pass pass : {PNN_PASS_FORWARD, PNN_PASS_BACKWARD}) {
         for (const bool threads : {false, true}) {
-          ThreadHost host(2, TaskOrder::kAscending, [rounding] { disturb(rounding); });
+          // The workers' environment is the host's, and stays as it is, too.
+          std::atomic<int> changed{0};
+          ThreadHost host(
+              2, TaskOrder::kAscending, [rounding] { disturb(rounding); },
+              [rounding, &changed] {
+                if (std::fegetround() != rounding || (_mm_getcsr() & kFlush) != kFlush) changed++;
+              });
           const unsigned saved = _mm_getcsr();
           disturb(rounding);
           const unsigned control = _mm_getcsr() & ~0x3fu;  // without the sticky exception flags
@@ -224,6 +230,7 @@ TEST(Promises, FloatingPointEnvironmentNeitherMattersNorChanges) {
           ASSERT_EQ(status, PNN_OK) << problem.error.message;
           EXPECT_EQ(after, control);
           EXPECT_EQ(rounding_after, rounding);
+          EXPECT_EQ(changed, 0);
         }
       }
       EXPECT_EQ(problem.result_bits(), expected) << "rounding mode " << rounding;
@@ -256,10 +263,13 @@ TEST(Promises, MasksInADisturbedEnvironment) {
       ASSERT_EQ(pnn_mask_fill(&expected.view(), noise, 0, &seed, nullptr, nullptr), PNN_OK);
       const unsigned saved = _mm_getcsr();
       disturb(FE_UPWARD);
+      const unsigned control = _mm_getcsr() & ~0x3fu;
       const pnn_status status = pnn_mask_fill(&got.view(), noise, 0, &seed, nullptr, nullptr);
+      const unsigned after = _mm_getcsr() & ~0x3fu;
       std::fesetround(FE_TONEAREST);
       _mm_setcsr(saved);
       ASSERT_EQ(status, PNN_OK);
+      EXPECT_EQ(after, control);
       EXPECT_EQ(got.bits(), expected.bits()) << name_of(noise) << " " << name_of(type);
     }
   }
