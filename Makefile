@@ -38,7 +38,7 @@ RUN := $(PY) tests/run.py --build $(BUILD)
 SOURCES := CMakeLists.txt pyproject.toml LICENSE README.md \
   $(shell find cmake csrc python -type f -not -path '*/__pycache__/*' 2>/dev/null)
 
-.PHONY: help setup ablation test check test-qemu bench lint build build-only test-operators clean
+.PHONY: help setup ablation test check test-qemu bench gpu-check lint build build-only test-operators clean
 
 help: ## this list
 	@echo "torch-pnn: the perturbation layer of Perturbative Neural Networks for PyTorch"
@@ -75,6 +75,9 @@ test-qemu: build ## the same bits on emulated processors: 64-bit Arm (NEON), Neh
 
 bench: build ## every speed and memory target beside plain PyTorch and the machine's ceilings (ARGS=--quick for less)
 	$(FROM_TREE) $(PY) benchmarks/run.py $(ARGS)
+
+gpu-check: $(PACKAGES) ## where a GPU is: build for it, compare with the CPU and the float64 reference, time
+	@$(PY) tests/cuda/gpu_check.py $(ARGS)
 
 lint: $(PACKAGES) ## ruff, mypy, clang-format 19, and the project's own checks of its text
 	@$(PY) tests/lint.py

@@ -1,7 +1,7 @@
-# The CUDA half of libpnn: target pnn_cuda.
+# The CUDA half of libpnn: target pnn_cuda, and with PNN_TORCH the operators torch_pnn_cuda.
 #
-# PNN_CUDA = OFF, the default while no operators stand on it; AUTO builds it where nvcc is found and PyTorch, if any is
-# built against, is a CUDA build; ON insists. The reason for leaving it out is printed.
+# PNN_CUDA = OFF, the default while no GPU has run it; AUTO builds it where nvcc is found and PyTorch, if any is built
+# against, is a CUDA build; ON insists. The reason for leaving it out is printed, and `torch-pnn info` shows it missing.
 #
 # nvcc is called directly: CMake's own CUDA language links test programs against parts of the toolkit that small
 # installations lack. The nvcc on the PATH may be a wrapper script, so the toolkit's root is asked of nvcc itself.
@@ -114,4 +114,13 @@ target_link_libraries(pnn_cuda PUBLIC pnn_static ${PNN_CUDART} Threads::Threads 
 if(PNN_GPU_CHECK AND NOT PNN_TESTS)
   enable_testing()
   add_subdirectory(tests/cuda)
+endif()
+
+if(PNN_TORCH)
+  # The operators' own sources once more, with the CUDA device behind them.
+  pnn_torch_library(torch_pnn_cuda ${PROJECT_SOURCE_DIR}/csrc/torch/operators.cpp
+    ${PROJECT_SOURCE_DIR}/csrc/torch/params.cpp ${PROJECT_SOURCE_DIR}/csrc/torch/cuda/backend_cuda.cpp)
+  target_compile_definitions(torch_pnn_cuda PRIVATE TORCH_PNN_CUDA TORCH_TARGET_VERSION=0x020b000000000000)
+  target_include_directories(torch_pnn_cuda PRIVATE ${PROJECT_SOURCE_DIR}/csrc/torch)
+  target_link_libraries(torch_pnn_cuda PRIVATE pnn_cuda ${PNN_TORCH_ROOT}/lib/libtorch_cuda.so)
 endif()

@@ -18,8 +18,6 @@
 namespace pnn_cuda {
 namespace {
 
-constexpr int STAGES = 4;
-
 /* What a block knows of each of its columns. */
 struct Column {
   int64_t input, output;
@@ -30,6 +28,8 @@ template <class D, class S>
 struct Shape {
   using R = typename RealOf<D>::type;
   static constexpr int DEPTH = Depth<D>::value;
+  /* As many as leave a large tile within the 99 KiB that some architectures have. */
+  static constexpr int STAGES = S::rows == 128 ? 3 : 4;
   static constexpr int weight_bytes = bytes_of<D>(DEPTH_FASTEST, S::rows);
   static constexpr int operand_bytes = bytes_of<D>(DEPTH_FASTEST, S::columns);
   static constexpr int table_bytes = S::columns * static_cast<int>(sizeof(Column));
@@ -54,7 +54,7 @@ __global__ void __launch_bounds__(S::threads, S::blocks)
                    const __grid_constant__ Divider by_columns) {
   using H = Shape<D, S>;
   using R = typename H::R;
-  constexpr int DEPTH = H::DEPTH;
+  constexpr int DEPTH = H::DEPTH, STAGES = H::STAGES;
   PNN_SHARED_MEMORY(memory);
   Column *const table = reinterpret_cast<Column *>(memory);
   char *const pipeline = memory + H::table_bytes;

@@ -1,11 +1,11 @@
-// operators.cpp - the registered operators: their schemas, and their CPU kernels on libpnn.
+// operators.cpp - the registered operators: their schemas, and their kernels on libpnn, for one device (backend.h).
 //
 // Written against LibTorch's stable ABI (target 2.11): one binary for every PyTorch from 2.11 on. Each kernel reads its
 // arguments, plans its results, and lets libpnn check and run the pass.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
-#include "host.h"
+#include "backend.h"
 #include "params.h"
 #include "torch_pnn_schemas.h"
 
@@ -59,6 +59,7 @@ void plan_mask_gradient(const Layer& layer, bool wanted, pnn_params& params, Res
 void perturb_conv2d(StableIValue* stack, uint64_t, uint64_t) {
   Arguments arguments(stack);
   Layer layer("perturb_conv2d", arguments);
+  const Backend backend(layer.input);
   layer.bias = arguments.optional_tensor();
   read_masks(arguments, layer);
   read_options(arguments, layer);
@@ -75,6 +76,7 @@ void perturb_conv2d_backward(StableIValue* stack, uint64_t, uint64_t) {
   Arguments arguments(stack);
   Tensor grad_output = arguments.tensor();
   Layer layer("_perturb_conv2d_backward", arguments);
+  const Backend backend(layer.input);
   layer.grad_output = std::move(grad_output);
   read_masks(arguments, layer);
   read_options(arguments, layer);
@@ -92,6 +94,7 @@ void perturb_conv2d_backward(StableIValue* stack, uint64_t, uint64_t) {
 void perturb_norm_conv2d(StableIValue* stack, uint64_t, uint64_t) {
   Arguments arguments(stack);
   Layer layer("perturb_norm_conv2d", arguments);
+  const Backend backend(layer.input);
   layer.norm = true;
   layer.bias = arguments.optional_tensor();
   layer.norm_weight = arguments.optional_tensor();
@@ -127,6 +130,7 @@ void perturb_norm_conv2d_backward(StableIValue* stack, uint64_t, uint64_t) {
   Arguments arguments(stack);
   Tensor grad_output = arguments.tensor();
   Layer layer("_perturb_norm_conv2d_backward", arguments);
+  const Backend backend(layer.input);
   layer.norm = true;
   layer.grad_output = std::move(grad_output);
   layer.norm_weight = arguments.optional_tensor();
@@ -156,6 +160,7 @@ void perturbation_mask(StableIValue* stack, uint64_t, uint64_t) {
   constexpr const char* op = "perturbation_mask";
   Arguments arguments(stack);
   const Tensor seed = arguments.tensor();
+  const Backend backend(seed);
   const int64_t channels = arguments.integer(), masks = arguments.integer();
   const int64_t height = arguments.integer(), width = arguments.integer();
   const bool shared_masks = arguments.boolean();
@@ -183,13 +188,13 @@ void perturbation_mask(StableIValue* stack, uint64_t, uint64_t) {
       view.size[d] = size[d];
       view.stride[d] = strides[d];
     }
-    const pnn_host host = current_host();
     pnn_error error;
-    check(op, pnn_mask_fill(&view, kind, shared_masks, value, &host, &error), error);
+    check(op, Backend::mask_fill(&view, kind, shared_masks, value, &error), error);
   }
   put(stack, 0, result);
 }
 
+#if !defined(TORCH_PNN_CUDA)
 void isa_name(StableIValue* stack, uint64_t, uint64_t) {
   stack[0] = torch::stable::detail::from(std::string(pnn_isa_name()));
 }
@@ -197,6 +202,7 @@ void isa_name(StableIValue* stack, uint64_t, uint64_t) {
 void library_version(StableIValue* stack, uint64_t, uint64_t) {
   stack[0] = torch::stable::detail::from(std::string(pnn_version()));
 }
+#endif
 
 void register_kernels(torch::stable::detail::StableLibrary& library) {
   library.impl("perturb_conv2d", perturb_conv2d);
@@ -208,6 +214,14 @@ void register_kernels(torch::stable::detail::StableLibrary& library) {
 
 }  // namespace
 }  // namespace torch_pnn
+
+#if defined(TORCH_PNN_CUDA)
+
+STABLE_TORCH_LIBRARY_IMPL(torch_pnn, CUDA, library) { torch_pnn::register_kernels(library); }
+STABLE_TORCH_LIBRARY_IMPL(torch_pnn, SparseCUDA, library) { torch_pnn::register_kernels(library); }
+STABLE_TORCH_LIBRARY_IMPL(torch_pnn, SparseCsrCUDA, library) { torch_pnn::register_kernels(library); }
+
+#else
 
 STABLE_TORCH_LIBRARY(torch_pnn, library) {
   for (const char* schema : torch_pnn::schemas::kSchemas) library.def(schema);
@@ -226,3 +240,5 @@ STABLE_TORCH_LIBRARY_IMPL(torch_pnn, CompositeExplicitAutograd, library) {
   library.impl("_isa_name", torch_pnn::isa_name);
   library.impl("_library_version", torch_pnn::library_version);
 }
+
+#endif

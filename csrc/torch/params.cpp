@@ -4,7 +4,7 @@
 #include <cstdlib>
 #include <cstring>
 
-#include "host.h"
+#include "backend.h"
 
 namespace torch_pnn {
 namespace {
@@ -30,13 +30,17 @@ void require(int32_t code, const char* op, const char* what) {
   if (code != 0) fail(op, "PyTorch could not tell ", what);
 }
 
-void check_dense_on_cpu(const char* op, const char* name, const Tensor& tensor) {
+void check_dense_here(const char* op, const char* name, const Tensor& tensor) {
   int32_t layout = 0, device = 0;
   require(aoti_torch_get_layout(tensor.get(), &layout), op, "a tensor's layout");
   require(aoti_torch_get_device_type(tensor.get(), &device), op, "a tensor's device");
   if (layout != aoti_torch_layout_strided()) fail(op, name, " is sparse or opaque, it should be dense (strided)");
-  if (device != aoti_torch_device_type_cpu())
-    fail(op, name, " is not on the CPU, it should be on the same device as the other tensors");
+  int32_t index = Backend::device_index();
+  if (device == Backend::device_type() && device != aoti_torch_device_type_cpu())
+    require(aoti_torch_get_device_index(tensor.get(), &index), op, "a tensor's device");
+  if (device != Backend::device_type() || index != Backend::device_index())
+    fail(op, name, " is not on ", Backend::device_name(), device == Backend::device_type() ? " of the others" : "",
+         ", it should be on the same device as the other tensors");
 }
 
 std::string size_text(const std::vector<int64_t>& sizes) {
@@ -136,7 +140,7 @@ std::vector<int64_t> sizes_of(const Tensor& tensor) {
 }
 
 pnn_tensor describe(const char* op, const char* name, const Tensor& tensor, size_t dimensions) {
-  check_dense_on_cpu(op, name, tensor);
+  check_dense_here(op, name, tensor);
   pnn_tensor view = {};
   const int32_t dtype = dtype_of(tensor);
   if (!pnn_dtype_of(dtype, &view.dtype))
@@ -157,7 +161,7 @@ pnn_tensor describe(const char* op, const char* name, const Tensor& tensor, size
 }
 
 const int64_t* seed_value(const char* op, const Tensor& seed) {
-  check_dense_on_cpu(op, "seed", seed);
+  check_dense_here(op, "seed", seed);
   const int32_t dtype = dtype_of(seed);
   if (dtype != aoti_torch_dtype_int64() || seed.numel() != 1)
     fail(op, "seed is ", dtype_name(dtype), " of size ", size_text(sizes_of(seed)), ", it should be one int64");
@@ -253,7 +257,7 @@ Tensor allocate(const char* op, const std::vector<int64_t>& sizes, const std::ve
       fail(op, "a result of size ", size_text(sizes), " exceeds what can be addressed");
   AtenTensorHandle handle = nullptr;
   if (aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), sizes.data(), strides.data(), dtype,
-                               aoti_torch_device_type_cpu(), 0, &handle) != 0)
+                               Backend::device_type(), Backend::device_index(), &handle) != 0)
     fail(op, "out of memory: PyTorch's allocator has no ", bytes, " bytes for a tensor of size ", size_text(sizes));
   return Tensor(handle);
 }
@@ -301,11 +305,10 @@ size_t Results::skip(int32_t dtype) {
 }
 
 void Results::run(pnn_pass pass) {
-  const pnn_host host = current_host();
   const bool running = params_.norm && !params_.norm_training && pass == PNN_PASS_FORWARD;
   pnn_error error;
   size_t bytes = 0;
-  check(op_, pnn_workspace_size(&params_, pass, &host, &bytes, &error), error, running);
+  check(op_, Backend::workspace_size(&params_, pass, &bytes, &error), error, running);
   for (Result& result : results_) {
     result.tensor = allocate(op_, result.sizes, result.strides, result.dtype);
     if (!result.place) continue;
@@ -317,8 +320,7 @@ void Results::run(pnn_pass pass) {
   const Tensor workspace = allocate(op_, workspace_size, {1}, aoti_torch_dtype_uint8());
   params_.workspace = workspace.mutable_data_ptr();
   params_.workspace_bytes = bytes;
-  check(op_, pass == PNN_PASS_FORWARD ? pnn_forward(&params_, &host, &error) : pnn_backward(&params_, &host, &error),
-        error, running);
+  check(op_, Backend::run(&params_, pass, &error), error, running);
 }
 
 }  // namespace torch_pnn

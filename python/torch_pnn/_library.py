@@ -7,6 +7,7 @@ Importing this module makes ``torch.ops.torch_pnn`` complete, once per process:
   one warning that holds the loader's own words (an ImportError where ``TORCH_PNN_REQUIRE_OPS=1``).
 * ``libtorch_pnn_autograd-<major>.<minor>.so`` holds derivatives and autocast; one file per minor version of PyTorch.
   Where none fits the running PyTorch, registrations from Python stand in and say so once.
+* ``libtorch_pnn_cuda.so`` holds the CUDA kernels; it is loaded beside a CUDA build of PyTorch, where it was built.
 * The shape functions for ``torch.compile`` and ``torch.export``, and the kernels for devices that have none of ours,
   always come from Python.
 
@@ -32,6 +33,7 @@ __all__ = ["LibraryStatus", "status"]
 
 NAMESPACE = "torch_pnn"
 OPS_FILE = "libtorch_pnn_ops.so"
+CUDA_FILE = "libtorch_pnn_cuda.so"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,7 +51,7 @@ class LibraryStatus:
         library_version: libpnn's version; "none" on the reference.
         torch_version: the running PyTorch's version.
         python_version: the running Python's version.
-        cuda: the state of the CUDA half.
+        cuda: the state of the CUDA half: "loaded", or why it is not.
     """
 
     ops: str
@@ -116,6 +118,19 @@ class _Registry:
         self._fragment: torch.library.Library | None = None
         self.ops_error: str | None = None
         self.autograd_error: str | None = None
+        self.cuda = "not built"
+
+    def _load_cuda(self, folder: Path) -> None:
+        path = folder / CUDA_FILE
+        if torch._C._dispatch_has_kernel_for_dispatch_key(f"{NAMESPACE}::perturb_conv2d", "CUDA"):
+            self.cuda = "loaded"
+        elif not path.is_file():
+            self.cuda = "not built"
+        elif torch.version.cuda is None:
+            self.cuda = "not loaded: this PyTorch is not a CUDA build"
+        else:
+            error = _load(path)
+            self.cuda = "loaded" if error is None else f"not loaded: {error}"
 
     def register(self) -> None:
         with self._lock:
@@ -149,6 +164,8 @@ class _Registry:
                         f"the input gradient of reloaded TorchScript models do not. The loader said: "
                         f"{self.autograd_error}. TORCH_PNN_REQUIRE_OPS=1 makes this an error."
                     )
+            if self.ops_error is None:
+                self._load_cuda(folder)
             _fakes.register(fragment)
             _fallback.register_kernels(fragment, with_cpu=self.ops_error is not None)
             if self.autograd_error is not None:
@@ -184,4 +201,5 @@ def status() -> LibraryStatus:
         library_version=torch.ops.torch_pnn._library_version(),
         torch_version=torch.__version__,
         python_version=platform.python_version(),
+        cuda=_registry.cuda,
     )

@@ -122,7 +122,7 @@ struct Fiber {
 struct WarpAccess {
   Access kind;
   int bytes;
-  std::vector<uintptr_t> address;
+  uintptr_t address[32]; /* by lane; 0 = this lane takes no part */
 };
 
 struct Warp {
@@ -217,10 +217,13 @@ inline int wavefronts_of(const uintptr_t *address, int lanes, int bytes) {
 inline void flush_accesses(Warp &warp) {
   for (const WarpAccess &access : warp.accesses) {
     const int lanes = access.kind == MATRIX ? 8 : std::max(1, std::min(32, 128 / std::max(access.bytes, 4)));
-    for (size_t i = 0; i < access.address.size(); i += static_cast<size_t>(lanes)) {
-      const int count = static_cast<int>(std::min<size_t>(static_cast<size_t>(lanes), access.address.size() - i));
-      wavefronts.actual[access.kind] += wavefronts_of(access.address.data() + i, count, access.bytes);
-      wavefronts.ideal[access.kind] += 1;
+    for (int i = 0; i < 32; i += lanes) {
+      uintptr_t taking_part[32];
+      int count = 0;
+      for (int lane = i; lane < i + lanes; lane++)
+        if (access.address[lane]) taking_part[count++] = access.address[lane];
+      wavefronts.actual[access.kind] += wavefronts_of(taking_part, count, access.bytes);
+      wavefronts.ideal[access.kind] += count > 0;
     }
   }
   warp.accesses.clear();
@@ -238,7 +241,7 @@ inline void count_access(Access kind, const void *address, int bytes) {
   Warp &warp = block->warps[static_cast<size_t>(fiber->index / 32)];
   const size_t number = static_cast<size_t>(fiber->accesses++);
   if (warp.accesses.size() <= number) warp.accesses.resize(number + 1, WarpAccess{kind, bytes, {}});
-  warp.accesses[number].address.push_back(reinterpret_cast<uintptr_t>(address));
+  warp.accesses[number].address[fiber->index % 32] = reinterpret_cast<uintptr_t>(address);
 }
 
 /* ---- barriers ---- */

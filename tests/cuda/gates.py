@@ -4,10 +4,12 @@
     python tests/cuda/gates.py ... --write     writes the table anew
 
 For every architecture in the object files, no kernel may use local memory (LDL, STL: spilled registers). The tiled
-kernels may not call functions (CALL) nor, unless they compute in double, use double precision (DFMA, DADD, DMUL,
-DSETP); those of 16-bit types must use the tensor cores (HMMA) and ldmatrix (LDSM); all must copy asynchronously
-(LDGSTS), but for the moments', which need no tile. The kernels of finish.cu, of which there is one thread per channel,
-output or weight, may do all but spill. (nvcc itself refuses spills in a build with warnings as errors.)
+kernels may not call functions (CALL; before sm_90 the compiler also writes one that jumps over the next instruction,
+where the threads of a warp meet again: that one is none) nor, unless they compute in double, use double precision
+(DFMA, DADD, DMUL, DSETP); those of 16-bit types must use the tensor cores (HMMA) and ldmatrix (LDSM); all must copy
+asynchronously (LDGSTS), but for the moments', which need no tile. A block of each must fit on every multiprocessor. The
+kernels of finish.cu, of which there is one thread per channel, output or weight, may do all but spill. (nvcc itself
+refuses spills in a build with warnings as errors.)
 
 Registers, shared memory and the blocks that fit on a multiprocessor are printed as a table, which must equal
 tests/cuda/kernels.txt: a change is to be looked at, then written with --write. Registers depend on the compiler, so the
@@ -55,7 +57,7 @@ def find_tool(name: str) -> str:
 
 def short_name(mangled: str) -> str:
     """A kernel's name and template arguments, as list_kernels prints them."""
-    name = re.search(r"\d+(\w+?)_kernel", re.sub(r"^.*?_cu_[0-9a-f]+", "", mangled))
+    name = re.search(r"\d+(\w+?)_kernel", re.sub(r"^.*?_cu_[0-9a-f]{8}", "", mangled))
     if name is None:
         return mangled
     parts = [re.sub(r"^.*\d", "", name[1]) or name[1]]
@@ -81,6 +83,7 @@ def run(tool: str, *arguments: str) -> str:
 
 def opcodes(objects: Path) -> dict[tuple[str, int], set[str]]:
     """(kernel, architecture) -> the operations in its machine code."""
+    jump = re.compile(r"/\*([0-9a-f]+)\*/.*CALL\.REL\.NOINC 0x([0-9a-f]+) ;")
     found: dict[tuple[str, int], set[str]] = {}
     for path in sorted(objects.glob("*.o")):
         architecture, current = 0, None
@@ -92,7 +95,9 @@ def opcodes(objects: Path) -> dict[tuple[str, int], set[str]]:
             elif current is not None and (
                 match := re.search(r"/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_]*)", line)
             ):
-                current.add(match[1])
+                to = jump.search(line)
+                if to is None or int(to[2], 16) != int(to[1], 16) + 32:
+                    current.add(match[1])
     return found
 
 
@@ -175,7 +180,11 @@ def main() -> int:
         print("\n".join(failures) or f"gates.py: no machine code in {options.objects}")
         return 1
     failures += check(found)
-    lines = [heading, *table(registers(options.objects), shapes)]
+    used = registers(options.objects)
+    for (kernel, architecture), count in used.items():
+        if kernel in shapes and blocks(architecture, count, *shapes[kernel]) == 0:
+            failures.append(f"{kernel} on sm_{architecture}: needs more than a multiprocessor has")
+    lines = [heading, *table(used, shapes)]
     print("\n".join(lines))
     if options.write:
         TABLE.write_text("\n".join(lines) + "\n", encoding="utf-8")

@@ -389,6 +389,43 @@ TEST(CudaAndCpu, SameBitsOnAnyData) {
   host::options = {};
 }
 
+TEST(CudaWavefronts, OperandsMeetNoBankConflicts) {
+  /* Wavefronts of shared memory per wavefront that the bytes need; docs/cuda.md quotes them. */
+  static const char *const kinds[] = {"16-byte loads", "16-byte stores", "cp.async", "ldmatrix"};
+  for (int type : {0, 2})
+    for (LayoutKind kind : {LayoutKind::kContiguous, LayoutKind::kChannelsLast})
+      for (unsigned gradients : {0u, unsigned{kGradInput}, unsigned{kGradWeight}}) {
+        Case c;
+        set_types(c, type_pairs()[static_cast<size_t>(type)]);
+        c.placement = Placement::kHeap, c.gradients = gradients;
+        set_layouts(c, kind);
+        c.B = 1, c.C = 64, c.T = 64, c.H = 8, c.W = 32;
+        host::options = {};
+        Problem p(c);
+        host::options.count_wavefronts = true;
+        host::wavefronts = {};
+        const pnn_pass pass = gradients ? PNN_PASS_BACKWARD : PNN_PASS_FORWARD;
+        if (gradients) {
+          host::options.count_wavefronts = false;
+          ASSERT_EQ(p.forward(), PNN_OK);
+          host::options.count_wavefronts = true;
+        }
+        ASSERT_EQ(p.run(pass), PNN_OK);
+        std::printf("%-9s %-13s %-15s", name_of(c.weight_type), name_of(kind),
+                    gradients == 0            ? "forward"
+                    : gradients == kGradInput ? "input gradient"
+                                              : "weight gradient");
+        for (int k = 0; k < host::ACCESS_KINDS; k++) {
+          const double ideal = static_cast<double>(host::wavefronts.ideal[k]);
+          if (ideal > 0) std::printf("  %s %.2f", kinds[k], static_cast<double>(host::wavefronts.actual[k]) / ideal);
+        }
+        std::printf("\n");
+        EXPECT_EQ(host::wavefronts.actual[host::MATRIX], host::wavefronts.ideal[host::MATRIX]);
+        EXPECT_EQ(host::wavefronts.ideal[host::MATRIX] > 0, type == 2);
+      }
+  host::options = {};
+}
+
 TEST(CudaMaskFill, EqualsTheCpu) {
   const int64_t seed = 0x123456789abcdef;
   for (pnn_dtype type : {PNN_FLOAT32, PNN_FLOAT64, PNN_BFLOAT16, PNN_FLOAT16})

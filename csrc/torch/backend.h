@@ -1,0 +1,39 @@
+// backend.h - what differs between the devices' operators: where memory comes from and which half of libpnn runs.
+//
+// operators.cpp and params.cpp are compiled twice: with backend_cpu.cpp into torch_pnn_ops, with cuda/backend_cuda.cpp
+// into torch_pnn_cuda.
+#ifndef TORCH_PNN_BACKEND_H
+#define TORCH_PNN_BACKEND_H
+
+#include <pnn/pnn.h>
+#include <torch/csrc/stable/tensor.h>
+
+namespace torch_pnn {
+
+using torch::stable::Tensor;
+
+// For one call of an operator: makes the tensor's device the current one, and finds its stream.
+class Backend {
+ public:
+  explicit Backend(const Tensor& tensor);
+  ~Backend();
+  Backend(const Backend&) = delete;
+  Backend& operator=(const Backend&) = delete;
+
+  // "the CPU" or "a CUDA device"
+  static const char* device_name();
+  static int32_t device_type();
+  static int32_t device_index();
+
+  static pnn_status workspace_size(const pnn_params* params, pnn_pass pass, size_t* bytes, pnn_error* error);
+  static pnn_status run(const pnn_params* params, pnn_pass pass, pnn_error* error);
+  static pnn_status mask_fill(const pnn_tensor* mask, pnn_noise noise, int32_t shared_masks, const int64_t* seed,
+                              pnn_error* error);
+
+ private:
+  void* guard_ = nullptr;
+};
+
+}  // namespace torch_pnn
+
+#endif
