@@ -83,8 +83,9 @@ static pnn_status tensor_extent(const pnn_tensor *t, const char *name, bool outp
 static pnn_status check_no_self_overlap(const pnn_tensor *t, const char *name, pnn_error *error) {
   int64_t size[4], step[4];
   int n = 0;
+  for (int d = 0; d < 4; d++)
+    if (t->size[d] == 0) return PNN_OK; /* and its strides may be anything */
   for (int d = 0; d < 4; d++) {
-    if (t->size[d] == 0) return PNN_OK;
     if (t->size[d] == 1) continue;
     const int64_t s = t->stride[d] < 0 ? -t->stride[d] : t->stride[d];
     int at = n++;
@@ -211,9 +212,9 @@ static pnn_status check_sizes(const pnn_params *p, pnn_problem *q, pnn_error *er
   q->out_height = q->height ? (q->height - 1) / q->stride[0] + 1 : 0;
   q->out_width = q->width ? (q->width - 1) / q->stride[1] + 1 : 0;
   int64_t columns;
-  PNN_FAIL_IF(__builtin_mul_overflow(q->channels, q->masks, &q->maps) || q->maps > MOST, error, PNN_ERROR_OVERFLOW,
-              "masks is %lld, with %lld channels this exceeds what can be addressed", (long long)q->masks,
-              (long long)q->channels);
+  PNN_FAIL_IF(q->masks > MOST || __builtin_mul_overflow(q->channels, q->masks, &q->maps) || q->maps > MOST, error,
+              PNN_ERROR_OVERFLOW, "masks is %lld, with %lld channels this exceeds what can be addressed",
+              (long long)q->masks, (long long)q->channels);
   PNN_FAIL_IF(q->batch > MOST || q->channels > MOST ||
                   __builtin_mul_overflow(q->out_height, q->out_width, &q->pixels) || q->pixels > MOST ||
                   __builtin_mul_overflow(q->pixels, q->batch, &columns) || columns > MOST,
@@ -222,6 +223,7 @@ static pnn_status check_sizes(const pnn_params *p, pnn_problem *q, pnn_error *er
   PNN_FAIL_IF(q->outputs > MOST, error, PNN_ERROR_OVERFLOW,
               "weight of size [%lld, %lld, %lld, %lld] exceeds what can be addressed", (long long)w->size[0],
               (long long)w->size[1], (long long)w->size[2], (long long)w->size[3]);
+  if (q->channels == 0 && q->outputs == 0) q->groups = 1; /* which any number divides */
   q->group_channels = q->channels / q->groups;
   q->group_maps = q->maps / q->groups;
   q->group_outputs = q->outputs / q->groups;

@@ -114,11 +114,13 @@ pnn_status pnn_mask_fill(const pnn_tensor *mask, pnn_noise noise, int32_t shared
   PNN_FORWARD_IF(pnn_check_output(mask, "mask", error));
   PNN_FAIL_IF(shared_masks && mask->size[0] > 1, error, PNN_ERROR_SHAPE,
               "mask.size[0] is %lld, it should be 1 where shared_masks is set", (long long)mask->size[0]);
+  for (int d = 0; d < 4; d++)
+    if (mask->size[d] == 0) return pnn_succeed(error); /* the other sizes' products were not checked */
   const int precision = mask->dtype == PNN_FLOAT64;
   fill f = {.mask = mask, .kernels = pnn_kernels_get(precision)};
   const uint64_t key = (uint64_t)*seed;
   f.recipe = (pnn_recipe){.noise = noise, .key = {(uint32_t)key, (uint32_t)(key >> 32)}};
   const int64_t maps = mask->size[0] * mask->size[1];
-  if (mask->size[3] > 0) pnn_parallel(host, (maps + 15) / 16 * mask->size[2], fill_item, &f);
+  pnn_parallel(host, (maps + 15) / 16 * mask->size[2], fill_item, &f);
   return pnn_succeed(error);
 }
