@@ -1,8 +1,10 @@
 /*
  * bench_pnn.c - times libpnn by itself: GFLOP/s of each case, layout and pass on the instruction set in use.
  *
- *     bench_pnn [--quick] [--json] [B,C,H,T,M ...]
- *     PNN_MAX_ISA=avx2 bench_pnn 32,64,56,64,1
+ *     bench_pnn [--quick] [--json] [--layout contiguous|channels_last] [--pass NAME] [B,C,H,T,M ...]
+ *     PNN_MAX_ISA=avx2 bench_pnn --pass grad_input 32,64,56,64,1
+ *
+ * Passes: forward and backward by default; grad_input and grad_weight are the two halves of backward alone.
  *
  * float32, stored masks, relu, with bias, the library's own threads. A pass's flops are those of its products (2*B*H*W*
  * K*T forward, twice that backward: input and weight gradients); everything else is what the library adds. The figure
@@ -26,6 +28,26 @@ static const bench_case cases[] = {
     {32, 64, 56, 64, 1},  {32, 128, 28, 128, 1},  {32, 256, 14, 256, 1}, {32, 512, 7, 512, 1},
     {128, 64, 32, 64, 1}, {128, 128, 16, 128, 1}, {8, 64, 32, 64, 16},   {4, 64, 32, 64, 64},
 };
+
+typedef struct bench_pass {
+  const char *name;
+  pnn_pass pass;
+  double products;
+  bool grad_input, grad_weight, usual;
+} bench_pass;
+
+static const bench_pass passes[] = {
+    {"forward", PNN_PASS_FORWARD, 1, false, false, true},
+    {"backward", PNN_PASS_BACKWARD, 2, true, true, true},
+    {"grad_input", PNN_PASS_BACKWARD, 1, true, false, false},
+    {"grad_weight", PNN_PASS_BACKWARD, 1, false, true, false},
+};
+
+typedef struct bench_options {
+  bool json;
+  double seconds;
+  const char *layout, *pass; /* NULL: both layouts, the usual passes */
+} bench_options;
 
 static double now(void) {
   struct timespec t;
@@ -87,7 +109,9 @@ static double measure(pnn_params *p, pnn_pass pass, double seconds) {
   return -1;
 }
 
-static bool bench(const bench_case *c, bool channels_last, bool json, double seconds) {
+static bool bench(const bench_case *c, bool channels_last, const bench_options *options) {
+  const char *const layout = channels_last ? "channels_last" : "contiguous";
+  if (options->layout && strcmp(options->layout, layout) != 0) return true;
   const char *const isa = pnn_isa_name();
   const int64_t batch = strcmp(isa, "portable") == 0 ? 1 : c->batch, maps = c->channels * c->masks;
   pnn_params p;
@@ -101,44 +125,55 @@ static bool bench(const bench_case *c, bool channels_last, bool json, double sec
   p.level = 0.1;
   p.output = tensor(batch, c->outputs, c->side, c->side, channels_last);
   p.grad_output = tensor(batch, c->outputs, c->side, c->side, channels_last);
-  p.grad_input = tensor(batch, c->channels, c->side, c->side, channels_last);
-  p.grad_weight = tensor(c->outputs, maps, 1, 1, false);
-  p.grad_bias = tensor(c->outputs, 1, 1, 1, false);
+  const pnn_tensor grad_input = tensor(batch, c->channels, c->side, c->side, channels_last);
+  const pnn_tensor grad_weight = tensor(c->outputs, maps, 1, 1, false);
+  const pnn_tensor grad_bias = tensor(c->outputs, 1, 1, 1, false);
 
   const pnn_host *const host = pnn_default_host();
-  const char *const layout = channels_last ? "channels_last" : "contiguous";
   bool good = true;
-  for (int pass = PNN_PASS_FORWARD; good && pass <= PNN_PASS_BACKWARD; pass++) {
-    const double best = measure(&p, (pnn_pass)pass, seconds);
+  for (size_t i = 0; good && i < sizeof passes / sizeof passes[0]; i++) {
+    const bench_pass *const pass = &passes[i];
+    if (options->pass ? strcmp(options->pass, pass->name) != 0 : !pass->usual) continue;
+    p.grad_input = grad_input;
+    p.grad_weight = grad_weight;
+    p.grad_bias = grad_bias;
+    if (!pass->grad_input) p.grad_input.data = NULL;
+    if (!pass->grad_weight) p.grad_weight.data = p.grad_bias.data = NULL;
+    const double best = measure(&p, pass->pass, options->seconds);
     good = best > 0;
-    const double flops =
-        (pass == PNN_PASS_FORWARD ? 2.0 : 4.0) * (double)(batch * c->side * c->side) * (double)(maps * c->outputs);
-    const char *const name = pass == PNN_PASS_FORWARD ? "forward" : "backward";
+    const double flops = 2 * pass->products * (double)(batch * c->side * c->side) * (double)(maps * c->outputs);
     const char *const format =
-        json ? "{\"isa\": \"%s\", \"threads\": %d, \"case\": \"(%lld,%lld,%lld,%lld,%lld)\", \"layout\": \"%s\", "
-               "\"pass\": \"%s\", \"seconds\": %.6g, \"gflops\": %.4g}\n"
-             : "%-9s %2d threads  (%lld,%lld,%lld,%lld,%lld)  %-14s %-9s %10.3e s %8.1f GFLOP/s\n";
+        options->json
+            ? "{\"isa\": \"%s\", \"threads\": %d, \"case\": \"(%lld,%lld,%lld,%lld,%lld)\", \"layout\": \"%s\", "
+              "\"pass\": \"%s\", \"seconds\": %.6g, \"gflops\": %.4g}\n"
+            : "%-9s %2d threads  (%lld,%lld,%lld,%lld,%lld)  %-14s %-11s %10.3e s %8.1f GFLOP/s\n";
     if (good)
       printf(format, isa, host ? (int)host->threads : 1, (long long)batch, (long long)c->channels, (long long)c->side,
-             (long long)c->outputs, (long long)c->masks, layout, name, best, flops / best * 1e-9);
+             (long long)c->outputs, (long long)c->masks, layout, pass->name, best, flops / best * 1e-9);
   }
-  const pnn_tensor *const all[] = {&p.input,       &p.weight,     &p.bias,        &p.mask,     &p.output,
-                                   &p.grad_output, &p.grad_input, &p.grad_weight, &p.grad_bias};
+  const pnn_tensor *const all[] = {&p.input,       &p.weight,   &p.bias,      &p.mask,   &p.output,
+                                   &p.grad_output, &grad_input, &grad_weight, &grad_bias};
   for (size_t i = 0; i < sizeof all / sizeof all[0]; i++) free(all[i]->data);
   return good;
 }
 
 int main(int count, char **arguments) {
-  bool json = false, good = true;
-  double seconds = 0.3;
+  bench_options options = {.seconds = 0.3};
+  bool good = true;
   int first = 1;
   for (; first < count && strncmp(arguments[first], "--", 2) == 0; first++) {
     if (strcmp(arguments[first], "--json") == 0) {
-      json = true;
+      options.json = true;
     } else if (strcmp(arguments[first], "--quick") == 0) {
-      seconds = 0.05;
+      options.seconds = 0.05;
+    } else if (strcmp(arguments[first], "--layout") == 0 && first + 1 < count) {
+      options.layout = arguments[++first];
+    } else if (strcmp(arguments[first], "--pass") == 0 && first + 1 < count) {
+      options.pass = arguments[++first];
     } else {
-      fprintf(stderr, "usage: bench_pnn [--quick] [--json] [B,C,H,T,M ...]\n");
+      fprintf(stderr,
+              "usage: bench_pnn [--quick] [--json] [--layout contiguous|channels_last] "
+              "[--pass forward|backward|grad_input|grad_weight] [B,C,H,T,M ...]\n");
       return 2;
     }
   }
@@ -151,9 +186,9 @@ int main(int count, char **arguments) {
       return 2;
     }
     const bench_case c = {v[0], v[1], v[2], v[3], v[4]};
-    for (int last = 0; last < 2; last++) good &= bench(&c, last, json, seconds);
+    for (int last = 0; last < 2; last++) good &= bench(&c, last, &options);
   }
   for (size_t i = 0; first == count && i < sizeof cases / sizeof cases[0]; i++)
-    for (int last = 0; last < 2; last++) good &= bench(&cases[i], last, json, seconds);
+    for (int last = 0; last < 2; last++) good &= bench(&cases[i], last, &options);
   return !good;
 }

@@ -14,13 +14,13 @@
 
 /* ---- sums over pixels ---- */
 
-/* Response maps in a chunk's panel: 32 x 512 or 512 x 64 floats. */
-#define MAP_BLOCK 32
-#define ROWS_MAP_BLOCK 64
-#define OUTPUT_BLOCK 16 /* gradient rows beside it */
+/* Bytes of a panel's response maps at one pixel: 128 x 512 floats. The panel stays in the second-level cache beside its
+ * masks, and the more maps it has, the fewer times the gradient is read. */
+#define MAP_BYTES 512
+#define OUTPUT_BLOCK 8 /* gradient rows beside it, in the first-level cache */
 
 typedef struct sums_scratch {
-  char *maps, *outputs, *totals, *mask, *channels, *tile;
+  char *maps, *outputs, *totals, *mask, *channels;
   char *map_pairs, *output_pairs; /* the two operands as bfloat16 pairs along the pixels, or NULL */
 } sums_scratch;
 
@@ -41,7 +41,6 @@ static sums_scratch sums_take(const pnn_sums *s, pnn_arena *arena) {
     t.map_pairs = pnn_arena_take(arena, round_up(s->block, kernels->dot_columns) * PNN_CHUNK, 2);
     t.output_pairs = pnn_arena_take(arena, round_up(OUTPUT_BLOCK, kernels->dot_rows) * PNN_CHUNK, 2);
   }
-  t.tile = pnn_arena_take(arena, kernels->dot_rows * kernels->dot_columns, p->real_size);
   return t;
 }
 
@@ -55,17 +54,15 @@ static void sums_products(const pnn_sums *s, const sums_scratch *t, int64_t colu
   const pnn_problem *p = s->problem;
   const pnn_kernels *kernels = p->kernels;
   const int64_t size = p->real_size, ld = p->group_maps;
-  for (int64_t i = 0; i < outputs; i += kernels->dot_rows)
-    for (int64_t j = 0; j < maps; j += kernels->dot_columns) {
+  for (int64_t j = 0; j < maps; j += kernels->dot_columns)
+    for (int64_t i = 0; i < outputs; i += kernels->dot_rows) {
+      char *out = into + (i * ld + j) * size;
       if (p->pairs)
         kernels->dot_pairs(columns / 2, t->output_pairs + i * PNN_CHUNK * 2, PNN_CHUNK / 2,
-                           t->map_pairs + j * PNN_CHUNK * 2, PNN_CHUNK / 2, t->tile);
+                           t->map_pairs + j * PNN_CHUNK * 2, PNN_CHUNK / 2, outputs - i, maps - j, out, ld);
       else
         kernels->dot(columns, t->outputs + i * PNN_CHUNK * size, PNN_CHUNK, t->maps + j * PNN_CHUNK * size, PNN_CHUNK,
-                     t->tile);
-      const int64_t rows = PNN_MIN(kernels->dot_rows, outputs - i), width = PNN_MIN(kernels->dot_columns, maps - j);
-      for (int64_t r = 0; r < rows; r++)
-        add_reals(p, into + ((i + r) * ld + j) * size, t->tile + r * kernels->dot_columns * size, width);
+                     outputs - i, maps - j, out, ld);
     }
 }
 
@@ -81,6 +78,16 @@ pnn_sums_place pnn_sums_locate(const pnn_sums *s, int64_t item) {
   if (s->products) at.products = s->maps_part + at.part * p->outputs * p->group_maps * p->real_size;
   if (map_block == 0) at.totals = s->outputs_part + at.part * p->outputs * p->real_size;
   return at;
+}
+
+pnn_ahead pnn_sums_ahead(const pnn_sums *s, const pnn_sums_place *at, int64_t chunk, int64_t end,
+                         const pnn_view *view) {
+  const pnn_problem *p = s->problem;
+  pnn_range range = {0, 1};
+  int64_t first = 0, count = 0;
+  if (at->maps && chunk < end) count = pnn_chunk_locate(p, &s->chunks, chunk, &range, &first);
+  const int64_t channel = at->k0 / p->masks;
+  return pnn_ahead_make(p, &range, first, count, view, channel, (at->k0 + at->maps - 1) / p->masks - channel + 1);
 }
 
 static void sums_item(void *sums_, int32_t worker, int64_t item) {
@@ -118,7 +125,13 @@ static void sums_item(void *sums_, int32_t worker, int64_t item) {
         p->kernels->pair_columns(t.map_pairs, PNN_CHUNK / 2, t.maps, PNN_CHUNK,
                                  round_up(at.maps, p->kernels->dot_columns), columns.padded);
     }
+    pnn_ahead x = pnn_sums_ahead(s, &at, chunk + 1, end, &p->input);
+    const int64_t steps = (at.end - at.first + OUTPUT_BLOCK - 1) / OUTPUT_BLOCK;
     for (int64_t o = at.first; o < at.end; o += OUTPUT_BLOCK) {
+      pnn_ahead_step(&x, steps);
+      pnn_ahead gradient = pnn_ahead_make(p, &made, first, count, &p->grad_output, o + OUTPUT_BLOCK,
+                                          PNN_MIN(OUTPUT_BLOCK, at.end - o - OUTPUT_BLOCK));
+      pnn_ahead_step(&gradient, 1);
       const int64_t rows = PNN_MIN(OUTPUT_BLOCK, at.end - o), padded = round_up(rows, p->kernels->dot_rows);
       pnn_columns_load(p, &columns, &p->grad_output, o, rows, t.outputs, PNN_CHUNK);
       memset(t.outputs + rows * PNN_CHUNK * size, 0, (size_t)((padded - rows) * PNN_CHUNK * size));
@@ -144,7 +157,7 @@ static void join_parts(const pnn_sums *s, char *parts, int64_t count) {
 static pnn_sums sums_prepare(const pnn_problem *p, const pnn_host *host, bool products, pnn_arena *arena) {
   pnn_sums s = {.problem = p, .chunks = pnn_chunks_make(p), .products = products};
   s.rows = pnn_rows_fit(p, &p->grad_output, NULL);
-  s.block = PNN_MAX(PNN_MIN(p->group_maps, s.rows ? ROWS_MAP_BLOCK : MAP_BLOCK), 1);
+  s.block = PNN_MAX(PNN_MIN(p->group_maps, MAP_BYTES / p->real_size), 1);
   s.map_blocks = products ? PNN_MAX((p->group_maps + s.block - 1) / s.block, 1) : 1;
   /* Outputs are split only where parts and maps leave threads idle: each split computes the response maps again. */
   const int64_t wanted = 2 * (int64_t)(host ? host->threads : 1);
@@ -212,9 +225,36 @@ static inputs_scratch inputs_take(const pnn_inputs *in, pnn_arena *arena) {
 /* Where the products of da start; as many as any tile has rows. */
 static const double zero_start[16];
 
-/* From da to d, and on to the gradients of the block's channels and masks. */
-static void inputs_block(const pnn_inputs *in, const inputs_scratch *s, const pnn_response *response,
-                         const pnn_columns *columns, int64_t k0, int64_t maps) {
+/* Whether a tensor's rows of pixels can be read and written where they stand. */
+static bool in_place(const pnn_problem *p, const pnn_view *v) {
+  return v->element == p->real_size && v->column == 1 && (p->out_height == 1 || v->row == p->out_width);
+}
+
+/* From da to the gradient of the block's channels in one go, where nothing else is wanted of d. */
+static void inputs_block(const pnn_inputs *in, const inputs_scratch *s, const pnn_columns *columns, int64_t k,
+                         int64_t k0, int64_t maps) {
+  const pnn_problem *p = in->problem;
+  const pnn_view *x = &p->input, *dx = &p->grad_input;
+  const int64_t size = p->real_size, channel = k0 / p->masks, channels = maps / p->masks;
+  const bool read = in_place(p, x), write = in_place(p, dx);
+  if (!read) pnn_columns_load(p, columns, x, channel, channels, s->u, PNN_PANEL);
+  const char *mask = p->noise == PNN_NOISE_NONE ? NULL : s->mask + (p->shared ? 0 : k * in->deal.pixels) * size;
+  for (int64_t i = 0; i < columns->segments; i++) {
+    const pnn_segment *g = &columns->segment[i];
+    char *d = s->d + g->column * size, *from = s->u + g->column * size, *to = d;
+    if (read) from = x->data + (g->image * x->batch + channel * x->channel + g->pixel) * size;
+    if (write) to = dx->data + (g->image * dx->batch + channel * dx->channel + g->pixel) * size;
+    p->kernels->respond_grad[p->activation](to, write ? dx->channel : PNN_PANEL, d, PNN_PANEL, from,
+                                            read ? x->channel : PNN_PANEL,
+                                            mask ? mask + (g->pixel - columns->range->pixel) * size : NULL,
+                                            in->deal.pixels, channels, g->columns, p->masks, p->shared);
+  }
+  if (!write) pnn_columns_store(p, columns, dx, channel, channels, s->d, PNN_PANEL);
+}
+
+/* The same in steps: d is corrected for the batch's moments first, or its sum is the gradient of the masks. */
+static void inputs_block_in_steps(const pnn_inputs *in, const inputs_scratch *s, const pnn_response *response,
+                                  const pnn_columns *columns, int64_t k0, int64_t maps) {
   const pnn_problem *p = in->problem;
   const pnn_kernels *kernels = p->kernels;
   const int64_t size = p->real_size;
@@ -270,15 +310,25 @@ static void inputs_group(const pnn_inputs *in, const inputs_scratch *s, int64_t 
     pnn_columns_set(&columns, range, column, PNN_MIN(PNN_PANEL, end - column));
     pnn_columns_load(p, &columns, &p->grad_output, group * p->group_outputs, p->group_outputs, s->gradient, PNN_PANEL);
     if (p->pairs) kernels->pair_rows(s->pairs, s->gradient, PNN_PANEL, p->group_outputs, columns.padded);
+    const int64_t next = column + PNN_PANEL, count = PNN_MIN(PNN_PANEL, end - next);
+    const int64_t steps = in->packing.blocks * in->packing.block_tiles;
+    pnn_ahead x = pnn_ahead_make(p, range, next, count, &p->input, group * p->group_channels, p->group_channels);
+    pnn_ahead gradient =
+        pnn_ahead_make(p, range, next, count, &p->grad_output, group * p->group_outputs, p->group_outputs);
     for (int64_t block = 0; block < in->packing.blocks; block++) {
       const int64_t k = block * in->block, maps = PNN_MIN(in->block, p->group_maps - k);
       const int64_t tiles = (maps + kernels->tile_rows - 1) / kernels->tile_rows;
       for (int64_t tile = 0; tile < tiles; tile++) {
+        pnn_ahead_step(&x, steps);
+        pnn_ahead_step(&gradient, steps);
         const void *a = pnn_packing_tile(p, &in->packing, in->packed, group, block, tile, 0);
         for (int64_t j = 0; j < columns.columns; j += kernels->tile_columns)
           inputs_product(p, s, a, j, s->d + (tile * kernels->tile_rows * PNN_PANEL + j) * size);
       }
-      inputs_block(in, s, &response, &columns, k_first + k, maps);
+      if (in->affine || in->masks)
+        inputs_block_in_steps(in, s, &response, &columns, k_first + k, maps);
+      else
+        inputs_block(in, s, &columns, k, k_first + k, maps);
     }
   }
 }

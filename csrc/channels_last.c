@@ -1,10 +1,11 @@
 /*
  * channels_last.c - the passes on panels whose rows are pixels, for tensors whose channels are next to each other.
  *
- * Nothing is transposed but the masks, once per range of pixels: response maps are filled along the channels, and the
- * products take their vectors along the outputs (forward) or the maps (backward), with the packed weights as their
- * second operand and pixels as their rows. Each element is the same chain of fused multiply-adds as in forward.c and
- * backward.c, so the bits are the same.
+ * For one mask a channel; with more, an image is so much smaller than its response maps that forward.c and backward.c
+ * turn its panels on the way in and out. Nothing is transposed here but the masks, once per range of pixels: response
+ * maps are filled along the channels, and the products take their vectors along the outputs (forward) or the maps
+ * (backward), with the packed weights as their second operand and pixels as their rows. Each element is the same chain
+ * of fused multiply-adds as in forward.c and backward.c, so the bits are the same.
  */
 #include <string.h>
 
@@ -12,7 +13,8 @@
 
 bool pnn_rows_fit(const pnn_problem *problem, const pnn_view *a, const pnn_view *b) {
   const pnn_view *views[] = {&problem->input, a, b};
-  if (problem->channels < 2 || problem->outputs < 2 || problem->product_type != problem->params->input.dtype)
+  if (problem->masks != 1 || problem->channels < 2 || problem->outputs < 2 ||
+      problem->product_type != problem->params->input.dtype)
     return false;
   for (int i = 0; i < 3; i++)
     if (views[i] && views[i]->data && (views[i]->channel != 1 || views[i]->element != problem->real_size)) return false;
@@ -76,7 +78,7 @@ static row_masks masks_take(const pnn_problem *p, int64_t maps, int64_t pixels, 
   return m;
 }
 
-/* panel[pixel][r] = level * N of response map k0 + r, or of mask r where shared. */
+/* panel[pixel][r] = level * N of response map k0 + r; [pixel][0] where shared. */
 static void masks_make(const pnn_problem *p, const row_masks *m, int64_t k0, int64_t maps, const pnn_range *range) {
   if (!m->ld) return;
   const int64_t size = p->real_size;
@@ -93,29 +95,42 @@ static void masks_make(const pnn_problem *p, const row_masks *m, int64_t k0, int
   }
 }
 
-/* panel[column][r] = activation(u) of response map k0 + r; the masks begin at map mask_k0. */
-static void respond(const pnn_problem *p, const row_masks *m, int64_t mask_k0, const pnn_columns *columns, int64_t k0,
-                    int64_t maps, pnn_activation activation, char *panel, int64_t ld) {
+/* A maximal run of a panel's columns whose input pixels stand at one step; its masks follow mask_step apart. */
+typedef struct input_run {
+  int64_t column, columns;
+  const char *x, *mask; /* of response map k0; mask NULL without noise */
+  int64_t mask_step;
+} input_run;
+
+/* The run that begins at column `done` of segment *segment; both move on behind it. The masks begin at map mask_k0. */
+static input_run input_run_next(const pnn_problem *p, const row_masks *m, int64_t mask_k0, const pnn_columns *columns,
+                                int64_t k0, int64_t *segment, int64_t *done) {
   const pnn_view *v = &p->input;
-  const int64_t size = p->real_size, width = p->out_width;
-  const int64_t step = pixel_step(p, v);
-  const bool rows_join = p->out_height == 1 || v->row == width * step;
+  const int64_t size = p->real_size, width = p->out_width, step = pixel_step(p, v);
+  const pnn_segment *s = &columns->segment[*segment];
   const char *mask = m->ld ? m->panel + (p->shared ? 0 : k0 - mask_k0) * size : NULL;
   if (p->pixels == 1) { /* one mask row serves all images */
-    const char *x = v->data + (columns->segment[0].image * v->batch + k0 / p->masks) * size;
-    p->kernels->respond_rows[activation](panel, ld, x, step, mask, 0, columns->columns, maps, k0, p->masks, p->shared);
-    return;
+    *segment = columns->segments;
+    return (input_run){0, columns->columns, v->data + (s->image * v->batch + k0) * size, mask, 0};
   }
-  for (int64_t i = 0; i < columns->segments; i++) {
-    const pnn_segment *s = &columns->segment[i];
-    for (int64_t done = 0, count; done < s->columns; done += count) {
-      const int64_t pixel = s->pixel + done, row = pixel / width, from = pixel % width;
-      count = rows_join ? s->columns - done : PNN_MIN(width - from, s->columns - done);
-      const char *x = v->data + (s->image * v->batch + k0 / p->masks + row * v->row + from * v->column) * size;
-      p->kernels->respond_rows[activation](panel + (s->column + done) * ld * size, ld, x, step,
-                                           mask ? mask + (pixel - columns->range->pixel) * m->ld * size : NULL, m->ld,
-                                           count, maps, k0, p->masks, p->shared);
-    }
+  const bool rows_join = p->out_height == 1 || v->row == width * step;
+  const int64_t pixel = s->pixel + *done, row = pixel / width, from = pixel % width;
+  input_run run = {.column = s->column + *done, .mask_step = m->ld};
+  run.columns = rows_join ? s->columns - *done : PNN_MIN(width - from, s->columns - *done);
+  run.x = v->data + (s->image * v->batch + k0 + row * v->row + from * v->column) * size;
+  if (mask) run.mask = mask + (pixel - columns->range->pixel) * m->ld * size;
+  *done += run.columns;
+  if (*done == s->columns) *done = 0, ++*segment;
+  return run;
+}
+
+/* panel[column][r] = activation(u) of response map k0 + r. */
+static void respond(const pnn_problem *p, const row_masks *m, int64_t mask_k0, const pnn_columns *columns, int64_t k0,
+                    int64_t maps, pnn_activation activation, char *panel, int64_t ld) {
+  for (int64_t segment = 0, done = 0; segment < columns->segments;) {
+    const input_run run = input_run_next(p, m, mask_k0, columns, k0, &segment, &done);
+    p->kernels->respond_rows[activation](panel + run.column * ld * p->real_size, ld, run.x, pixel_step(p, &p->input),
+                                         run.mask, run.mask_step, run.columns, maps, p->shared);
   }
 }
 
@@ -159,6 +174,10 @@ void pnn_rows_forward_item(void *state, int32_t worker, int64_t item) {
   for (; column < end; column += PNN_PANEL) {
     pnn_columns_set(&columns, &range, column, PNN_MIN(PNN_PANEL, end - column));
     const int64_t count = pixel_runs(p, &columns, &p->output, runs), step = pixel_step(p, &p->output);
+    const int64_t next = column + PNN_PANEL;
+    pnn_ahead ahead = pnn_ahead_make(p, &range, next, PNN_MIN(PNN_PANEL, end - next), &p->input,
+                                     group * p->group_channels, p->group_channels);
+    const int64_t steps = f->packing.block_tiles * ((p->group_maps + f->block - 1) / PNN_MAX(f->block, 1));
     for (int64_t k = 0; k < p->group_maps || k == 0; k += PNN_MAX(f->block, 1)) {
       const int64_t depth = PNN_MIN(f->block, p->group_maps - k);
       respond(p, &s.masks, k_first, &columns, k_first + k, depth, p->activation, s.panel, s.ld);
@@ -166,6 +185,7 @@ void pnn_rows_forward_item(void *state, int32_t worker, int64_t item) {
       for (int64_t t = 0; t < p->group_outputs; t += tile) {
         const void *b = pnn_packing_tile(p, &f->packing, f->packed, group, 0, t / tile, k);
         const char *start = from_map(p, f->bias, group * f->sum_rows + t);
+        pnn_ahead_step(&ahead, steps);
         for (int64_t r = 0; r < count; r++)
           for (int64_t i = 0; i < runs[r].columns; i += kernels->tile_rows) {
             const int64_t offset = runs[r].offset + i * step + group * p->group_outputs + t;
@@ -181,6 +201,8 @@ void pnn_rows_forward_item(void *state, int32_t worker, int64_t item) {
 
 /* ---- backward: sums over pixels ---- */
 
+#define GRADIENT_TILES 2 /* side by side, so that a pixel's cache line is read once */
+
 typedef struct sums_scratch {
   char *maps, *outputs, *totals;
   int64_t ld;
@@ -190,7 +212,7 @@ typedef struct sums_scratch {
 static sums_scratch sums_take(const pnn_sums *s, pnn_arena *arena) {
   const pnn_problem *p = s->problem;
   sums_scratch t = {.ld = row_length(p, s->block)};
-  t.outputs = pnn_arena_take(arena, p->kernels->tile_rows * PNN_CHUNK, p->real_size);
+  t.outputs = pnn_arena_take(arena, GRADIENT_TILES * p->kernels->tile_rows * PNN_CHUNK, p->real_size);
   t.totals = pnn_arena_take(arena, p->kernels->tile_rows, p->real_size);
   if (!s->products) return t;
   t.maps = pnn_arena_take(arena, t.ld * PNN_CHUNK, p->real_size);
@@ -200,16 +222,14 @@ static sums_scratch sums_take(const pnn_sums *s, pnn_arena *arena) {
 
 void pnn_rows_sums_scratch(const pnn_sums *sums, pnn_arena *arena) { sums_take(sums, arena); }
 
-/* dst[column][tile_rows] = the gradient of the outputs [t, t + rows). */
-static void gradient_tile(const pnn_problem *p, const pixel_run *runs, int64_t count, int64_t t, int64_t rows,
-                          int64_t columns, char *dst) {
+/* dst[tile][column][tile_rows] = the gradient of the outputs [t, t + rows). */
+static void gradient_tiles(const pnn_problem *p, const pixel_run *runs, int64_t count, int64_t t, int64_t rows,
+                           char *dst) {
   const int64_t tile = p->kernels->tile_rows, size = p->real_size;
   const pnn_view *g = &p->grad_output;
   for (int64_t r = 0; r < count; r++)
-    p->kernels->load[g->dtype](dst + runs[r].column * tile * size, tile, g->data + (runs[r].offset + t) * size,
-                               runs[r].columns, pixel_step(p, g), rows, 1);
-  for (int64_t j = 0; j < columns && rows < tile; j++)
-    memset(dst + (j * tile + rows) * size, 0, (size_t)((tile - rows) * size));
+    p->kernels->pack_gradient(dst + runs[r].column * tile * size, PNN_CHUNK * tile,
+                              g->data + (runs[r].offset + t) * size, pixel_step(p, g), runs[r].columns, rows);
 }
 
 void pnn_rows_sums_item(void *sums, int32_t worker, int64_t item) {
@@ -237,16 +257,25 @@ void pnn_rows_sums_item(void *sums, int32_t worker, int64_t item) {
       if (s->mean) kernels->center_rows(t.maps, t.ld, from_map(p, s->mean, at.k0), count, at.maps);
     }
     const int64_t run_count = pixel_runs(p, &columns, &p->grad_output, runs);
+    pnn_ahead x = pnn_sums_ahead(s, &at, chunk + 1, end, &p->input);
+    const int64_t packed = GRADIENT_TILES * tile, steps = (at.end - at.first + packed - 1) / packed;
     for (int64_t o = at.first; o < at.end; o += tile) {
-      const int64_t rows = PNN_MIN(tile, at.end - o);
-      gradient_tile(p, runs, run_count, o, rows, count, t.outputs);
+      const int64_t rows = PNN_MIN(tile, at.end - o), number = (o - at.first) / tile % GRADIENT_TILES;
+      const char *outputs = t.outputs + number * PNN_CHUNK * tile * size;
+      if (number == 0) {
+        pnn_ahead_step(&x, steps);
+        gradient_tiles(p, runs, run_count, o, PNN_MIN(packed, at.end - o), t.outputs);
+        pnn_ahead g =
+            pnn_ahead_make(p, &made, first, count, &p->grad_output, o + packed, PNN_MIN(packed, at.end - o - packed));
+        pnn_ahead_step(&g, 1);
+      }
       for (int64_t j = 0; j < at.maps; j += kernels->tile_columns)
-        kernels->product_rows(PNN_PRODUCT_ADD, rows, PNN_MIN(kernels->tile_columns, at.maps - j), count, t.outputs, 1,
+        kernels->product_rows(PNN_PRODUCT_ADD, rows, PNN_MIN(kernels->tile_columns, at.maps - j), count, outputs, 1,
                               tile, t.maps + j * size, t.ld, at.products + (o * p->group_maps + at.k + j) * size,
                               p->group_maps, NULL);
       if (!at.totals) continue;
       memset(t.totals, 0, (size_t)(tile * size));
-      kernels->sum_columns(count, t.outputs, t.totals);
+      kernels->sum_columns(count, outputs, t.totals);
       kernels->accumulate(at.totals + o * size, t.totals, rows);
     }
   }
@@ -272,6 +301,25 @@ static inputs_scratch inputs_take(const pnn_inputs *in, pnn_arena *arena) {
 
 void pnn_rows_inputs_scratch(const pnn_inputs *inputs, pnn_arena *arena) { inputs_take(inputs, arena); }
 
+/* From da to the input's gradient in one go. */
+static void inputs_epilogue(const pnn_problem *p, const inputs_scratch *s, const pnn_columns *columns, int64_t outs,
+                            const pixel_run *out, int64_t mask_k0, int64_t k0, int64_t maps) {
+  const int64_t size = p->real_size, x_step = pixel_step(p, &p->input), out_step = pixel_step(p, &p->grad_input);
+  input_run run = {.columns = 0};
+  int64_t segment = 0, next = 0;
+  for (int64_t r = 0; r < outs; r++)
+    for (int64_t i = 0, count; i < out[r].columns; i += count) {
+      const int64_t column = out[r].column + i;
+      if (column == run.column + run.columns) run = input_run_next(p, &s->masks, mask_k0, columns, k0, &segment, &next);
+      const int64_t into = column - run.column;
+      count = PNN_MIN(out[r].columns - i, run.columns - into);
+      p->kernels->respond_grad[p->activation](p->grad_input.data + (out[r].offset + i * out_step + k0) * size, out_step,
+                                              s->d + column * s->ld * size, s->ld, run.x + into * x_step * size, x_step,
+                                              run.mask ? run.mask + into * run.mask_step * size : NULL, run.mask_step,
+                                              count, maps, 1, 0);
+    }
+}
+
 void pnn_rows_inputs_item(void *inputs, int32_t worker, int64_t item) {
   const pnn_inputs *in = inputs;
   const pnn_problem *p = in->problem;
@@ -287,16 +335,23 @@ void pnn_rows_inputs_item(void *inputs, int32_t worker, int64_t item) {
   masks_make(p, &s.masks, k_first, p->group_maps, &range);
   pnn_columns columns;
   pixel_run gradient[PNN_PANEL], out[PNN_PANEL];
+  const bool in_place = !in->affine && (!p->shared || p->noise == PNN_NOISE_NONE);
   const int64_t gradient_step = pixel_step(p, &p->grad_output), out_step = pixel_step(p, &p->grad_input);
   for (; column < end; column += PNN_PANEL) {
     pnn_columns_set(&columns, &range, column, PNN_MIN(PNN_PANEL, end - column));
     const int64_t gradients = pixel_runs(p, &columns, &p->grad_output, gradient);
     const int64_t outs = pixel_runs(p, &columns, &p->grad_input, out);
+    const int64_t next = column + PNN_PANEL, count = PNN_MIN(PNN_PANEL, end - next);
+    const int64_t steps = in->packing.blocks * in->packing.block_tiles;
+    pnn_ahead x = pnn_ahead_make(p, &range, next, count, &p->input, group * p->group_channels, p->group_channels);
+    pnn_ahead g = pnn_ahead_make(p, &range, next, count, &p->grad_output, group * p->group_outputs, p->group_outputs);
     for (int64_t block = 0; block < in->packing.blocks; block++) {
       const int64_t k = block * in->block, k0 = k_first + k, maps = PNN_MIN(in->block, p->group_maps - k);
       const int64_t lanes = (maps + PNN_LANES - 1) / PNN_LANES * PNN_LANES;
       for (int64_t j = 0; j < maps; j += tile) {
         const void *b = pnn_packing_tile(p, &in->packing, in->packed, group, block, j / tile, 0);
+        pnn_ahead_step(&x, steps);
+        pnn_ahead_step(&g, steps);
         for (int64_t r = 0; r < gradients; r++)
           for (int64_t i = 0; i < gradient[r].columns; i += kernels->tile_rows) {
             const int64_t offset = gradient[r].offset + i * gradient_step + group * p->group_outputs;
@@ -305,6 +360,10 @@ void pnn_rows_inputs_item(void *inputs, int32_t worker, int64_t item) {
                                   gradient_step, 1, b, tile, s.d + ((gradient[r].column + i) * s.ld + j) * size, s.ld,
                                   NULL);
           }
+      }
+      if (in_place) {
+        inputs_epilogue(p, &s, &columns, outs, out, k_first, k0, maps);
+        continue;
       }
       respond(p, &s.masks, k_first, &columns, k0, maps, PNN_ACTIVATION_IDENTITY, s.u, s.ld);
       if (in->affine) {
@@ -316,8 +375,8 @@ void pnn_rows_inputs_item(void *inputs, int32_t worker, int64_t item) {
       }
       kernels->activate_grad[p->activation](s.d, s.ld, s.u, s.ld, columns.columns, lanes);
       for (int64_t r = 0; r < outs; r++)
-        kernels->reduce_rows(p->grad_input.data + (out[r].offset + k0 / p->masks) * size, out_step,
-                             s.d + out[r].column * s.ld * size, s.ld, out[r].columns, maps / p->masks, p->masks);
+        kernels->store[p->grad_input.dtype](p->grad_input.data + (out[r].offset + k0) * size, out_step, 1,
+                                            s.d + out[r].column * s.ld * size, s.ld, out[r].columns, maps);
     }
   }
 }

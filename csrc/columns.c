@@ -89,6 +89,29 @@ void pnn_columns_store(const pnn_problem *problem, const pnn_columns *columns, c
   move_all(&m, columns);
 }
 
+pnn_ahead pnn_ahead_make(const pnn_problem *problem, const pnn_range *range, int64_t column, int64_t count,
+                         const pnn_view *view, int64_t channel, int64_t channels) {
+  pnn_ahead ahead = {NULL, 0, 0, 0, 0};
+  const pnn_view *v = view;
+  const bool pixels_joined = problem->out_height == 1 || v->row == problem->out_width * v->column;
+  if (count <= 0 || channels <= 0 || !pixels_joined || (v->column != 1 && v->channel != 1)) return ahead;
+  const int64_t image = column / range->pixels, pixel = column % range->pixels;
+  const int64_t run = PNN_MIN(count, range->pixels - pixel);
+  ahead.data = v->data + (image * v->batch + channel * v->channel + (range->pixel + pixel) * v->column) * v->element;
+  ahead.stride = (v->column == 1 ? v->channel : v->column) * v->element;
+  ahead.rows = v->column == 1 ? channels : run;
+  ahead.bytes = (v->column == 1 ? run : channels) * v->element;
+  return ahead;
+}
+
+void pnn_ahead_step(pnn_ahead *ahead, int64_t steps) {
+  const int64_t end = PNN_MIN(ahead->done + (ahead->rows + steps - 1) / steps, ahead->rows);
+  for (; ahead->done < end; ahead->done++) {
+    const char *row = ahead->data + ahead->done * ahead->stride;
+    for (int64_t i = 0; i < ahead->bytes + 63; i += 64) __builtin_prefetch(row + PNN_MIN(i, ahead->bytes - 1), 0, 2);
+  }
+}
+
 /* A range's masks should stay in the second-level cache beside the panels. */
 #define MASK_BYTES (256 * 1024)
 

@@ -81,6 +81,9 @@ static void forward_item(void *forward_, int32_t worker, int64_t item) {
       whole_rows = p->group_outputs / kernels->tile_rows * kernels->tile_rows;
       whole_columns = columns.columns / kernels->tile_columns * kernels->tile_columns;
     }
+    pnn_ahead ahead = pnn_ahead_make(p, &range, column + PNN_PANEL, PNN_MIN(PNN_PANEL, end - column - PNN_PANEL),
+                                     &p->input, group * p->group_channels, p->group_channels);
+    const int64_t steps = f->packing.block_tiles * ((p->group_maps + f->block - 1) / PNN_MAX(f->block, 1));
     for (int64_t k = 0; k < p->group_maps || k == 0; k += PNN_MAX(f->block, 1)) {
       const int64_t depth = PNN_MIN(f->block, p->group_maps - k);
       pnn_response_activated(&response, &columns, k_first + k, depth, s.panel, PNN_PANEL);
@@ -89,6 +92,7 @@ static void forward_item(void *forward_, int32_t worker, int64_t item) {
       for (int64_t tile = 0; tile < f->packing.block_tiles; tile++) {
         const void *a = pnn_packing_tile(p, &f->packing, f->packed, group, 0, tile, k);
         const int64_t row = tile * kernels->tile_rows;
+        pnn_ahead_step(&ahead, steps);
         const char *start = k ? NULL : (const char *)f->bias + (group * f->sum_rows + row) * size;
         for (int64_t j = 0; j < columns.columns; j += kernels->tile_columns) {
           const bool here = row < whole_rows && j < whole_columns;

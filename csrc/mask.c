@@ -43,11 +43,14 @@ void pnn_mask_panel(const pnn_problem *problem, int64_t k0, int64_t rows, const 
   const int64_t width = problem->out_width, end = range->pixel + range->pixels;
   const int64_t mask_rows = pnn_mask_rows(problem, rows), first = problem->shared ? 0 : k0;
   if (!mask_rows) return;
+  /* A tensor's rows may follow each other without a gap; a recipe goes row by row. */
+  const pnn_view *v = &problem->mask;
+  const bool joined = problem->noise == PNN_NOISE_TENSOR && v->row == width * v->column;
   for (int64_t pixel = range->pixel; pixel < end;) {
-    const int64_t i = pixel / width, j = pixel % width, count = PNN_MIN(width - j, end - pixel);
+    const int64_t i = pixel / width, j = pixel % width, count = joined ? end - pixel : PNN_MIN(width - j, end - pixel);
     char *dst = (char *)panel + (pixel - range->pixel) * problem->real_size;
     if (problem->noise == PNN_NOISE_TENSOR) {
-      move_rows(problem, &problem->mask, true, first, mask_rows, i, j, count, dst, ld);
+      move_rows(problem, v, true, first, mask_rows, i, j, count, dst, ld);
       problem->kernels->scale(dst, ld, problem->level, mask_rows, count);
     } else {
       problem->kernels->recipe(dst, ld, &problem->recipe, problem->level, first, mask_rows, i * problem->stride[0],

@@ -150,28 +150,37 @@ static inline void store_vector_float(float *p, vr v) {
 }
 #endif
 
-/* One loop for the case that columns are contiguous, one for contiguous rows (channels-last: a block of 16 x 16 keeps
- * both sides in cache), one for the rest. */
-#define DEFINE_LOAD(name, type, convert)                                                                               \
-  static void name(void *dst_, int64_t ld, const void *src_, int64_t rows, int64_t row_stride, int64_t columns,        \
-                   int64_t column_stride) {                                                                            \
-    real *dst = dst_;                                                                                                  \
-    const type *src = src_;                                                                                            \
-    if (column_stride == 1) {                                                                                          \
-      for (int64_t r = 0; r < rows; r++) {                                                                             \
-        real *restrict d = dst + r * ld;                                                                               \
-        const type *restrict s = src + r * row_stride;                                                                 \
-        int64_t j = 0;                                                                                                 \
-        for (; j + VR <= columns; j += VR) vr_store(d + j, load_vector_##convert(s + j));                              \
-        for (; j < columns; j++) d[j] = from_##convert(s[j]);                                                          \
-      }                                                                                                                \
-    } else {                                                                                                           \
-      for (int64_t r0 = 0; r0 < rows; r0 += 16) {                                                                      \
-        const int64_t r1 = r0 + 16 < rows ? r0 + 16 : rows;                                                            \
-        for (int64_t j = 0; j < columns; j++)                                                                          \
-          for (int64_t r = r0; r < r1; r++) dst[r * ld + j] = from_##convert(src[r * row_stride + j * column_stride]); \
-      }                                                                                                                \
-    }                                                                                                                  \
+/* One loop where columns are contiguous, one where rows are (a channels-last tensor: VR x VR values are turned in
+ * registers), one for the rest. */
+#define DEFINE_LOAD(name, type, convert)                                                                        \
+  static void name(void *dst_, int64_t ld, const void *src_, int64_t rows, int64_t row_stride, int64_t columns, \
+                   int64_t column_stride) {                                                                     \
+    real *dst = dst_;                                                                                           \
+    const type *src = src_;                                                                                     \
+    if (column_stride == 1) {                                                                                   \
+      for (int64_t r = 0; r < rows; r++) {                                                                      \
+        real *restrict d = dst + r * ld;                                                                        \
+        const type *restrict s = src + r * row_stride;                                                          \
+        int64_t j = 0;                                                                                          \
+        for (; j + VR <= columns; j += VR) vr_store(d + j, load_vector_##convert(s + j));                       \
+        for (; j < columns; j++) d[j] = from_##convert(s[j]);                                                   \
+      }                                                                                                         \
+      return;                                                                                                   \
+    }                                                                                                           \
+    const int64_t turned_rows = row_stride == 1 ? rows / VR * VR : 0, turned_columns = columns / VR * VR;       \
+    for (int64_t r = 0; r < turned_rows; r += VR) {                                                             \
+      for (int64_t j = 0; j < turned_columns; j += VR) {                                                        \
+        vr v[VR];                                                                                               \
+        for (int i = 0; i < VR; i++) v[i] = load_vector_##convert(src + r + (j + i) * column_stride);           \
+        vr_transpose(v);                                                                                        \
+        for (int i = 0; i < VR; i++) vr_store(dst + (r + i) * ld + j, v[i]);                                    \
+      }                                                                                                         \
+      for (int64_t j = turned_columns; j < columns; j++)                                                        \
+        for (int64_t i = r; i < r + VR; i++) dst[i * ld + j] = from_##convert(src[i + j * column_stride]);      \
+    }                                                                                                           \
+    for (int64_t j = 0; j < columns; j++)                                                                       \
+      for (int64_t r = turned_rows; r < rows; r++)                                                              \
+        dst[r * ld + j] = from_##convert(src[r * row_stride + j * column_stride]);                              \
   }
 
 #define DEFINE_STORE(name, type, convert)                                                                             \
@@ -187,13 +196,22 @@ static inline void store_vector_float(float *p, vr v) {
         for (; j + VR <= columns; j += VR) store_vector_##convert(d + j, vr_load(s + j));                             \
         for (; j < columns; j++) d[j] = to_##convert(s[j]);                                                           \
       }                                                                                                               \
-    } else {                                                                                                          \
-      for (int64_t r0 = 0; r0 < rows; r0 += 16) {                                                                     \
-        const int64_t r1 = r0 + 16 < rows ? r0 + 16 : rows;                                                           \
-        for (int64_t j = 0; j < columns; j++)                                                                         \
-          for (int64_t r = r0; r < r1; r++) dst[r * row_stride + j * column_stride] = to_##convert(src[r * ld + j]);  \
-      }                                                                                                               \
+      return;                                                                                                         \
     }                                                                                                                 \
+    const int64_t turned_rows = row_stride == 1 ? rows / VR * VR : 0, turned_columns = columns / VR * VR;             \
+    for (int64_t r = 0; r < turned_rows; r += VR) {                                                                   \
+      for (int64_t j = 0; j < turned_columns; j += VR) {                                                              \
+        vr v[VR];                                                                                                     \
+        for (int i = 0; i < VR; i++) v[i] = vr_load(src + (r + i) * ld + j);                                          \
+        vr_transpose(v);                                                                                              \
+        for (int i = 0; i < VR; i++) store_vector_##convert(dst + r + (j + i) * column_stride, v[i]);                 \
+      }                                                                                                               \
+      for (int64_t j = turned_columns; j < columns; j++)                                                              \
+        for (int64_t i = r; i < r + VR; i++) dst[i + j * column_stride] = to_##convert(src[i * ld + j]);              \
+    }                                                                                                                 \
+    for (int64_t j = 0; j < columns; j++)                                                                             \
+      for (int64_t r = turned_rows; r < rows; r++)                                                                    \
+        dst[r * row_stride + j * column_stride] = to_##convert(src[r * ld + j]);                                      \
   }
 
 DEFINE_LOAD(load_real, real, real)
@@ -278,7 +296,22 @@ static inline void lanes_sums(vr sum[DOT_ROWS * DOT_COLUMNS][LANE_VECTORS], real
 #endif
 }
 
-static void dot(int64_t columns, const void *a_, int64_t lda, const void *b_, int64_t ldb, void *out) {
+/* out[i][j] += the folded sums, where they belong to the output. */
+static inline void add_tile(vr sum[DOT_ROWS * DOT_COLUMNS][LANE_VECTORS], int64_t rows, int64_t width, real *out,
+                            int64_t ldo) {
+  real tile[DOT_ROWS * DOT_COLUMNS];
+  lanes_sums(sum, tile);
+  if (rows >= DOT_ROWS && width >= DOT_COLUMNS) {
+    for (int i = 0; i < DOT_ROWS; i++)
+      for (int j = 0; j < DOT_COLUMNS; j++) out[i * ldo + j] += tile[i * DOT_COLUMNS + j];
+    return;
+  }
+  for (int64_t i = 0; i < rows && i < DOT_ROWS; i++)
+    for (int64_t j = 0; j < width && j < DOT_COLUMNS; j++) out[i * ldo + j] += tile[i * DOT_COLUMNS + j];
+}
+
+static void dot(int64_t columns, const void *a_, int64_t lda, const void *b_, int64_t ldb, int64_t rows, int64_t width,
+                void *out, int64_t ldo) {
   const real *restrict a = a_;
   const real *restrict b = b_;
   vr sum[DOT_ROWS * DOT_COLUMNS][LANE_VECTORS];
@@ -301,7 +334,7 @@ static void dot(int64_t columns, const void *a_, int64_t lda, const void *b_, in
       }
     }
   }
-  lanes_sums(sum, out);
+  add_tile(sum, rows, width, out, ldo);
 }
 
 /* ---- bfloat16 dot products ---- */
@@ -341,7 +374,7 @@ PAIRS_TARGET static void product_pairs(int64_t depth, const void *a_, const void
 }
 
 PAIRS_TARGET static void dot_pairs(int64_t columns, const void *a_, int64_t lda, const void *b_, int64_t ldb,
-                                   void *out) {
+                                   int64_t rows, int64_t width, void *out, int64_t ldo) {
   const int32_t *restrict a = a_;
   const int32_t *restrict b = b_;
   __m512 sum[DOT_ROWS][DOT_COLUMNS];
@@ -362,7 +395,7 @@ PAIRS_TARGET static void dot_pairs(int64_t columns, const void *a_, int64_t lda,
   }
   vr lanes[DOT_ROWS * DOT_COLUMNS][LANE_VECTORS];
   memcpy(lanes, sum, sizeof lanes);
-  lanes_sums(lanes, out);
+  add_tile(lanes, rows, width, out, ldo);
 }
 
 static void pair_rows(void *dst_, const void *a_, int64_t ld, int64_t rows, int64_t columns) {
@@ -437,6 +470,34 @@ static void sum_rows(int64_t columns, const void *a_, int64_t lda, int64_t rows,
       const real *u = (const real *)u_ + r * ldu;                                                                    \
       for (int64_t j = 0; j < columns; j += VR)                                                                      \
         vr_store(d + j, PNN_ACTIVATE_GRAD(name)(vr_load(u + j), vr_load(d + j)));                                    \
+    }                                                                                                                \
+  }                                                                                                                  \
+  static void respond_grad_##name(void *dx_, int64_t ldx, const void *d_, int64_t ldd, const void *x_, int64_t step, \
+                                  const void *mask_, int64_t ldm, int64_t rows, int64_t columns, int64_t masks,      \
+                                  int32_t shared) {                                                                  \
+    for (int64_t r = 0; r < rows; r++) {                                                                             \
+      real *dx = (real *)dx_ + r * ldx;                                                                              \
+      const real *d = (const real *)d_ + r * masks * ldd, *x = (const real *)x_ + r * step;                          \
+      const real *mask = mask_ ? (const real *)mask_ + (shared ? 0 : r * masks * ldm) : NULL;                        \
+      int64_t j = 0;                                                                                                 \
+      for (; j + VR <= columns; j += VR) {                                                                           \
+        const vr v = vr_load(x + j);                                                                                 \
+        vr sum = PNN_ACTIVATE_GRAD(name)(mask ? v + vr_load(mask + j) : v, vr_load(d + j));                          \
+        for (int64_t m = 1; m < masks; m++)                                                                          \
+          sum += PNN_ACTIVATE_GRAD(name)(mask ? v + vr_load(mask + m * ldm + j) : v, vr_load(d + m * ldd + j));      \
+        vr_store(dx + j, sum);                                                                                       \
+      }                                                                                                              \
+      if (j < columns) {                                                                                             \
+        const int64_t n = columns - j;                                                                               \
+        const vr v = vr_load_part(x + j, n);                                                                         \
+        vr sum = vr_set1(0);                                                                                         \
+        for (int64_t m = 0; m < masks; m++) {                                                                        \
+          const vr u = mask ? v + vr_load_part(mask + m * ldm + j, n) : v;                                           \
+          const vr one = PNN_ACTIVATE_GRAD(name)(u, vr_load_part(d + m * ldd + j, n));                               \
+          sum = m ? sum + one : one;                                                                                 \
+        }                                                                                                            \
+        vr_store_part(dx + j, sum, n);                                                                               \
+      }                                                                                                              \
     }                                                                                                                \
   }
 #if defined(PNN_REAL_F32)
@@ -577,6 +638,21 @@ static void product_rows(pnn_product_mode mode, int64_t rows, int64_t columns, i
   }
 }
 
+static void pack_gradient(void *dst_, int64_t tile_step, const void *src_, int64_t step, int64_t pixels, int64_t rows) {
+  real *restrict dst = dst_;
+  const real *restrict src = src_;
+  if (rows == 2 * TILE_ROWS) {
+    for (int64_t p = 0; p < pixels; p++) {
+      memcpy(dst + p * TILE_ROWS, src + p * step, TILE_ROWS * sizeof(real));
+      memcpy(dst + tile_step + p * TILE_ROWS, src + p * step + TILE_ROWS, TILE_ROWS * sizeof(real));
+    }
+    return;
+  }
+  for (int64_t first = 0; first < rows; first += TILE_ROWS, dst += tile_step)
+    for (int64_t p = 0; p < pixels; p++)
+      for (int i = 0; i < TILE_ROWS; i++) dst[p * TILE_ROWS + i] = first + i < rows ? src[p * step + first + i] : 0;
+}
+
 static void sum_columns(int64_t depth, const void *a_, void *out_) {
   const real *restrict a = a_;
   real *restrict out = out_;
@@ -588,30 +664,17 @@ static void sum_columns(int64_t depth, const void *a_, void *out_) {
 
 #define DEFINE_RESPOND_ROWS(suffix, name)                                                                             \
   static void respond_rows_##name(void *a_, int64_t lda, const void *x_, int64_t ldx, const void *mask_, int64_t ldm, \
-                                  int64_t pixels, int64_t rows, int64_t k0, int64_t masks, int32_t shared) {          \
+                                  int64_t pixels, int64_t rows, int32_t shared) {                                     \
     for (int64_t p = 0; p < pixels; p++) {                                                                            \
       real *a = (real *)a_ + p * lda;                                                                                 \
       const real *x = (const real *)x_ + p * ldx;                                                                     \
       const real *mask = mask_ ? (const real *)mask_ + p * ldm : NULL;                                                \
-      if (masks == 1) {                                                                                               \
-        const vr one = mask && shared ? vr_set1(mask[0]) : vr_set1(0);                                                \
-        for (int64_t r = 0; r < rows; r += VR) {                                                                      \
-          const int64_t n = rows - r;                                                                                 \
-          vr u = load_some(x + r, n);                                                                                 \
-          if (mask) u += shared ? one : load_some(mask + r, n);                                                       \
-          store_some(a + r, PNN_ACTIVATE(name)(u), n);                                                                \
-        }                                                                                                             \
-        continue;                                                                                                     \
-      }                                                                                                               \
-      int64_t m = k0 % masks;                                                                                         \
-      for (int64_t r = 0, run; r < rows; r += run, x++, m = 0) {                                                      \
-        run = masks - m < rows - r ? masks - m : rows - r;                                                            \
-        const real *from = mask ? mask + (shared ? m : r) : NULL;                                                     \
-        for (int64_t i = 0; i < run; i += VR) {                                                                       \
-          vr u = vr_set1(*x);                                                                                         \
-          if (from) u += load_some(from + i, run - i);                                                                \
-          store_some(a + r + i, PNN_ACTIVATE(name)(u), run - i);                                                      \
-        }                                                                                                             \
+      const vr one = mask && shared ? vr_set1(mask[0]) : vr_set1(0);                                                  \
+      for (int64_t r = 0; r < rows; r += VR) {                                                                        \
+        const int64_t n = rows - r;                                                                                   \
+        vr u = load_some(x + r, n);                                                                                   \
+        if (mask) u += shared ? one : load_some(mask + r, n);                                                         \
+        store_some(a + r, PNN_ACTIVATE(name)(u), n);                                                                  \
       }                                                                                                               \
     }                                                                                                                 \
   }
@@ -636,32 +699,6 @@ static void affine_rows(void *d_, int64_t ldd, const void *c_, int64_t ldc, cons
       store_some(d + r,
                  vr_fma(load_some(slope + r, n), load_some(c + r, n), load_some(d + r, n) + load_some(offset + r, n)),
                  n);
-    }
-  }
-}
-
-static void reduce_rows(void *dx_, int64_t ldx, const void *d_, int64_t ldd, int64_t pixels, int64_t channels,
-                        int64_t masks) {
-  for (int64_t p = 0; p < pixels; p++) {
-    real *restrict dx = (real *)dx_ + p * ldx;
-    const real *restrict d = (const real *)d_ + p * ldd;
-    if (masks == 1) {
-      memcpy(dx, d, (size_t)channels * sizeof(real));
-      continue;
-    }
-    /* Eight channels side by side: each chain is sequential, so they hide each other's latency. */
-    for (int64_t c0 = 0; c0 < channels; c0 += 8) {
-      const int64_t n = channels - c0 < 8 ? channels - c0 : 8;
-      real sum[8];
-      for (int64_t c = 0; c < n; c++) sum[c] = d[(c0 + c) * masks];
-      if (n == 8) {
-        for (int64_t m = 1; m < masks; m++)
-          for (int c = 0; c < 8; c++) sum[c] += d[(c0 + c) * masks + m];
-      } else {
-        for (int64_t m = 1; m < masks; m++)
-          for (int64_t c = 0; c < n; c++) sum[c] += d[(c0 + c) * masks + m];
-      }
-      for (int64_t c = 0; c < n; c++) dx[c0 + c] = sum[c];
     }
   }
 }
@@ -844,6 +881,7 @@ static void recipe_fill(void *dst, int64_t ld, const pnn_recipe *recipe, double 
 #define RESPOND_ROWS_ENTRY(suffix, name) [PNN_ACTIVATION_##suffix] = respond_rows_##name,
 #define RESPOND_ENTRY(suffix, name) [PNN_ACTIVATION_##suffix] = respond_##name,
 #define ACTIVATE_ENTRY(suffix, name) [PNN_ACTIVATION_##suffix] = activate_##name,
+#define RESPOND_GRAD_ENTRY(suffix, name) [PNN_ACTIVATION_##suffix] = respond_grad_##name,
 #define ACTIVATE_GRAD_ENTRY(suffix, name) [PNN_ACTIVATION_##suffix] = activate_grad_##name,
 
 const pnn_kernels PNN_KERNEL_NAME(pnn_kernels);
@@ -866,6 +904,7 @@ const pnn_kernels PNN_KERNEL_NAME(pnn_kernels) = {
     .respond = {PNN_ACTIVATION_LIST(RESPOND_ENTRY)},
     .activate = {PNN_ACTIVATION_LIST(ACTIVATE_ENTRY)},
     .activate_grad = {PNN_ACTIVATION_LIST(ACTIVATE_GRAD_ENTRY)},
+    .respond_grad = {PNN_ACTIVATION_LIST(RESPOND_GRAD_ENTRY)},
     .center = center,
     .affine = affine,
     .scale = scale,
@@ -880,10 +919,10 @@ const pnn_kernels PNN_KERNEL_NAME(pnn_kernels) = {
     .pair_columns = pair_columns,
 #endif
     .product_rows = product_rows,
+    .pack_gradient = pack_gradient,
     .sum_columns = sum_columns,
     .respond_rows = {PNN_ACTIVATION_LIST(RESPOND_ROWS_ENTRY)},
     .center_rows = center_rows,
     .affine_rows = affine_rows,
-    .reduce_rows = reduce_rows,
     .moments_rows = moments_rows,
 };

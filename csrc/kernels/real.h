@@ -66,6 +66,52 @@ static inline void vr_store_part(real *p, vr v, int64_t n) {
 #endif
 }
 
+/* x becomes its transpose, as a VR x VR matrix: at each step two vectors exchange blocks of 8, 4, 2 and 1 lanes. */
+#define PNN_EXCHANGE_8_LOW 0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23
+#define PNN_EXCHANGE_8_HIGH 8, 9, 10, 11, 12, 13, 14, 15, 24, 25, 26, 27, 28, 29, 30, 31
+#if VR == 16
+#define PNN_EXCHANGE_4_LOW 0, 1, 2, 3, 16, 17, 18, 19, 8, 9, 10, 11, 24, 25, 26, 27
+#define PNN_EXCHANGE_4_HIGH 4, 5, 6, 7, 20, 21, 22, 23, 12, 13, 14, 15, 28, 29, 30, 31
+#define PNN_EXCHANGE_2_LOW 0, 1, 16, 17, 4, 5, 20, 21, 8, 9, 24, 25, 12, 13, 28, 29
+#define PNN_EXCHANGE_2_HIGH 2, 3, 18, 19, 6, 7, 22, 23, 10, 11, 26, 27, 14, 15, 30, 31
+#define PNN_EXCHANGE_1_LOW 0, 16, 2, 18, 4, 20, 6, 22, 8, 24, 10, 26, 12, 28, 14, 30
+#define PNN_EXCHANGE_1_HIGH 1, 17, 3, 19, 5, 21, 7, 23, 9, 25, 11, 27, 13, 29, 15, 31
+#elif VR == 8
+#define PNN_EXCHANGE_4_LOW 0, 1, 2, 3, 8, 9, 10, 11
+#define PNN_EXCHANGE_4_HIGH 4, 5, 6, 7, 12, 13, 14, 15
+#define PNN_EXCHANGE_2_LOW 0, 1, 8, 9, 4, 5, 12, 13
+#define PNN_EXCHANGE_2_HIGH 2, 3, 10, 11, 6, 7, 14, 15
+#define PNN_EXCHANGE_1_LOW 0, 8, 2, 10, 4, 12, 6, 14
+#define PNN_EXCHANGE_1_HIGH 1, 9, 3, 11, 5, 13, 7, 15
+#elif VR == 4
+#define PNN_EXCHANGE_2_LOW 0, 1, 4, 5
+#define PNN_EXCHANGE_2_HIGH 2, 3, 6, 7
+#define PNN_EXCHANGE_1_LOW 0, 4, 2, 6
+#define PNN_EXCHANGE_1_HIGH 1, 5, 3, 7
+#else
+#define PNN_EXCHANGE_1_LOW 0, 2
+#define PNN_EXCHANGE_1_HIGH 1, 3
+#endif
+#define PNN_EXCHANGE(x, block)                                                                   \
+  _Pragma("GCC unroll 16") for (int i = 0; i < VR; i++) {                                        \
+    if (i & (block)) continue;                                                                   \
+    const vr low = __builtin_shufflevector(x[i], x[i + (block)], PNN_EXCHANGE_##block##_LOW);    \
+    x[i + (block)] = __builtin_shufflevector(x[i], x[i + (block)], PNN_EXCHANGE_##block##_HIGH); \
+    x[i] = low;                                                                                  \
+  }
+static inline void vr_transpose(vr x[VR]) {
+#if VR >= 16
+  PNN_EXCHANGE(x, 8)
+#endif
+#if VR >= 8
+  PNN_EXCHANGE(x, 4)
+#endif
+#if VR >= 4
+  PNN_EXCHANGE(x, 2)
+#endif
+  PNN_EXCHANGE(x, 1)
+}
+
 #define PNN_JOIN_(a, b, c) a##_##b##_##c
 #define PNN_JOIN(a, b, c) PNN_JOIN_(a, b, c)
 #define PNN_STRING_(a) #a

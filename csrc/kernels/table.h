@@ -52,9 +52,11 @@ typedef struct pnn_kernels {
    * [depth][ldb];  c: [tile_rows][ldc];  start: [tile_rows]. */
   void (*product)(int64_t depth, const void *a, const void *b, int64_t ldb, void *c, int64_t ldc, const void *start);
 
-  /* out[i*dot_columns + j] = sum over columns of a[i][.] * b[j][.] in PNN_LANES partial sums, each a chain of fused
-   * multiply-adds. columns is a multiple of PNN_LANES. */
-  void (*dot)(int64_t columns, const void *a, int64_t lda, const void *b, int64_t ldb, void *out);
+  /* out[i*ldo + j] += sum over columns of a[i][.] * b[j][.] in PNN_LANES partial sums, each a chain of fused
+   * multiply-adds, for i < rows and j < width. columns is a multiple of PNN_LANES; dot_rows rows of a and dot_columns
+   * rows of b are read. */
+  void (*dot)(int64_t columns, const void *a, int64_t lda, const void *b, int64_t ldb, int64_t rows, int64_t width,
+              void *out, int64_t ldo);
 
   /* out[r] = sum over columns of a[r][.], in the same order as dot with ones. */
   void (*sum)(int64_t columns, const void *a, int64_t lda, int64_t rows, void *out);
@@ -71,6 +73,13 @@ typedef struct pnn_kernels {
   /* d = activation'(u) * d, with PyTorch's selection. */
   void (*activate_grad[PNN_ACTIVATION_COUNT])(void *d, int64_t ldd, const void *u, int64_t ldu, int64_t rows,
                                               int64_t columns);
+
+  /* dx[r][j] = sum over m, ascending, of activation'(x[r][j] + mask[r*masks + m][j]) * d[r*masks + m][j], mask[m][j]
+   * where shared, for `columns` columns, any number. mask NULL: nothing is added. dx may be d. With one mask a channel
+   * the rows may as well be pixels and the columns channels. */
+  void (*respond_grad[PNN_ACTIVATION_COUNT])(void *dx, int64_t ldx, const void *d, int64_t ldd, const void *x,
+                                             int64_t step, const void *mask, int64_t ldm, int64_t rows, int64_t columns,
+                                             int64_t masks, int32_t shared);
 
   /* a[r][j] = a[r][j] - mean[r]. */
   void (*center)(void *a, int64_t lda, const void *mean, int64_t rows, int64_t columns);
@@ -97,7 +106,8 @@ typedef struct pnn_kernels {
    * layouts with `depth` and `columns` in pairs; A is packed [depth][tile_rows] pairs along the depth. */
   void (*product_pairs)(int64_t depth, const void *a, const void *b, int64_t ldb, void *c, int64_t ldc,
                         const void *start);
-  void (*dot_pairs)(int64_t columns, const void *a, int64_t lda, const void *b, int64_t ldb, void *out);
+  void (*dot_pairs)(int64_t columns, const void *a, int64_t lda, const void *b, int64_t ldb, int64_t rows,
+                    int64_t width, void *out, int64_t ldo);
   /* dst[r/2][j] = (a[r][j], a[r+1][j]) rounded to bfloat16; behind an odd last row stands 0. columns: a multiple of
    * PNN_LANES. */
   void (*pair_rows)(void *dst, const void *a, int64_t ld, int64_t rows, int64_t columns);
@@ -113,21 +123,20 @@ typedef struct pnn_kernels {
   void (*product_rows)(pnn_product_mode mode, int64_t rows, int64_t columns, int64_t depth, const void *a,
                        int64_t a_row, int64_t a_step, const void *b, int64_t ldb, void *c, int64_t ldc,
                        const void *start);
+  /* Tiles of tile_rows rows, `tile_step` reals apart: tile[i / tile_rows][p][i mod tile_rows] = src[p*step + i] for
+   * i < rows; behind them 0. */
+  void (*pack_gradient)(void *dst, int64_t tile_step, const void *src, int64_t step, int64_t pixels, int64_t rows);
   /* out[i] += sum over depth of a[k*tile_rows + i], one chain from 0. */
   void (*sum_columns)(int64_t depth, const void *a, void *out);
-  /* a[p][r] = activation(x[p][channel] + mask[p][r]) of response map k0 + r; x at the channel k0/masks; where shared,
-   * mask[p][(k0 + r) mod masks]. mask NULL: nothing is added. */
+  /* a[p][r] = activation(x[p][r] + mask[p][r]), one mask a channel; where shared, mask[p][0]. mask NULL: nothing is
+   * added. */
   void (*respond_rows[PNN_ACTIVATION_COUNT])(void *a, int64_t lda, const void *x, int64_t ldx, const void *mask,
-                                             int64_t ldm, int64_t pixels, int64_t rows, int64_t k0, int64_t masks,
-                                             int32_t shared);
+                                             int64_t ldm, int64_t pixels, int64_t rows, int32_t shared);
   /* a[p][r] -= mean[r]. */
   void (*center_rows)(void *a, int64_t lda, const void *mean, int64_t pixels, int64_t rows);
   /* d[p][r] = d[p][r] + offset[r], then fused + slope[r]*c[p][r]. */
   void (*affine_rows)(void *d, int64_t ldd, const void *c, int64_t ldc, const void *offset, const void *slope,
                       int64_t pixels, int64_t rows);
-  /* dx[p][c] = sum over m of d[p][c*masks + m], in ascending m. */
-  void (*reduce_rows)(void *dx, int64_t ldx, const void *d, int64_t ldd, int64_t pixels, int64_t channels,
-                      int64_t masks);
   /* Mean and sum of squared deviations of each of `rows` columns over n >= 1 pixels. */
   void (*moments_rows)(const void *a, int64_t lda, int64_t n, int64_t rows, double *mean, double *m2);
 } pnn_kernels;
