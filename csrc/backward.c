@@ -17,7 +17,8 @@
 /* Bytes of a panel's response maps at one pixel: 128 x 512 floats. The panel stays in the second-level cache beside its
  * masks, and the more maps it has, the fewer times the gradient is read. */
 #define MAP_BYTES 512
-#define OUTPUT_BLOCK 8 /* gradient rows beside it, in the first-level cache */
+#define OUTPUT_BLOCK 16 /* gradient rows beside it, as many as a vector has lanes: channels-last ones are turned */
+#define NEAR_OUTPUTS 8  /* of these, as many as stay in the first-level cache beside a tile of maps */
 
 typedef struct sums_scratch {
   char *maps, *outputs, *totals, *mask, *channels;
@@ -54,16 +55,19 @@ static void sums_products(const pnn_sums *s, const sums_scratch *t, int64_t colu
   const pnn_problem *p = s->problem;
   const pnn_kernels *kernels = p->kernels;
   const int64_t size = p->real_size, ld = p->group_maps;
-  for (int64_t j = 0; j < maps; j += kernels->dot_columns)
-    for (int64_t i = 0; i < outputs; i += kernels->dot_rows) {
-      char *out = into + (i * ld + j) * size;
-      if (p->pairs)
-        kernels->dot_pairs(columns / 2, t->output_pairs + i * PNN_CHUNK * 2, PNN_CHUNK / 2,
-                           t->map_pairs + j * PNN_CHUNK * 2, PNN_CHUNK / 2, outputs - i, maps - j, out, ld);
-      else
-        kernels->dot(columns, t->outputs + i * PNN_CHUNK * size, PNN_CHUNK, t->maps + j * PNN_CHUNK * size, PNN_CHUNK,
-                     outputs - i, maps - j, out, ld);
-    }
+  for (int64_t near = 0, next; near < outputs; near = next) {
+    next = PNN_MIN(near + NEAR_OUTPUTS, outputs);
+    for (int64_t j = 0; j < maps; j += kernels->dot_columns)
+      for (int64_t i = near; i < next; i += kernels->dot_rows) {
+        char *out = into + (i * ld + j) * size;
+        if (p->pairs)
+          kernels->dot_pairs(columns / 2, t->output_pairs + i * PNN_CHUNK * 2, PNN_CHUNK / 2,
+                             t->map_pairs + j * PNN_CHUNK * 2, PNN_CHUNK / 2, outputs - i, maps - j, out, ld);
+        else
+          kernels->dot(columns, t->outputs + i * PNN_CHUNK * size, PNN_CHUNK, t->maps + j * PNN_CHUNK * size, PNN_CHUNK,
+                       outputs - i, maps - j, out, ld);
+      }
+  }
 }
 
 pnn_sums_place pnn_sums_locate(const pnn_sums *s, int64_t item) {
@@ -103,6 +107,7 @@ static void sums_item(void *sums_, int32_t worker, int64_t item) {
                                  .mask_k0 = at.k0,
                                  .mean = s->mean,
                                  .channels = t.channels};
+  pnn_sums_begin(s, &at);
   if (at.maps) { /* rows that a last tile reads beyond the block's end */
     const int64_t rows = round_up(at.maps, p->kernels->dot_columns);
     memset(t.maps + at.maps * PNN_CHUNK * size, 0, (size_t)((rows - at.maps) * PNN_CHUNK * size));
@@ -146,12 +151,24 @@ static void sums_item(void *sums_, int32_t worker, int64_t item) {
   }
 }
 
-/* The parts' tree, left in part 0. */
-static void join_parts(const pnn_sums *s, char *parts, int64_t count) {
-  const int64_t bytes = count * s->problem->real_size;
-  if (s->chunks.parts > 1) add_reals(s->problem, parts, parts + bytes, count);
-  if (s->chunks.parts > 3) add_reals(s->problem, parts + 2 * bytes, parts + 3 * bytes, count);
-  if (s->chunks.parts > 2) add_reals(s->problem, parts, parts + 2 * bytes, count);
+/* The parts' tree, left in part 0, for the outputs [t, t + count). */
+static void join_parts(const pnn_sums *s, char *parts, int64_t width, int64_t t, int64_t count) {
+  const pnn_problem *p = s->problem;
+  const int64_t part = p->outputs * width * p->real_size;
+  char *first = parts + t * width * p->real_size;
+  if (s->chunks.parts > 1) add_reals(p, first, first + part, count * width);
+  if (s->chunks.parts > 3) add_reals(p, first + 2 * part, first + 3 * part, count * width);
+  if (s->chunks.parts > 2) add_reals(p, first, first + 2 * part, count * width);
+}
+
+#define JOIN_OUTPUTS 16
+
+static void join_item(void *sums_, int32_t worker, int64_t item) {
+  (void)worker;
+  const pnn_sums *s = sums_;
+  const int64_t t = item * JOIN_OUTPUTS, count = PNN_MIN(JOIN_OUTPUTS, s->problem->outputs - t);
+  join_parts(s, s->outputs_part, 1, t, count);
+  if (s->products) join_parts(s, s->maps_part, s->problem->group_maps, t, count);
 }
 
 static pnn_sums sums_prepare(const pnn_problem *p, const pnn_host *host, bool products, pnn_arena *arena) {
@@ -189,13 +206,23 @@ static void sums_scratch_prepare(pnn_sums *s, const pnn_host *host, pnn_arena *a
 }
 
 static void sums_run(pnn_sums *s, const pnn_host *host) {
-  /* A part's sums begin at 0. */
-  const int64_t size = s->problem->real_size, outputs = s->chunks.parts * s->problem->outputs;
-  memset(s->outputs_part, 0, (size_t)(outputs * size));
-  if (s->products) memset(s->maps_part, 0, (size_t)(outputs * s->problem->group_maps * size));
+  const pnn_problem *p = s->problem;
+  if (sums_items(s) == 0) { /* no pixels: the sums are 0 */
+    memset(s->outputs_part, 0, (size_t)(s->chunks.parts * p->outputs * p->real_size));
+    if (s->products) memset(s->maps_part, 0, (size_t)(s->chunks.parts * p->outputs * p->group_maps * p->real_size));
+    return;
+  }
   pnn_parallel(host, sums_items(s), s->rows ? pnn_rows_sums_item : sums_item, s);
-  join_parts(s, s->outputs_part, s->problem->outputs);
-  if (s->products) join_parts(s, s->maps_part, s->problem->outputs * s->problem->group_maps);
+  /* Few sums are joined before a second thread has woken. */
+  const bool few = p->outputs * p->group_maps < 16384;
+  pnn_parallel(few ? NULL : host, (p->outputs + JOIN_OUTPUTS - 1) / JOIN_OUTPUTS, join_item, s);
+}
+
+void pnn_sums_begin(const pnn_sums *s, const pnn_sums_place *at) {
+  const int64_t size = s->problem->real_size;
+  for (int64_t t = at->first; t < at->end; t++)
+    if (at->maps) memset(at->products + (t * s->problem->group_maps + at->k) * size, 0, (size_t)(at->maps * size));
+  if (at->totals) memset(at->totals + at->first * size, 0, (size_t)((at->end - at->first) * size));
 }
 
 /* ---- input and masks ---- */
@@ -431,18 +458,21 @@ static void normalisation_sums(const pnn_problem *p, const pnn_sums *s, const vo
   }
 }
 
-/* dV, row by row; `row` is scratch for K/G doubles. */
+/* dV: G itself, or with normalisation's algebra; `row` is scratch for K/G doubles. */
 static void weight_store(const pnn_problem *p, const pnn_sums *s, const pnn_norm *norm, double *row) {
   pnn_tensor out = p->params->grad_weight;
   char *const data = out.data;
   const int64_t columns = p->group_maps, step = p->outputs > 1 ? out.stride[0] : 0;
   out.stride[0] = columns > 1 ? out.stride[1] : 1;
+  if (!norm) {
+    p->kernels->store[out.dtype](data, step, out.stride[0], s->maps_part, columns, p->outputs, columns);
+    return;
+  }
   for (int64_t t = 0; t < p->outputs; t++) {
     const int64_t base = t / p->group_outputs * columns;
-    for (int64_t k = 0; k < columns; k++) {
-      row[k] = pnn_real_get(p, s->maps_part, t * columns + k);
-      if (norm) row[k] = norm->scale[base + k] * row[k] + pnn_real_get(p, s->outputs_part, t) * norm->beta[base + k];
-    }
+    const double h = pnn_real_get(p, s->outputs_part, t);
+    for (int64_t k = 0; k < columns; k++)
+      row[k] = norm->scale[base + k] * pnn_real_get(p, s->maps_part, t * columns + k) + h * norm->beta[base + k];
     out.data = data + t * step * pnn_dtype_size(out.dtype);
     pnn_vector_store(&out, columns, row);
   }
@@ -528,6 +558,6 @@ void pnn_backward_pass(const pnn_problem *problem, const pnn_host *host, pnn_are
     pnn_weights_scale(p, weights, norm.scale);
     in.mean = norm.mean_reals;
   }
-  pnn_packing_fill(p, &in.packing, weights, in.packed);
+  pnn_packing_fill(p, host, &in.packing, weights, in.packed);
   pnn_parallel(host, inputs_items(&in), in.rows ? pnn_rows_inputs_item : inputs_item, &in);
 }

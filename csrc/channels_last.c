@@ -240,6 +240,7 @@ void pnn_rows_sums_item(void *sums, int32_t worker, int64_t item) {
   const pnn_sums_place at = pnn_sums_locate(s, item);
   pnn_arena own = {.base = s->scratch + worker * s->scratch_bytes};
   const sums_scratch t = sums_take(s, &own);
+  pnn_sums_begin(s, &at);
   pnn_columns columns;
   pixel_run runs[PNN_CHUNK];
   pnn_range range, made = {.pixel = -1};

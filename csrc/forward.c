@@ -27,30 +27,30 @@ static worker_scratch scratch_take(const pnn_forward_state *f, pnn_arena *arena)
   return s;
 }
 
-/* Whether the panel's columns are one contiguous run of the output, of the type that is computed in: then whole tiles
- * are written where they belong. */
-static char *output_place(const pnn_problem *p, const pnn_columns *columns, int64_t group) {
+/* Where the output's columns [j, j + tile_columns) of the panel stand, if they are contiguous and of the type that is
+ * computed in: then whole tiles are written where they belong. NULL otherwise. */
+static char *output_place(const pnn_problem *p, const pnn_columns *columns, int64_t group, int64_t j) {
   const pnn_view *v = &p->output;
-  const pnn_segment *s = &columns->segment[0];
   const bool joined = p->out_height == 1 || v->row == p->out_width * v->column;
-  if (columns->segments != 1 || v->element != p->real_size || v->column != 1 || !joined) return NULL;
-  return v->data + (s->image * v->batch + group * p->group_outputs * v->channel + s->pixel) * v->element;
+  if (v->element != p->real_size || v->column != 1 || !joined) return NULL;
+  for (int64_t i = 0; i < columns->segments; i++) {
+    const pnn_segment *s = &columns->segment[i];
+    if (j >= s->column + s->columns) continue;
+    if (j + p->kernels->tile_columns > s->column + s->columns) return NULL;
+    const int64_t pixel = s->pixel + j - s->column;
+    return v->data + (s->image * v->batch + group * p->group_outputs * v->channel + pixel) * v->element;
+  }
+  return NULL;
 }
 
-/* What the tiles left in `sums`: all of it, or the rows and columns beyond the whole tiles. */
-static void output_rest(const pnn_problem *p, pnn_columns *columns, int64_t group, const worker_scratch *s,
-                        int64_t whole_rows, int64_t whole_columns) {
-  const int64_t size = p->real_size, first = group * p->group_outputs;
-  if (whole_rows < p->group_outputs || !whole_columns)
-    pnn_columns_store(p, columns, &p->output, first + (whole_columns ? whole_rows : 0),
-                      p->group_outputs - (whole_columns ? whole_rows : 0),
-                      s->sums + (whole_columns ? whole_rows : 0) * PNN_PANEL * size, PNN_PANEL);
-  if (!whole_columns || !whole_rows || whole_columns == columns->columns) return;
-  const pnn_view *v = &p->output;
-  const pnn_segment *g = &columns->segment[0];
-  char *place = v->data + (g->image * v->batch + first * v->channel + g->pixel + whole_columns) * v->element;
-  p->kernels->store[v->dtype](place, v->channel, 1, s->sums + whole_columns * size, PNN_PANEL, whole_rows,
-                              columns->columns - whole_columns);
+/* Columns [j, j + count) of the panel, outputs from `row` of the group on: what the tiles left in `sums`. */
+static void output_rest(const pnn_problem *p, const pnn_range *range, int64_t column, int64_t j, int64_t count,
+                        int64_t group, int64_t row, const char *sums) {
+  if (row == p->group_outputs) return;
+  pnn_columns part;
+  pnn_columns_set(&part, range, column + j, count);
+  pnn_columns_store(p, &part, &p->output, group * p->group_outputs + row, p->group_outputs - row,
+                    sums + (row * PNN_PANEL + j) * p->real_size, PNN_PANEL);
 }
 
 static void forward_item(void *forward_, int32_t worker, int64_t item) {
@@ -75,12 +75,10 @@ static void forward_item(void *forward_, int32_t worker, int64_t item) {
   pnn_columns columns;
   for (; column < end; column += PNN_PANEL) {
     pnn_columns_set(&columns, &range, column, PNN_MIN(PNN_PANEL, end - column));
-    char *place = output_place(p, &columns, group);
-    int64_t whole_rows = 0, whole_columns = 0; /* written in place */
-    if (place) {
-      whole_rows = p->group_outputs / kernels->tile_rows * kernels->tile_rows;
-      whole_columns = columns.columns / kernels->tile_columns * kernels->tile_columns;
-    }
+    char *place[PNN_PANEL / PNN_LANES]; /* of each tile's columns, or NULL */
+    for (int64_t j = 0; j < columns.columns; j += kernels->tile_columns)
+      place[j / PNN_LANES] = output_place(p, &columns, group, j);
+    const int64_t whole_rows = p->group_outputs / kernels->tile_rows * kernels->tile_rows;
     pnn_ahead ahead = pnn_ahead_make(p, &range, column + PNN_PANEL, PNN_MIN(PNN_PANEL, end - column - PNN_PANEL),
                                      &p->input, group * p->group_channels, p->group_channels);
     const int64_t steps = f->packing.block_tiles * ((p->group_maps + f->block - 1) / PNN_MAX(f->block, 1));
@@ -95,8 +93,9 @@ static void forward_item(void *forward_, int32_t worker, int64_t item) {
         pnn_ahead_step(&ahead, steps);
         const char *start = k ? NULL : (const char *)f->bias + (group * f->sum_rows + row) * size;
         for (int64_t j = 0; j < columns.columns; j += kernels->tile_columns) {
-          const bool here = row < whole_rows && j < whole_columns;
-          char *c = here ? place + (row * p->output.channel + j) * size : s.sums + (row * PNN_PANEL + j) * size;
+          char *const at = place[j / PNN_LANES];
+          const bool here = at && row < whole_rows;
+          char *c = here ? at + row * p->output.channel * size : s.sums + (row * PNN_PANEL + j) * size;
           if (p->pairs)
             kernels->product_pairs((depth + 1) / 2, a, s.pairs + j * 4, PNN_PANEL, c, PNN_PANEL, start);
           else
@@ -104,7 +103,14 @@ static void forward_item(void *forward_, int32_t worker, int64_t item) {
         }
       }
     }
-    output_rest(p, &columns, group, &s, whole_rows, whole_columns);
+    /* Neighbouring tiles that wait in `sums` go out together. */
+    for (int64_t j = 0, next; j < columns.columns; j = next) {
+      const bool here = place[j / PNN_LANES];
+      for (next = j + kernels->tile_columns; next < columns.columns; next += kernels->tile_columns)
+        if ((place[next / PNN_LANES] != NULL) != here) break;
+      next = PNN_MIN(next, columns.columns);
+      output_rest(p, &range, column, j, next - j, group, here ? whole_rows : 0, s.sums);
+    }
   }
 }
 
@@ -169,6 +175,6 @@ void pnn_forward_pass(const pnn_problem *problem, const pnn_host *host, pnn_aren
   for (int64_t group = 0; group < p->groups; group++)
     pnn_reals_store(p, p->group_outputs, start + group * p->group_outputs,
                     (char *)f.bias + group * f.sum_rows * p->real_size);
-  pnn_packing_fill(p, &f.packing, weights, f.packed);
+  pnn_packing_fill(p, host, &f.packing, weights, f.packed);
   pnn_parallel(host, items, rows ? pnn_rows_forward_item : forward_item, &f);
 }

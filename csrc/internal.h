@@ -229,7 +229,8 @@ typedef struct pnn_packing {
 pnn_packing pnn_packing_forward(const pnn_problem *problem, int64_t tile);
 pnn_packing pnn_packing_backward(const pnn_problem *problem, int64_t tile, int64_t block);
 int64_t pnn_packing_bytes(const pnn_problem *problem, const pnn_packing *packing); /* all groups */
-void pnn_packing_fill(const pnn_problem *problem, const pnn_packing *packing, const void *weights, void *packed);
+void pnn_packing_fill(const pnn_problem *problem, const pnn_host *host, const pnn_packing *packing, const void *weights,
+                      void *packed);
 /* The tile `tile` of block `block` of a group, from the depth `k` on (even, with pairs). */
 const void *pnn_packing_tile(const pnn_problem *problem, const pnn_packing *packing, const void *packed, int64_t group,
                              int64_t block, int64_t tile, int64_t k);

@@ -51,6 +51,8 @@ typedef struct pnn_sums_place {
 } pnn_sums_place;
 
 pnn_sums_place pnn_sums_locate(const pnn_sums *sums, int64_t item);
+/* Sets what the item sums up to 0. */
+void pnn_sums_begin(const pnn_sums *sums, const pnn_sums_place *at);
 /* The input's part of an item's next chunk, or nothing where chunk = end. */
 pnn_ahead pnn_sums_ahead(const pnn_sums *sums, const pnn_sums_place *at, int64_t chunk, int64_t end,
                          const pnn_view *view);

@@ -102,26 +102,56 @@ const void *pnn_packing_tile(const pnn_problem *problem, const pnn_packing *p, c
   return (const char *)packed + (index * packing_depth(p) + k) * packing_step(problem, p);
 }
 
-void pnn_packing_fill(const pnn_problem *problem, const pnn_packing *p, const void *weights, void *packed) {
+typedef struct packing_job {
+  const pnn_problem *problem;
+  const pnn_packing *packing;
+  const char *weights;
+  void *packed;
+} packing_job;
+
+/* One tile: [depth][tile], or pairs of depths. */
+static void packing_item(void *job_, int32_t worker, int64_t item) {
+  (void)worker;
+  const packing_job *job = job_;
+  const pnn_problem *problem = job->problem;
+  const pnn_packing *p = job->packing;
   const int64_t size = problem->real_size, columns = problem->group_maps, depth = packing_depth(p);
-  for (int64_t group = 0; group < problem->groups; group++)
-    for (int64_t block = 0; block < p->blocks; block++)
-      for (int64_t tile = 0; tile < p->block_tiles; tile++) {
-        char *dst = (char *)(uintptr_t)pnn_packing_tile(problem, p, packed, group, block, tile, 0);
-        memset(dst, 0, (size_t)(depth * packing_step(problem, p)));
-        const int64_t first = block * p->block + tile * p->tile;
-        const int64_t end = PNN_MIN(PNN_MIN(first + p->tile, (block + 1) * p->block), p->rows);
-        for (int64_t k = 0; k < p->depth; k++)
-          for (int64_t i = 0; i < end - first; i++) {
-            const int64_t t = group * problem->group_outputs + (p->transposed ? k : first + i);
-            const int64_t column = p->transposed ? first + i : k;
-            const char *from = (const char *)weights + (t * columns + column) * size;
-            if (p->pairs) /* the values are bfloat16 already: their upper half says it all */
-              problem->kernels->store[PNN_BFLOAT16](dst + ((k / 2 * p->tile + i) * 2 + k % 2) * 2, 0, 1, from, 1, 1, 1);
-            else
-              memcpy(dst + (k * p->tile + i) * size, from, (size_t)size);
-          }
-      }
+  const int64_t tile = item % p->block_tiles, block = item / p->block_tiles % p->blocks;
+  const int64_t group = item / p->block_tiles / p->blocks;
+  char *dst = (char *)(uintptr_t)pnn_packing_tile(problem, p, job->packed, group, block, tile, 0);
+  const int64_t first = block * p->block + tile * p->tile;
+  const int64_t rows = PNN_MIN(PNN_MIN(first + p->tile, (block + 1) * p->block), p->rows) - first;
+  if (rows < p->tile || depth != p->depth) memset(dst, 0, (size_t)(depth * packing_step(problem, p)));
+  if (rows <= 0) return;
+  const int64_t t = group * problem->group_outputs;
+  if (!p->pairs) {
+    const pnn_dtype real = problem->precision ? PNN_FLOAT64 : PNN_FLOAT32;
+    if (p->transposed)
+      problem->kernels->load[real](dst, p->tile, job->weights + (t * columns + first) * size, p->depth, columns, rows,
+                                   1);
+    else
+      problem->kernels->store[real](dst, 1, p->tile, job->weights + (t + first) * columns * size, columns, rows,
+                                    p->depth);
+    return;
+  }
+  for (int64_t k = 0; k < p->depth; k++)
+    for (int64_t i = 0; i < rows; i++) {
+      const float *from = (const float *)(const void *)job->weights;
+      from += p->transposed ? (t + k) * columns + first + i : (t + first + i) * columns + k;
+      uint32_t bits; /* the values are bfloat16 already: their upper half says it all */
+      memcpy(&bits, from, sizeof bits);
+      const uint16_t half = (uint16_t)(bits >> 16);
+      memcpy(dst + ((k / 2 * p->tile + i) * 2 + k % 2) * 2, &half, sizeof half);
+    }
+}
+
+void pnn_packing_fill(const pnn_problem *problem, const pnn_host *host, const pnn_packing *packing, const void *weights,
+                      void *packed) {
+  packing_job job = {problem, packing, weights, packed};
+  const int64_t items = problem->groups * packing->blocks * packing->block_tiles;
+  /* A small matrix is packed before a second thread has woken. */
+  const bool small = problem->outputs * problem->group_maps < 16384;
+  pnn_parallel(small ? NULL : host, items, packing_item, &job);
 }
 
 void pnn_vector_load(const pnn_tensor *tensor, int64_t count, double absent, double *dst) {

@@ -150,6 +150,8 @@ static inline void store_vector_float(float *p, vr v) {
 }
 #endif
 
+#define LOAD_AHEAD 8 /* rows: short pieces far apart, which the processor's own prefetchers don't foresee */
+
 /* One loop where columns are contiguous, one where rows are (a channels-last tensor: VR x VR values are turned in
  * registers), one for the rest. */
 #define DEFINE_LOAD(name, type, convert)                                                                        \
@@ -161,6 +163,9 @@ static inline void store_vector_float(float *p, vr v) {
       for (int64_t r = 0; r < rows; r++) {                                                                      \
         real *restrict d = dst + r * ld;                                                                        \
         const type *restrict s = src + r * row_stride;                                                          \
+        if (r + LOAD_AHEAD < rows)                                                                              \
+          for (int64_t j = 0; j < columns; j += 64 / (int64_t)sizeof(type))                                     \
+            __builtin_prefetch(s + LOAD_AHEAD * row_stride + j);                                                \
         int64_t j = 0;                                                                                          \
         for (; j + VR <= columns; j += VR) vr_store(d + j, load_vector_##convert(s + j));                       \
         for (; j < columns; j++) d[j] = from_##convert(s[j]);                                                   \
