@@ -75,9 +75,9 @@ static void forward_item(void *forward_, int32_t worker, int64_t item) {
   pnn_columns columns;
   for (; column < end; column += PNN_PANEL) {
     pnn_columns_set(&columns, &range, column, PNN_MIN(PNN_PANEL, end - column));
-    char *place[PNN_PANEL / PNN_LANES]; /* of each tile's columns, or NULL */
+    char *place[PNN_PANEL / 4]; /* of each tile's columns, or NULL; no tile has fewer than four */
     for (int64_t j = 0; j < columns.columns; j += kernels->tile_columns)
-      place[j / PNN_LANES] = output_place(p, &columns, group, j);
+      place[j / kernels->tile_columns] = output_place(p, &columns, group, j);
     const int64_t whole_rows = p->group_outputs / kernels->tile_rows * kernels->tile_rows;
     pnn_ahead ahead = pnn_ahead_make(p, &range, column + PNN_PANEL, PNN_MIN(PNN_PANEL, end - column - PNN_PANEL),
                                      &p->input, group * p->group_channels, p->group_channels);
@@ -93,7 +93,7 @@ static void forward_item(void *forward_, int32_t worker, int64_t item) {
         pnn_ahead_step(&ahead, steps);
         const char *start = k ? NULL : (const char *)f->bias + (group * f->sum_rows + row) * size;
         for (int64_t j = 0; j < columns.columns; j += kernels->tile_columns) {
-          char *const at = place[j / PNN_LANES];
+          char *const at = place[j / kernels->tile_columns];
           const bool here = at && row < whole_rows;
           char *c = here ? at + row * p->output.channel * size : s.sums + (row * PNN_PANEL + j) * size;
           if (p->pairs)
@@ -105,9 +105,9 @@ static void forward_item(void *forward_, int32_t worker, int64_t item) {
     }
     /* Neighbouring tiles that wait in `sums` go out together. */
     for (int64_t j = 0, next; j < columns.columns; j = next) {
-      const bool here = place[j / PNN_LANES];
+      const bool here = place[j / kernels->tile_columns];
       for (next = j + kernels->tile_columns; next < columns.columns; next += kernels->tile_columns)
-        if ((place[next / PNN_LANES] != NULL) != here) break;
+        if ((place[next / kernels->tile_columns] != NULL) != here) break;
       next = PNN_MIN(next, columns.columns);
       output_rest(p, &range, column, j, next - j, group, here ? whole_rows : 0, s.sums);
     }
