@@ -124,8 +124,7 @@ static void sums_item(void *sums_, int32_t worker, int64_t item) {
     }
     pnn_columns_set(&columns, &made, first, count);
     if (at.maps) {
-      pnn_response_activated(&response, &columns, at.k0, at.maps, t.maps, PNN_CHUNK);
-      pnn_response_finish(&response, &columns, at.k0, at.maps, t.maps, PNN_CHUNK);
+      pnn_response_operand(&response, &columns, at.k0, at.maps, t.maps, PNN_CHUNK);
       if (p->pairs)
         p->kernels->pair_columns(t.map_pairs, PNN_CHUNK / 2, t.maps, PNN_CHUNK,
                                  round_up(at.maps, p->kernels->dot_columns), columns.padded);
@@ -213,9 +212,7 @@ static void sums_run(pnn_sums *s, const pnn_host *host) {
     return;
   }
   pnn_parallel(host, sums_items(s), s->rows ? pnn_rows_sums_item : sums_item, s);
-  /* Few sums are joined before a second thread has woken. */
-  const bool few = p->outputs * p->group_maps < 16384;
-  pnn_parallel(few ? NULL : host, (p->outputs + JOIN_OUTPUTS - 1) / JOIN_OUTPUTS, join_item, s);
+  pnn_parallel(pnn_weights_host(p, host), (p->outputs + JOIN_OUTPUTS - 1) / JOIN_OUTPUTS, join_item, s);
 }
 
 void pnn_sums_begin(const pnn_sums *s, const pnn_sums_place *at) {
@@ -242,7 +239,7 @@ static inputs_scratch inputs_take(const pnn_inputs *in, pnn_arena *arena) {
   if (p->pairs) s.pairs = pnn_arena_take(arena, (p->group_outputs + 1) / 2 * PNN_PANEL, 4);
   s.d = pnn_arena_take(arena, in->packing.block_tiles * in->packing.tile * PNN_PANEL, size);
   s.u = pnn_arena_take(arena, in->block * PNN_PANEL, size);
-  if (in->affine) s.c = pnn_arena_take(arena, in->block * PNN_PANEL, size);
+  if (in->affine && in->steps) s.c = pnn_arena_take(arena, in->block * PNN_PANEL, size);
   s.mask = pnn_arena_take(arena, pnn_mask_rows(p, p->group_maps) * in->deal.pixels, size);
   if (p->masks > 1) s.channels = pnn_arena_take(arena, pnn_response_channels(p, in->block) * PNN_PANEL, size);
   if (in->masks) s.mask_gradient = pnn_arena_take(arena, pnn_mask_rows(p, p->maps) * in->deal.pixels, size);
@@ -257,13 +254,24 @@ static bool in_place(const pnn_problem *p, const pnn_view *v) {
   return v->element == p->real_size && v->column == 1 && (p->out_height == 1 || v->row == p->out_width);
 }
 
-/* From da to the gradient of the block's channels in one go, where nothing else is wanted of d. */
+pnn_norm_terms pnn_inputs_norm_terms(const pnn_inputs *in, int64_t k0) {
+  pnn_norm_terms terms = {NULL, NULL, NULL};
+  if (!in->affine) return terms;
+  const int64_t from = k0 * in->problem->real_size;
+  terms.mean = (const char *)in->mean + from;
+  terms.offset = (const char *)in->offset + from;
+  terms.slope = (const char *)in->slope + from;
+  return terms;
+}
+
+/* From da to the gradient of the block's channels in one go. */
 static void inputs_block(const pnn_inputs *in, const inputs_scratch *s, const pnn_columns *columns, int64_t k,
                          int64_t k0, int64_t maps) {
   const pnn_problem *p = in->problem;
   const pnn_view *x = &p->input, *dx = &p->grad_input;
   const int64_t size = p->real_size, channel = k0 / p->masks, channels = maps / p->masks;
   const bool read = in_place(p, x), write = in_place(p, dx);
+  const pnn_norm_terms norm = pnn_inputs_norm_terms(in, k0);
   if (!read) pnn_columns_load(p, columns, x, channel, channels, s->u, PNN_PANEL);
   const char *mask = p->noise == PNN_NOISE_NONE ? NULL : s->mask + (p->shared ? 0 : k * in->deal.pixels) * size;
   for (int64_t i = 0; i < columns->segments; i++) {
@@ -271,15 +279,15 @@ static void inputs_block(const pnn_inputs *in, const inputs_scratch *s, const pn
     char *d = s->d + g->column * size, *from = s->u + g->column * size, *to = d;
     if (read) from = x->data + (g->image * x->batch + channel * x->channel + g->pixel) * size;
     if (write) to = dx->data + (g->image * dx->batch + channel * dx->channel + g->pixel) * size;
-    p->kernels->respond_grad[p->activation](to, write ? dx->channel : PNN_PANEL, d, PNN_PANEL, from,
-                                            read ? x->channel : PNN_PANEL,
-                                            mask ? mask + (g->pixel - columns->range->pixel) * size : NULL,
-                                            in->deal.pixels, channels, g->columns, p->masks, p->shared);
+    const char *n = mask ? mask + (g->pixel - columns->range->pixel) * size : NULL;
+    const int64_t to_ld = write ? dx->channel : PNN_PANEL, from_ld = read ? x->channel : PNN_PANEL;
+    p->kernels->respond_grad[p->activation](to, to_ld, d, PNN_PANEL, from, from_ld, n, in->deal.pixels,
+                                            in->affine ? &norm : NULL, channels, g->columns, p->masks, p->shared);
   }
   if (!write) pnn_columns_store(p, columns, dx, channel, channels, s->d, PNN_PANEL);
 }
 
-/* The same in steps: d is corrected for the batch's moments first, or its sum is the gradient of the masks. */
+/* The same in steps, where d is wanted for the gradient of the masks too, or c has to be rounded on the way. */
 static void inputs_block_in_steps(const pnn_inputs *in, const inputs_scratch *s, const pnn_response *response,
                                   const pnn_columns *columns, int64_t k0, int64_t maps) {
   const pnn_problem *p = in->problem;
@@ -287,9 +295,7 @@ static void inputs_block_in_steps(const pnn_inputs *in, const inputs_scratch *s,
   const int64_t size = p->real_size;
   pnn_response_perturbed(response, columns, k0, maps, s->u, PNN_PANEL);
   if (in->affine) {
-    memcpy(s->c, s->u, (size_t)(maps * PNN_PANEL * size));
-    kernels->activate[p->activation](s->c, PNN_PANEL, maps, columns->padded);
-    pnn_response_finish(response, columns, k0, maps, s->c, PNN_PANEL);
+    pnn_response_operand(response, columns, k0, maps, s->c, PNN_PANEL);
     kernels->affine(s->d, PNN_PANEL, s->c, PNN_PANEL, (const char *)in->offset + k0 * size,
                     (const char *)in->slope + k0 * size, maps, columns->padded);
   }
@@ -352,7 +358,7 @@ static void inputs_group(const pnn_inputs *in, const inputs_scratch *s, int64_t 
         for (int64_t j = 0; j < columns.columns; j += kernels->tile_columns)
           inputs_product(p, s, a, j, s->d + (tile * kernels->tile_rows * PNN_PANEL + j) * size);
       }
-      if (in->affine || in->masks)
+      if (in->steps)
         inputs_block_in_steps(in, s, &response, &columns, k_first + k, maps);
       else
         inputs_block(in, s, &columns, k, k_first + k, maps);
@@ -382,7 +388,8 @@ static void inputs_item(void *inputs_, int32_t worker, int64_t item) {
 static pnn_inputs inputs_prepare(const pnn_problem *p, const pnn_host *host, bool affine, void *spare,
                                  int64_t spare_bytes, pnn_arena *arena) {
   pnn_inputs in = {.problem = p, .masks = p->grad_mask.data != NULL, .affine = affine};
-  in.rows = !in.masks && pnn_rows_fit(p, &p->grad_output, &p->grad_input);
+  in.steps = in.masks || (affine && (p->product_type == PNN_BFLOAT16 || p->product_type == PNN_FLOAT16));
+  in.rows = !in.steps && pnn_rows_fit(p, &p->grad_output, &p->grad_input);
   in.block = PNN_MIN(p->masks * PNN_MAX(1, INPUT_MAPS / p->masks), p->group_maps);
   in.packing = pnn_packing_backward(p, in.rows ? p->kernels->tile_columns : p->kernels->tile_rows, in.block);
   in.deal = pnn_deal_columns(p, host, in.masks ? p->maps : pnn_mask_rows(p, p->group_maps), in.masks ? 1 : p->groups,
@@ -444,38 +451,80 @@ typedef struct algebra {
   double *s1, *s2, *h; /* [K], [K], [T] */
 } algebra;
 
-static void normalisation_sums(const pnn_problem *p, const pnn_sums *s, const void *weights, algebra *a) {
-  for (int64_t k = 0; k < p->maps; k++) a->s1[k] = a->s2[k] = 0;
-  for (int64_t t = 0; t < p->outputs; t++) {
-    const int64_t base = t / p->group_outputs * p->group_maps;
-    const double h = pnn_real_get(p, s->outputs_part, t);
-    a->h[t] = h;
-    for (int64_t k = 0; k < p->group_maps; k++) {
-      const double v = pnn_real_get(p, weights, t * p->group_maps + k);
-      a->s1[base + k] += v * h;
-      if (s->products) a->s2[base + k] += v * pnn_real_get(p, s->maps_part, t * p->group_maps + k);
+typedef struct algebra_job {
+  const pnn_problem *problem;
+  const pnn_sums *sums;
+  const pnn_norm *norm;
+  const void *weights;
+  algebra *algebra;
+} algebra_job;
+
+#define ALGEBRA_MAPS 64
+#define ALGEBRA_OUTPUTS 16
+
+/* S1 and S2 of up to 64 maps. */
+static void normalisation_item(void *job_, int32_t worker, int64_t item) {
+  (void)worker;
+  const algebra_job *job = job_;
+  const pnn_problem *p = job->problem;
+  const int64_t blocks = (p->group_maps + ALGEBRA_MAPS - 1) / ALGEBRA_MAPS, group = item / blocks;
+  const int64_t first = item % blocks * ALGEBRA_MAPS, end = PNN_MIN(first + ALGEBRA_MAPS, p->group_maps);
+  double *s1 = job->algebra->s1 + group * p->group_maps, *s2 = job->algebra->s2 + group * p->group_maps;
+  for (int64_t k = first; k < end; k++) s1[k] = s2[k] = 0;
+  for (int64_t t = group * p->group_outputs; t < (group + 1) * p->group_outputs; t++) {
+    const double h = pnn_real_get(p, job->sums->outputs_part, t);
+    for (int64_t k = first; k < end; k++) {
+      const double v = pnn_real_get(p, job->weights, t * p->group_maps + k);
+      s1[k] += v * h;
+      if (job->sums->products) s2[k] += v * pnn_real_get(p, job->sums->maps_part, t * p->group_maps + k);
     }
   }
 }
 
-/* dV: G itself, or with normalisation's algebra; `row` is scratch for K/G doubles. */
-static void weight_store(const pnn_problem *p, const pnn_sums *s, const pnn_norm *norm, double *row) {
+static void normalisation_sums(const pnn_problem *p, const pnn_host *host, const pnn_sums *s, const void *weights,
+                               algebra *a) {
+  algebra_job job = {.problem = p, .sums = s, .weights = weights, .algebra = a};
+  const int64_t blocks = (p->group_maps + ALGEBRA_MAPS - 1) / ALGEBRA_MAPS;
+  pnn_parallel(pnn_weights_host(p, host), p->groups * blocks, normalisation_item, &job);
+}
+
+/* dV with normalisation's algebra, for up to 16 outputs. */
+static void weight_store_item(void *job_, int32_t worker, int64_t item) {
+  (void)worker;
+  const algebra_job *job = job_;
+  const pnn_problem *p = job->problem;
   pnn_tensor out = p->params->grad_weight;
+  const int64_t size = pnn_dtype_size(out.dtype), columns = p->group_maps;
+  const int64_t step = p->outputs > 1 ? out.stride[0] : 0, column_step = columns > 1 ? out.stride[1] : 1;
+  const int64_t end = PNN_MIN((item + 1) * ALGEBRA_OUTPUTS, p->outputs);
   char *const data = out.data;
-  const int64_t columns = p->group_maps, step = p->outputs > 1 ? out.stride[0] : 0;
-  out.stride[0] = columns > 1 ? out.stride[1] : 1;
-  if (!norm) {
-    p->kernels->store[out.dtype](data, step, out.stride[0], s->maps_part, columns, p->outputs, columns);
+  out.stride[0] = column_step;
+  double piece[ALGEBRA_MAPS];
+  for (int64_t t = item * ALGEBRA_OUTPUTS; t < end; t++) {
+    const int64_t base = t / p->group_outputs * columns;
+    const double h = pnn_real_get(p, job->sums->outputs_part, t);
+    for (int64_t first = 0; first < columns; first += ALGEBRA_MAPS) {
+      const int64_t count = PNN_MIN(ALGEBRA_MAPS, columns - first);
+      for (int64_t i = 0; i < count; i++) {
+        const double g = pnn_real_get(p, job->sums->maps_part, t * columns + first + i);
+        piece[i] = job->norm->scale[base + first + i] * g + h * job->norm->beta[base + first + i];
+      }
+      out.data = data + (t * step + first * column_step) * size;
+      pnn_vector_store(&out, count, piece);
+    }
+  }
+}
+
+static void weight_store(const pnn_problem *p, const pnn_host *host, const pnn_sums *s, const pnn_norm *norm) {
+  const pnn_tensor *out = &p->params->grad_weight;
+  if (norm) {
+    algebra_job job = {.problem = p, .sums = s, .norm = norm};
+    pnn_parallel(pnn_weights_host(p, host), (p->outputs + ALGEBRA_OUTPUTS - 1) / ALGEBRA_OUTPUTS, weight_store_item,
+                 &job);
     return;
   }
-  for (int64_t t = 0; t < p->outputs; t++) {
-    const int64_t base = t / p->group_outputs * columns;
-    const double h = pnn_real_get(p, s->outputs_part, t);
-    for (int64_t k = 0; k < columns; k++)
-      row[k] = norm->scale[base + k] * pnn_real_get(p, s->maps_part, t * columns + k) + h * norm->beta[base + k];
-    out.data = data + t * step * pnn_dtype_size(out.dtype);
-    pnn_vector_store(&out, columns, row);
-  }
+  p->kernels->store[out->dtype](out->data, p->outputs > 1 ? out->stride[0] : 0, p->group_maps > 1 ? out->stride[1] : 1,
+                                s->maps_part, p->group_maps, p->outputs, p->group_maps);
 }
 
 void pnn_backward_pass(const pnn_problem *problem, const pnn_host *host, pnn_arena *arena, bool run) {
@@ -486,7 +535,7 @@ void pnn_backward_pass(const pnn_problem *problem, const pnn_host *host, pnn_are
   const bool want_products = params->grad_weight.data || affine || (p->norm && params->grad_norm_weight.data);
   const bool want_sums = want_products || params->grad_bias.data || (p->norm && params->grad_norm_bias.data);
 
-  double *row = pnn_arena_take(arena, PNN_MAX(p->group_maps, p->outputs), 8);
+  double *row = pnn_arena_take(arena, p->outputs, 8);
   pnn_norm norm = {NULL, NULL, NULL, NULL, NULL, NULL, NULL};
   algebra a = {NULL, NULL, NULL};
   if (p->norm) {
@@ -531,7 +580,7 @@ void pnn_backward_pass(const pnn_problem *problem, const pnn_host *host, pnn_are
     for (int64_t t = 0; t < p->outputs; t++) row[t] = pnn_real_get(p, s.outputs_part, t);
     pnn_vector_store(&params->grad_bias, p->outputs, row);
     if (p->norm) {
-      normalisation_sums(p, &s, weights, &a);
+      normalisation_sums(p, host, &s, weights, &a);
       pnn_vector_store(&params->grad_norm_bias, p->maps, a.s1);
       if (params->grad_norm_weight.data) {
         /* dgamma = r * S2, in place of gamma, which is not read again. */
@@ -539,7 +588,7 @@ void pnn_backward_pass(const pnn_problem *problem, const pnn_host *host, pnn_are
         pnn_vector_store(&params->grad_norm_weight, p->maps, norm.gamma);
       }
     }
-    if (params->grad_weight.data) weight_store(p, &s, p->norm ? &norm : NULL, row);
+    if (params->grad_weight.data) weight_store(p, host, &s, p->norm ? &norm : NULL);
   }
   if (!want_inputs) return;
   clear(p, host, &params->grad_input);
@@ -555,7 +604,7 @@ void pnn_backward_pass(const pnn_problem *problem, const pnn_host *host, pnn_are
     pnn_reals_store(p, p->maps, norm.beta, in.slope);
   }
   if (p->norm) {
-    pnn_weights_scale(p, weights, norm.scale);
+    pnn_weights_scale(p, host, weights, norm.scale);
     in.mean = norm.mean_reals;
   }
   pnn_packing_fill(p, host, &in.packing, weights, in.packed);

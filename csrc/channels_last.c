@@ -124,13 +124,14 @@ static input_run input_run_next(const pnn_problem *p, const row_masks *m, int64_
   return run;
 }
 
-/* panel[column][r] = activation(u) of response map k0 + r. */
+/* panel[column][r] = activation(u) of response map k0 + r, minus its mean where there is one ([K] reals). */
 static void respond(const pnn_problem *p, const row_masks *m, int64_t mask_k0, const pnn_columns *columns, int64_t k0,
-                    int64_t maps, pnn_activation activation, char *panel, int64_t ld) {
+                    int64_t maps, const void *mean, char *panel, int64_t ld) {
+  const char *from = mean ? (const char *)mean + k0 * p->real_size : NULL;
   for (int64_t segment = 0, done = 0; segment < columns->segments;) {
     const input_run run = input_run_next(p, m, mask_k0, columns, k0, &segment, &done);
-    p->kernels->respond_rows[activation](panel + run.column * ld * p->real_size, ld, run.x, pixel_step(p, &p->input),
-                                         run.mask, run.mask_step, run.columns, maps, p->shared);
+    p->kernels->respond_rows[p->activation](panel + run.column * ld * p->real_size, ld, run.x, pixel_step(p, &p->input),
+                                            run.mask, run.mask_step, from, run.columns, maps, p->shared);
   }
 }
 
@@ -180,8 +181,7 @@ void pnn_rows_forward_item(void *state, int32_t worker, int64_t item) {
     const int64_t steps = f->packing.block_tiles * ((p->group_maps + f->block - 1) / PNN_MAX(f->block, 1));
     for (int64_t k = 0; k < p->group_maps || k == 0; k += PNN_MAX(f->block, 1)) {
       const int64_t depth = PNN_MIN(f->block, p->group_maps - k);
-      respond(p, &s.masks, k_first, &columns, k_first + k, depth, p->activation, s.panel, s.ld);
-      if (f->mean) kernels->center_rows(s.panel, s.ld, from_map(p, f->mean, k_first + k), columns.columns, depth);
+      respond(p, &s.masks, k_first, &columns, k_first + k, depth, f->mean, s.panel, s.ld);
       for (int64_t t = 0; t < p->group_outputs; t += tile) {
         const void *b = pnn_packing_tile(p, &f->packing, f->packed, group, 0, t / tile, k);
         const char *start = from_map(p, f->bias, group * f->sum_rows + t);
@@ -254,8 +254,7 @@ void pnn_rows_sums_item(void *sums, int32_t worker, int64_t item) {
     }
     pnn_columns_set(&columns, &made, first, count);
     if (at.maps) {
-      respond(p, &t.masks, at.k0, &columns, at.k0, at.maps, p->activation, t.maps, t.ld);
-      if (s->mean) kernels->center_rows(t.maps, t.ld, from_map(p, s->mean, at.k0), count, at.maps);
+      respond(p, &t.masks, at.k0, &columns, at.k0, at.maps, s->mean, t.maps, t.ld);
     }
     const int64_t run_count = pixel_runs(p, &columns, &p->grad_output, runs);
     pnn_ahead x = pnn_sums_ahead(s, &at, chunk + 1, end, &p->input);
@@ -285,7 +284,7 @@ void pnn_rows_sums_item(void *sums, int32_t worker, int64_t item) {
 /* ---- backward: input ---- */
 
 typedef struct inputs_scratch {
-  char *d, *u, *c;
+  char *d;
   int64_t ld;
   row_masks masks;
 } inputs_scratch;
@@ -294,8 +293,6 @@ static inputs_scratch inputs_take(const pnn_inputs *in, pnn_arena *arena) {
   const pnn_problem *p = in->problem;
   inputs_scratch s = {.ld = row_length(p, in->block)};
   s.d = pnn_arena_take(arena, s.ld * PNN_PANEL, p->real_size);
-  s.u = pnn_arena_take(arena, s.ld * PNN_PANEL, p->real_size);
-  if (in->affine) s.c = pnn_arena_take(arena, s.ld * PNN_PANEL, p->real_size);
   s.masks = masks_take(p, p->group_maps, in->deal.pixels, arena);
   return s;
 }
@@ -303,8 +300,10 @@ static inputs_scratch inputs_take(const pnn_inputs *in, pnn_arena *arena) {
 void pnn_rows_inputs_scratch(const pnn_inputs *inputs, pnn_arena *arena) { inputs_take(inputs, arena); }
 
 /* From da to the input's gradient in one go. */
-static void inputs_epilogue(const pnn_problem *p, const inputs_scratch *s, const pnn_columns *columns, int64_t outs,
+static void inputs_epilogue(const pnn_inputs *in, const inputs_scratch *s, const pnn_columns *columns, int64_t outs,
                             const pixel_run *out, int64_t mask_k0, int64_t k0, int64_t maps) {
+  const pnn_problem *p = in->problem;
+  const pnn_norm_terms norm = pnn_inputs_norm_terms(in, k0);
   const int64_t size = p->real_size, x_step = pixel_step(p, &p->input), out_step = pixel_step(p, &p->grad_input);
   input_run run = {.columns = 0};
   int64_t segment = 0, next = 0;
@@ -314,10 +313,11 @@ static void inputs_epilogue(const pnn_problem *p, const inputs_scratch *s, const
       if (column == run.column + run.columns) run = input_run_next(p, &s->masks, mask_k0, columns, k0, &segment, &next);
       const int64_t into = column - run.column;
       count = PNN_MIN(out[r].columns - i, run.columns - into);
-      p->kernels->respond_grad[p->activation](p->grad_input.data + (out[r].offset + i * out_step + k0) * size, out_step,
-                                              s->d + column * s->ld * size, s->ld, run.x + into * x_step * size, x_step,
-                                              run.mask ? run.mask + into * run.mask_step * size : NULL, run.mask_step,
-                                              count, maps, 1, 0);
+      char *dx = p->grad_input.data + (out[r].offset + i * out_step + k0) * size;
+      p->kernels->respond_grad_rows[p->activation](dx, out_step, s->d + column * s->ld * size, s->ld,
+                                                   run.x + into * x_step * size, x_step,
+                                                   run.mask ? run.mask + into * run.mask_step * size : NULL,
+                                                   run.mask_step, in->affine ? &norm : NULL, count, maps, p->shared);
     }
 }
 
@@ -336,8 +336,7 @@ void pnn_rows_inputs_item(void *inputs, int32_t worker, int64_t item) {
   masks_make(p, &s.masks, k_first, p->group_maps, &range);
   pnn_columns columns;
   pixel_run gradient[PNN_PANEL], out[PNN_PANEL];
-  const bool in_place = !in->affine && (!p->shared || p->noise == PNN_NOISE_NONE);
-  const int64_t gradient_step = pixel_step(p, &p->grad_output), out_step = pixel_step(p, &p->grad_input);
+  const int64_t gradient_step = pixel_step(p, &p->grad_output);
   for (; column < end; column += PNN_PANEL) {
     pnn_columns_set(&columns, &range, column, PNN_MIN(PNN_PANEL, end - column));
     const int64_t gradients = pixel_runs(p, &columns, &p->grad_output, gradient);
@@ -348,7 +347,6 @@ void pnn_rows_inputs_item(void *inputs, int32_t worker, int64_t item) {
     pnn_ahead g = pnn_ahead_make(p, &range, next, count, &p->grad_output, group * p->group_outputs, p->group_outputs);
     for (int64_t block = 0; block < in->packing.blocks; block++) {
       const int64_t k = block * in->block, k0 = k_first + k, maps = PNN_MIN(in->block, p->group_maps - k);
-      const int64_t lanes = (maps + PNN_LANES - 1) / PNN_LANES * PNN_LANES;
       for (int64_t j = 0; j < maps; j += tile) {
         const void *b = pnn_packing_tile(p, &in->packing, in->packed, group, block, j / tile, 0);
         pnn_ahead_step(&x, steps);
@@ -362,22 +360,7 @@ void pnn_rows_inputs_item(void *inputs, int32_t worker, int64_t item) {
                                   NULL);
           }
       }
-      if (in_place) {
-        inputs_epilogue(p, &s, &columns, outs, out, k_first, k0, maps);
-        continue;
-      }
-      respond(p, &s.masks, k_first, &columns, k0, maps, PNN_ACTIVATION_IDENTITY, s.u, s.ld);
-      if (in->affine) {
-        memcpy(s.c, s.u, (size_t)(columns.columns * s.ld * size));
-        kernels->activate[p->activation](s.c, s.ld, columns.columns, lanes);
-        kernels->center_rows(s.c, s.ld, from_map(p, in->mean, k0), columns.columns, maps);
-        kernels->affine_rows(s.d, s.ld, s.c, s.ld, from_map(p, in->offset, k0), from_map(p, in->slope, k0),
-                             columns.columns, maps);
-      }
-      kernels->activate_grad[p->activation](s.d, s.ld, s.u, s.ld, columns.columns, lanes);
-      for (int64_t r = 0; r < outs; r++)
-        kernels->store[p->grad_input.dtype](p->grad_input.data + (out[r].offset + k0) * size, out_step, 1,
-                                            s.d + out[r].column * s.ld * size, s.ld, out[r].columns, maps);
+      inputs_epilogue(in, &s, &columns, outs, out, k_first, k0, maps);
     }
   }
 }
@@ -413,6 +396,6 @@ void pnn_rows_moments_chunk(const pnn_problem *problem, const pnn_moments_plan *
     masks_make(problem, &s.masks, k0, rows, made);
   }
   pnn_columns_set(&columns, made, first, count);
-  respond(problem, &s.masks, k0, &columns, k0, rows, problem->activation, s.panel, s.ld);
+  respond(problem, &s.masks, k0, &columns, k0, rows, NULL, s.panel, s.ld);
   problem->kernels->moments_rows(s.panel, s.ld, count, rows, mean, m2);
 }

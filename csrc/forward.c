@@ -84,8 +84,7 @@ static void forward_item(void *forward_, int32_t worker, int64_t item) {
     const int64_t steps = f->packing.block_tiles * ((p->group_maps + f->block - 1) / PNN_MAX(f->block, 1));
     for (int64_t k = 0; k < p->group_maps || k == 0; k += PNN_MAX(f->block, 1)) {
       const int64_t depth = PNN_MIN(f->block, p->group_maps - k);
-      pnn_response_activated(&response, &columns, k_first + k, depth, s.panel, PNN_PANEL);
-      pnn_response_finish(&response, &columns, k_first + k, depth, s.panel, PNN_PANEL);
+      pnn_response_operand(&response, &columns, k_first + k, depth, s.panel, PNN_PANEL);
       if (p->pairs) kernels->pair_rows(s.pairs, s.panel, PNN_PANEL, depth, columns.padded);
       for (int64_t tile = 0; tile < f->packing.block_tiles; tile++) {
         const void *a = pnn_packing_tile(p, &f->packing, f->packed, group, 0, tile, k);
@@ -114,15 +113,35 @@ static void forward_item(void *forward_, int32_t worker, int64_t item) {
   }
 }
 
-/* bias + V * beta in double, rounded once; V as given. */
-static void start_values(const pnn_problem *problem, const void *weights, const double *beta, double *start) {
+typedef struct start_job {
+  const pnn_problem *problem;
+  const void *weights;
+  const double *beta;
+  double *start;
+} start_job;
+
+#define START_OUTPUTS 16
+
+static void start_item(void *job_, int32_t worker, int64_t item) {
+  (void)worker;
+  const start_job *job = job_;
+  const pnn_problem *p = job->problem;
+  const int64_t end = PNN_MIN((item + 1) * START_OUTPUTS, p->outputs);
+  for (int64_t t = item * START_OUTPUTS; t < end; t++) {
+    const double *b = job->beta + t / p->group_outputs * p->group_maps;
+    for (int64_t k = 0; k < p->group_maps; k++)
+      job->start[t] += pnn_real_get(p, job->weights, t * p->group_maps + k) * b[k];
+  }
+}
+
+/* bias + V * beta in double, rounded once; V as given. beta may be NULL. */
+static void start_values(const pnn_problem *problem, const pnn_host *host, const void *weights, const double *beta,
+                         double *start) {
   pnn_vector_load(&problem->params->bias, problem->outputs, 0, start);
   if (!beta) return;
-  for (int64_t t = 0; t < problem->outputs; t++) {
-    const double *b = beta + t / problem->group_outputs * problem->group_maps;
-    for (int64_t k = 0; k < problem->group_maps; k++)
-      start[t] += pnn_real_get(problem, weights, t * problem->group_maps + k) * b[k];
-  }
+  start_job job = {problem, weights, beta, start};
+  pnn_parallel(pnn_weights_host(problem, host), (problem->outputs + START_OUTPUTS - 1) / START_OUTPUTS, start_item,
+               &job);
 }
 
 void pnn_forward_pass(const pnn_problem *problem, const pnn_host *host, pnn_arena *arena, bool run) {
@@ -156,7 +175,7 @@ void pnn_forward_pass(const pnn_problem *problem, const pnn_host *host, pnn_aren
   if (!run) return;
 
   pnn_weights_load(p, weights);
-  start_values(p, weights, NULL, start);
+  start_values(p, host, weights, NULL, start);
   if (p->norm) {
     if (p->training) {
       pnn_moments_run(p, host, &moments_plan, norm.mean, norm.variance);
@@ -167,8 +186,8 @@ void pnn_forward_pass(const pnn_problem *problem, const pnn_host *host, pnn_aren
       pnn_vector_load(&p->params->variance, p->maps, 0, norm.variance);
     }
     pnn_norm_fill(p, &norm);
-    start_values(p, weights, norm.beta, start);
-    pnn_weights_scale(p, weights, norm.scale);
+    start_values(p, host, weights, norm.beta, start);
+    pnn_weights_scale(p, host, weights, norm.scale);
     f.mean = norm.mean_reals;
   }
   memset(f.bias, 0, (size_t)(p->groups * f.sum_rows * p->real_size));

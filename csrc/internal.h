@@ -204,17 +204,19 @@ void pnn_response_perturbed(const pnn_response *response, const pnn_columns *col
 /* a = activation(u), likewise. */
 void pnn_response_activated(const pnn_response *response, const pnn_columns *columns, int64_t k0, int64_t rows, void *a,
                             int64_t ld);
-/* From a to the product's operand, in place: minus the mean, rounded to the product's type (left to the pairs' own
- * rounding where there are pairs); padding is zero. */
-void pnn_response_finish(const pnn_response *response, const pnn_columns *columns, int64_t k0, int64_t rows, void *a,
-                         int64_t ld);
+/* The product's operand: activation(u), minus the mean where there is one, rounded to the product's type (left to the
+ * pairs' own rounding where there are pairs). */
+void pnn_response_operand(const pnn_response *response, const pnn_columns *columns, int64_t k0, int64_t rows, void *a,
+                          int64_t ld);
 
 /* ---- weights and per-map algebra (weights.c) ---- */
 
 /* dst = weight as reals, dense [T][K/G]. */
 void pnn_weights_load(const pnn_problem *problem, void *dst);
 /* Multiplies the column of map k by scale[k] and rounds once to the product's type. */
-void pnn_weights_scale(const pnn_problem *problem, void *weights, const double *scale);
+void pnn_weights_scale(const pnn_problem *problem, const pnn_host *host, void *weights, const double *scale);
+/* The host, or NULL for a weight matrix that one thread is done with before a second has woken. */
+const pnn_host *pnn_weights_host(const pnn_problem *problem, const pnn_host *host);
 
 /* A packed operand of a product: per group, rows in blocks of `block` (each padded to whole tiles), tile by tile
  * [depth][tile]. Forward: rows are outputs, depth is maps. Backward: rows are maps, depth is outputs. `tile` is the

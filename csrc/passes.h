@@ -65,6 +65,7 @@ typedef struct pnn_inputs {
   pnn_packing packing;
   int64_t block; /* response maps at a time: whole channels */
   bool masks;    /* grad_mask is wanted: an item takes all groups and the whole batch */
+  bool steps;    /* from da to dx in steps, not in one kernel */
   bool rows;     /* channels-last form */
   bool affine;   /* normalised with the batch's own moments: da is affine in c */
   void *packed;
@@ -73,6 +74,9 @@ typedef struct pnn_inputs {
   char *scratch;
   int64_t scratch_bytes;
 } pnn_inputs;
+
+/* What the batch's moments add to da, from response map k0 on; only where affine. */
+pnn_norm_terms pnn_inputs_norm_terms(const pnn_inputs *inputs, int64_t k0);
 
 /* ---- the channels-last form ---- */
 

@@ -20,9 +20,9 @@ static void zero_padding(const pnn_problem *problem, const pnn_columns *columns,
     memset((char *)panel + (r * ld + columns->columns) * size, 0, (size_t)(padding * size));
 }
 
-/* panel[r][column] = activation(u) of response map k0 + r; the padding is left as it is. */
+/* panel[r][column] = activation(u) - mean[r] of response map k0 + r; the padding is left as it is. */
 static void respond(const pnn_response *response, const pnn_columns *columns, int64_t k0, int64_t rows,
-                    pnn_activation activation, char *panel, int64_t ld) {
+                    pnn_activation activation, const char *mean, char *panel, int64_t ld) {
   const pnn_problem *p = response->problem;
   const pnn_view *v = &p->input;
   if (!rows) return;
@@ -54,29 +54,30 @@ static void respond(const pnn_response *response, const pnn_columns *columns, in
       }
       p->kernels->respond[activation](panel + column * size, ld, source, source_ld,
                                       mask ? mask + (pixel - columns->range->pixel) * size : NULL, response->mask_ld,
-                                      rows, count, k0, p->masks, p->shared);
+                                      mean, rows, count, k0, p->masks, p->shared);
     }
   }
 }
 
 void pnn_response_perturbed(const pnn_response *response, const pnn_columns *columns, int64_t k0, int64_t rows, void *u,
                             int64_t ld) {
-  respond(response, columns, k0, rows, PNN_ACTIVATION_IDENTITY, u, ld);
+  respond(response, columns, k0, rows, PNN_ACTIVATION_IDENTITY, NULL, u, ld);
   zero_padding(response->problem, columns, rows, u, ld);
 }
 
 void pnn_response_activated(const pnn_response *response, const pnn_columns *columns, int64_t k0, int64_t rows, void *a,
                             int64_t ld) {
-  respond(response, columns, k0, rows, response->problem->activation, a, ld);
+  respond(response, columns, k0, rows, response->problem->activation, NULL, a, ld);
   zero_padding(response->problem, columns, rows, a, ld);
 }
 
-void pnn_response_finish(const pnn_response *response, const pnn_columns *columns, int64_t k0, int64_t rows, void *a,
-                         int64_t ld) {
+void pnn_response_operand(const pnn_response *response, const pnn_columns *columns, int64_t k0, int64_t rows, void *a,
+                          int64_t ld) {
   const pnn_problem *p = response->problem;
-  if (response->mean)
-    p->kernels->center(a, ld, (const char *)response->mean + k0 * p->real_size, rows, columns->padded);
+  const char *mean = response->mean;
+  if (mean) mean += k0 * p->real_size;
+  respond(response, columns, k0, rows, p->activation, mean, a, ld);
+  zero_padding(p, columns, rows, a, ld);
   if ((p->product_type == PNN_BFLOAT16 && !p->pairs) || p->product_type == PNN_FLOAT16)
     p->kernels->round16(p->product_type, a, ld, rows, columns->padded);
-  if (response->mean) zero_padding(p, columns, rows, a, ld);
 }

@@ -41,21 +41,42 @@ static float float_to_odd(double x) {
   return f;
 }
 
-void pnn_weights_scale(const pnn_problem *problem, void *weights, const double *scale) {
-  const int64_t columns = problem->group_maps;
+const pnn_host *pnn_weights_host(const pnn_problem *problem, const pnn_host *host) {
+  return problem->outputs * problem->group_maps < 16384 ? NULL : host;
+}
+
+typedef struct scale_job {
+  const pnn_problem *problem;
+  void *weights;
+  const double *scale;
+} scale_job;
+
+#define SCALE_OUTPUTS 16
+
+static void scale_item(void *job_, int32_t worker, int64_t item) {
+  (void)worker;
+  const scale_job *job = job_;
+  const pnn_problem *problem = job->problem;
+  const int64_t columns = problem->group_maps, end = PNN_MIN((item + 1) * SCALE_OUTPUTS, problem->outputs);
   const bool narrow = problem->product_type == PNN_BFLOAT16 || problem->product_type == PNN_FLOAT16;
-  for (int64_t t = 0; t < problem->outputs; t++) {
-    const double *s = scale + t / problem->group_outputs * columns;
-    char *row = (char *)weights + t * columns * problem->real_size;
+  for (int64_t t = item * SCALE_OUTPUTS; t < end; t++) {
+    const double *s = job->scale + t / problem->group_outputs * columns;
+    char *row = (char *)job->weights + t * columns * problem->real_size;
     for (int64_t k = 0; k < columns; k++) {
       const double product = pnn_real_get(problem, row, k) * s[k];
       if (problem->precision)
-        ((double *)row)[k] = product;
+        ((double *)(void *)row)[k] = product;
       else
-        ((float *)row)[k] = narrow ? float_to_odd(product) : (float)product;
+        ((float *)(void *)row)[k] = narrow ? float_to_odd(product) : (float)product;
     }
     if (narrow) problem->kernels->round16(problem->product_type, row, columns, 1, columns);
   }
+}
+
+void pnn_weights_scale(const pnn_problem *problem, const pnn_host *host, void *weights, const double *scale) {
+  scale_job job = {problem, weights, scale};
+  pnn_parallel(pnn_weights_host(problem, host), (problem->outputs + SCALE_OUTPUTS - 1) / SCALE_OUTPUTS, scale_item,
+               &job);
 }
 
 pnn_packing pnn_packing_forward(const pnn_problem *problem, int64_t tile) {
@@ -149,9 +170,7 @@ void pnn_packing_fill(const pnn_problem *problem, const pnn_host *host, const pn
                       void *packed) {
   packing_job job = {problem, packing, weights, packed};
   const int64_t items = problem->groups * packing->blocks * packing->block_tiles;
-  /* A small matrix is packed before a second thread has woken. */
-  const bool small = problem->outputs * problem->group_maps < 16384;
-  pnn_parallel(small ? NULL : host, items, packing_item, &job);
+  pnn_parallel(pnn_weights_host(problem, host), items, packing_item, &job);
 }
 
 void pnn_vector_load(const pnn_tensor *tensor, int64_t count, double absent, double *dst) {

@@ -440,70 +440,83 @@ static void sum_rows(int64_t columns, const void *a_, int64_t lda, int64_t rows,
 
 /* ---- element by element ---- */
 
-#define DEFINE_ACTIVATION(suffix, name)                                                                              \
-  static void respond_##name(void *a_, int64_t lda, const void *x_, int64_t ldx, const void *mask_, int64_t ldm,     \
-                             int64_t rows, int64_t columns, int64_t k0, int64_t masks, int32_t shared) {             \
-    const int64_t whole = columns / VR * VR, rest = columns - whole;                                                 \
-    int64_t m = k0 % masks, channel = 0;                                                                             \
-    for (int64_t r = 0; r < rows; r++) {                                                                             \
-      real *a = (real *)a_ + r * lda;                                                                                \
-      const real *x = (const real *)x_ + channel * ldx;                                                              \
-      if (mask_) {                                                                                                   \
-        const real *mask = (const real *)mask_ + (shared ? m : r) * ldm;                                             \
-        for (int64_t j = 0; j < whole; j += VR)                                                                      \
-          vr_store(a + j, PNN_ACTIVATE(name)(vr_load(x + j) + vr_load(mask + j)));                                   \
-        if (rest)                                                                                                    \
-          vr_store_part(a + whole,                                                                                   \
-                        PNN_ACTIVATE(name)(vr_load_part(x + whole, rest) + vr_load_part(mask + whole, rest)), rest); \
-      } else {                                                                                                       \
-        for (int64_t j = 0; j < whole; j += VR) vr_store(a + j, PNN_ACTIVATE(name)(vr_load(x + j)));                 \
-        if (rest) vr_store_part(a + whole, PNN_ACTIVATE(name)(vr_load_part(x + whole, rest)), rest);                 \
-      }                                                                                                              \
-      if (++m == masks) m = 0, channel++;                                                                            \
-    }                                                                                                                \
-  }                                                                                                                  \
-  static void activate_##name(void *a_, int64_t lda, int64_t rows, int64_t columns) {                                \
-    for (int64_t r = 0; r < rows; r++) {                                                                             \
-      real *a = (real *)a_ + r * lda;                                                                                \
-      for (int64_t j = 0; j < columns; j += VR) vr_store(a + j, PNN_ACTIVATE(name)(vr_load(a + j)));                 \
-    }                                                                                                                \
-  }                                                                                                                  \
-  static void activate_grad_##name(void *d_, int64_t ldd, const void *u_, int64_t ldu, int64_t rows,                 \
-                                   int64_t columns) {                                                                \
-    for (int64_t r = 0; r < rows; r++) {                                                                             \
-      real *d = (real *)d_ + r * ldd;                                                                                \
-      const real *u = (const real *)u_ + r * ldu;                                                                    \
-      for (int64_t j = 0; j < columns; j += VR)                                                                      \
-        vr_store(d + j, PNN_ACTIVATE_GRAD(name)(vr_load(u + j), vr_load(d + j)));                                    \
-    }                                                                                                                \
-  }                                                                                                                  \
-  static void respond_grad_##name(void *dx_, int64_t ldx, const void *d_, int64_t ldd, const void *x_, int64_t step, \
-                                  const void *mask_, int64_t ldm, int64_t rows, int64_t columns, int64_t masks,      \
-                                  int32_t shared) {                                                                  \
-    for (int64_t r = 0; r < rows; r++) {                                                                             \
-      real *dx = (real *)dx_ + r * ldx;                                                                              \
-      const real *d = (const real *)d_ + r * masks * ldd, *x = (const real *)x_ + r * step;                          \
-      const real *mask = mask_ ? (const real *)mask_ + (shared ? 0 : r * masks * ldm) : NULL;                        \
-      int64_t j = 0;                                                                                                 \
-      for (; j + VR <= columns; j += VR) {                                                                           \
-        const vr v = vr_load(x + j);                                                                                 \
-        vr sum = PNN_ACTIVATE_GRAD(name)(mask ? v + vr_load(mask + j) : v, vr_load(d + j));                          \
-        for (int64_t m = 1; m < masks; m++)                                                                          \
-          sum += PNN_ACTIVATE_GRAD(name)(mask ? v + vr_load(mask + m * ldm + j) : v, vr_load(d + m * ldd + j));      \
-        vr_store(dx + j, sum);                                                                                       \
-      }                                                                                                              \
-      if (j < columns) {                                                                                             \
-        const int64_t n = columns - j;                                                                               \
-        const vr v = vr_load_part(x + j, n);                                                                         \
-        vr sum = vr_set1(0);                                                                                         \
-        for (int64_t m = 0; m < masks; m++) {                                                                        \
-          const vr u = mask ? v + vr_load_part(mask + m * ldm + j, n) : v;                                           \
-          const vr one = PNN_ACTIVATE_GRAD(name)(u, vr_load_part(d + m * ldd + j, n));                               \
-          sum = m ? sum + one : one;                                                                                 \
-        }                                                                                                            \
-        vr_store_part(dx + j, sum, n);                                                                               \
-      }                                                                                                              \
-    }                                                                                                                \
+/* min(n, VR) reals. */
+static inline vr load_some(const real *p, int64_t n) { return n >= VR ? vr_load(p) : vr_load_part(p, n); }
+static inline void store_some(real *p, vr v, int64_t n) {
+  if (n >= VR)
+    vr_store(p, v);
+  else
+    vr_store_part(p, v, n);
+}
+
+#define DEFINE_ACTIVATION(suffix, name)                                                                                \
+  static void respond_##name(void *a_, int64_t lda, const void *x_, int64_t ldx, const void *mask_, int64_t ldm,       \
+                             const void *mean_, int64_t rows, int64_t columns, int64_t k0, int64_t masks,              \
+                             int32_t shared) {                                                                         \
+    const int64_t whole = columns / VR * VR, rest = columns - whole;                                                   \
+    int64_t m = k0 % masks, channel = 0;                                                                               \
+    for (int64_t r = 0; r < rows; r++) {                                                                               \
+      real *a = (real *)a_ + r * lda;                                                                                  \
+      const real *x = (const real *)x_ + channel * ldx;                                                                \
+      const real *mask = mask_ ? (const real *)mask_ + (shared ? m : r) * ldm : NULL;                                  \
+      const vr mean = vr_set1(mean_ ? ((const real *)mean_)[r] : 0); /* a - 0 is a, to the bit */                      \
+      if (mask) {                                                                                                      \
+        for (int64_t j = 0; j < whole; j += VR)                                                                        \
+          vr_store(a + j, PNN_ACTIVATE(name)(vr_load(x + j) + vr_load(mask + j)) - mean);                              \
+      } else {                                                                                                         \
+        for (int64_t j = 0; j < whole; j += VR) vr_store(a + j, PNN_ACTIVATE(name)(vr_load(x + j)) - mean);            \
+      }                                                                                                                \
+      if (rest) {                                                                                                      \
+        vr u = vr_load_part(x + whole, rest);                                                                          \
+        if (mask) u += vr_load_part(mask + whole, rest);                                                               \
+        vr_store_part(a + whole, PNN_ACTIVATE(name)(u) - mean, rest);                                                  \
+      }                                                                                                                \
+      if (++m == masks) m = 0, channel++;                                                                              \
+    }                                                                                                                  \
+  }                                                                                                                    \
+  static void activate_##name(void *a_, int64_t lda, int64_t rows, int64_t columns) {                                  \
+    for (int64_t r = 0; r < rows; r++) {                                                                               \
+      real *a = (real *)a_ + r * lda;                                                                                  \
+      for (int64_t j = 0; j < columns; j += VR) vr_store(a + j, PNN_ACTIVATE(name)(vr_load(a + j)));                   \
+    }                                                                                                                  \
+  }                                                                                                                    \
+  static void activate_grad_##name(void *d_, int64_t ldd, const void *u_, int64_t ldu, int64_t rows,                   \
+                                   int64_t columns) {                                                                  \
+    for (int64_t r = 0; r < rows; r++) {                                                                               \
+      real *d = (real *)d_ + r * ldd;                                                                                  \
+      const real *u = (const real *)u_ + r * ldu;                                                                      \
+      for (int64_t j = 0; j < columns; j += VR)                                                                        \
+        vr_store(d + j, PNN_ACTIVATE_GRAD(name)(vr_load(u + j), vr_load(d + j)));                                      \
+    }                                                                                                                  \
+  }                                                                                                                    \
+  static void respond_grad_##name(void *dx_, int64_t ldx, const void *d_, int64_t ldd, const void *x_, int64_t step,   \
+                                  const void *mask_, int64_t ldm, const pnn_norm_terms *norm, int64_t rows,            \
+                                  int64_t columns, int64_t masks, int32_t shared) {                                    \
+    for (int64_t r = 0; r < rows; r++) {                                                                               \
+      real *dx = (real *)dx_ + r * ldx;                                                                                \
+      const real *d = (const real *)d_ + r * masks * ldd, *x = (const real *)x_ + r * step;                            \
+      const real *mask = mask_ ? (const real *)mask_ + (shared ? 0 : r * masks * ldm) : NULL;                          \
+      const real *mean = norm ? (const real *)norm->mean + r * masks : NULL;                                           \
+      const real *offset = norm ? (const real *)norm->offset + r * masks : NULL;                                       \
+      const real *slope = norm ? (const real *)norm->slope + r * masks : NULL;                                         \
+      for (int64_t j = 0; j < columns; j += VR) {                                                                      \
+        const int64_t n = columns - j;                                                                                 \
+        const vr v = load_some(x + j, n);                                                                              \
+        vr sum = vr_set1(0);                                                                                           \
+        for (int64_t m = 0; m < masks; m++) {                                                                          \
+          const vr u = mask ? v + load_some(mask + m * ldm + j, n) : v;                                                \
+          vr da = load_some(d + m * ldd + j, n);                                                                       \
+          if (norm) da = vr_fma(vr_set1(slope[m]), PNN_ACTIVATE(name)(u) - vr_set1(mean[m]), da + vr_set1(offset[m])); \
+          const vr one = PNN_ACTIVATE_GRAD(name)(u, da);                                                               \
+          if (m) {                                                                                                     \
+            sum += one;                                                                                                \
+          } else {                                                                                                     \
+            sum = one;                                                                                                 \
+          }                                                                                                            \
+        }                                                                                                              \
+        store_some(dx + j, sum, n);                                                                                    \
+      }                                                                                                                \
+    }                                                                                                                  \
   }
 #if defined(PNN_REAL_F32)
 #define PNN_ACTIVATE(name) pnn_##name##_f32
@@ -513,14 +526,6 @@ static void sum_rows(int64_t columns, const void *a_, int64_t lda, int64_t rows,
 #define PNN_ACTIVATE_GRAD(name) pnn_##name##_grad_f64
 #endif
 PNN_ACTIVATION_LIST(DEFINE_ACTIVATION)
-
-static void center(void *a_, int64_t lda, const void *mean_, int64_t rows, int64_t columns) {
-  for (int64_t r = 0; r < rows; r++) {
-    real *a = (real *)a_ + r * lda;
-    const real mean = ((const real *)mean_)[r];
-    for (int64_t j = 0; j < columns; j++) a[j] -= mean;
-  }
-}
 
 static void affine(void *d_, int64_t ldd, const void *c_, int64_t ldc, const void *offset_, const void *slope_,
                    int64_t rows, int64_t columns) {
@@ -569,14 +574,6 @@ static void round16(pnn_dtype which, void *a_, int64_t lda, int64_t rows, int64_
 }
 
 /* ---- panels whose rows are pixels ---- */
-
-static inline vr load_some(const real *p, int64_t n) { return n >= VR ? vr_load(p) : vr_load_part(p, n); }
-static inline void store_some(real *p, vr v, int64_t n) {
-  if (n >= VR)
-    vr_store(p, v);
-  else
-    vr_store_part(p, v, n);
-}
 
 static void product_rows(pnn_product_mode mode, int64_t rows, int64_t columns, int64_t depth, const void *a_,
                          int64_t a_row, int64_t a_step, const void *b_, int64_t ldb, void *c_, int64_t ldc,
@@ -669,7 +666,8 @@ static void sum_columns(int64_t depth, const void *a_, void *out_) {
 
 #define DEFINE_RESPOND_ROWS(suffix, name)                                                                             \
   static void respond_rows_##name(void *a_, int64_t lda, const void *x_, int64_t ldx, const void *mask_, int64_t ldm, \
-                                  int64_t pixels, int64_t rows, int32_t shared) {                                     \
+                                  const void *mean_, int64_t pixels, int64_t rows, int32_t shared) {                  \
+    const real *mean = mean_;                                                                                         \
     for (int64_t p = 0; p < pixels; p++) {                                                                            \
       real *a = (real *)a_ + p * lda;                                                                                 \
       const real *x = (const real *)x_ + p * ldx;                                                                     \
@@ -679,34 +677,33 @@ static void sum_columns(int64_t depth, const void *a_, void *out_) {
         const int64_t n = rows - r;                                                                                   \
         vr u = load_some(x + r, n);                                                                                   \
         if (mask) u += shared ? one : load_some(mask + r, n);                                                         \
-        store_some(a + r, PNN_ACTIVATE(name)(u), n);                                                                  \
+        u = PNN_ACTIVATE(name)(u);                                                                                    \
+        store_some(a + r, mean ? u - load_some(mean + r, n) : u, n);                                                  \
+      }                                                                                                               \
+    }                                                                                                                 \
+  }                                                                                                                   \
+  static void respond_grad_rows_##name(void *dx_, int64_t ldx, const void *d_, int64_t ldd, const void *x_,           \
+                                       int64_t step, const void *mask_, int64_t ldm, const pnn_norm_terms *norm,      \
+                                       int64_t pixels, int64_t rows, int32_t shared) {                                \
+    const real *mean = norm ? norm->mean : NULL, *offset = norm ? norm->offset : NULL;                                \
+    const real *slope = norm ? norm->slope : NULL;                                                                    \
+    for (int64_t p = 0; p < pixels; p++) {                                                                            \
+      real *dx = (real *)dx_ + p * ldx;                                                                               \
+      const real *d = (const real *)d_ + p * ldd, *x = (const real *)x_ + p * step;                                   \
+      const real *mask = mask_ ? (const real *)mask_ + p * ldm : NULL;                                                \
+      const vr one = mask && shared ? vr_set1(mask[0]) : vr_set1(0);                                                  \
+      for (int64_t r = 0; r < rows; r += VR) {                                                                        \
+        const int64_t n = rows - r;                                                                                   \
+        vr u = load_some(x + r, n), da = load_some(d + r, n);                                                         \
+        if (mask) u += shared ? one : load_some(mask + r, n);                                                         \
+        if (norm)                                                                                                     \
+          da = vr_fma(load_some(slope + r, n), PNN_ACTIVATE(name)(u) - load_some(mean + r, n),                        \
+                      da + load_some(offset + r, n));                                                                 \
+        store_some(dx + r, PNN_ACTIVATE_GRAD(name)(u, da), n);                                                        \
       }                                                                                                               \
     }                                                                                                                 \
   }
 PNN_ACTIVATION_LIST(DEFINE_RESPOND_ROWS)
-
-static void center_rows(void *a_, int64_t lda, const void *mean_, int64_t pixels, int64_t rows) {
-  const real *restrict mean = mean_;
-  for (int64_t p = 0; p < pixels; p++) {
-    real *restrict a = (real *)a_ + p * lda;
-    for (int64_t r = 0; r < rows; r++) a[r] -= mean[r];
-  }
-}
-
-static void affine_rows(void *d_, int64_t ldd, const void *c_, int64_t ldc, const void *offset_, const void *slope_,
-                        int64_t pixels, int64_t rows) {
-  const real *offset = offset_, *slope = slope_;
-  for (int64_t p = 0; p < pixels; p++) {
-    real *d = (real *)d_ + p * ldd;
-    const real *c = (const real *)c_ + p * ldc;
-    for (int64_t r = 0; r < rows; r += VR) {
-      const int64_t n = rows - r;
-      store_some(d + r,
-                 vr_fma(load_some(slope + r, n), load_some(c + r, n), load_some(d + r, n) + load_some(offset + r, n)),
-                 n);
-    }
-  }
-}
 
 /* Elements stand `step` apart. */
 static void moments_in_double(const real *a, int64_t step, int64_t n, double *mean, double *m2) {
@@ -886,6 +883,7 @@ static void recipe_fill(void *dst, int64_t ld, const pnn_recipe *recipe, double 
 #define RESPOND_ROWS_ENTRY(suffix, name) [PNN_ACTIVATION_##suffix] = respond_rows_##name,
 #define RESPOND_ENTRY(suffix, name) [PNN_ACTIVATION_##suffix] = respond_##name,
 #define ACTIVATE_ENTRY(suffix, name) [PNN_ACTIVATION_##suffix] = activate_##name,
+#define RESPOND_GRAD_ROWS_ENTRY(suffix, name) [PNN_ACTIVATION_##suffix] = respond_grad_rows_##name,
 #define RESPOND_GRAD_ENTRY(suffix, name) [PNN_ACTIVATION_##suffix] = respond_grad_##name,
 #define ACTIVATE_GRAD_ENTRY(suffix, name) [PNN_ACTIVATION_##suffix] = activate_grad_##name,
 
@@ -910,7 +908,6 @@ const pnn_kernels PNN_KERNEL_NAME(pnn_kernels) = {
     .activate = {PNN_ACTIVATION_LIST(ACTIVATE_ENTRY)},
     .activate_grad = {PNN_ACTIVATION_LIST(ACTIVATE_GRAD_ENTRY)},
     .respond_grad = {PNN_ACTIVATION_LIST(RESPOND_GRAD_ENTRY)},
-    .center = center,
     .affine = affine,
     .scale = scale,
     .accumulate = accumulate,
@@ -927,7 +924,6 @@ const pnn_kernels PNN_KERNEL_NAME(pnn_kernels) = {
     .pack_gradient = pack_gradient,
     .sum_columns = sum_columns,
     .respond_rows = {PNN_ACTIVATION_LIST(RESPOND_ROWS_ENTRY)},
-    .center_rows = center_rows,
-    .affine_rows = affine_rows,
+    .respond_grad_rows = {PNN_ACTIVATION_LIST(RESPOND_GRAD_ROWS_ENTRY)},
     .moments_rows = moments_rows,
 };

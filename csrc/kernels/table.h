@@ -33,6 +33,11 @@ typedef struct pnn_recipe {
   uint32_t key[2]; /* the seed: low word, high word */
 } pnn_recipe;
 
+/* What the batch's own moments add to da, a real for each response map (backward.c). */
+typedef struct pnn_norm_terms {
+  const void *mean, *offset, *slope;
+} pnn_norm_terms;
+
 typedef enum pnn_product_mode { PNN_PRODUCT_START, PNN_PRODUCT_CONTINUE, PNN_PRODUCT_ADD } pnn_product_mode;
 
 typedef struct pnn_kernels {
@@ -61,12 +66,14 @@ typedef struct pnn_kernels {
   /* out[r] = sum over columns of a[r][.], in the same order as dot with ones. */
   void (*sum)(int64_t columns, const void *a, int64_t lda, int64_t rows, void *out);
 
-  /* a[r][j] = activation(x[r'][j] + mask[r''][j]) for `columns` columns, where row r is response map k0 + r, r' =
-   * (k0 + r)/masks - k0/masks counts channels, and r'' is r, or (k0 + r) mod masks where the masks are shared. mask
-   * NULL: nothing is added. The input itself may stand for x. a may be x if masks is 1. `respond[IDENTITY]` only
-   * perturbs. */
+  /* a[r][j] = activation(x[r'][j] + mask[r''][j]) - mean[r] for `columns` columns, where row r is response map k0 + r,
+   * r' = (k0 + r)/masks - k0/masks counts channels, and r'' is r, or (k0 + r) mod masks where the masks are shared.
+   * mask NULL: nothing is added; mean NULL: nothing is subtracted. The input itself may stand for x. a may be x if
+   * masks is
+   * 1. `respond[IDENTITY]` only perturbs. */
   void (*respond[PNN_ACTIVATION_COUNT])(void *a, int64_t lda, const void *x, int64_t ldx, const void *mask, int64_t ldm,
-                                        int64_t rows, int64_t columns, int64_t k0, int64_t masks, int32_t shared);
+                                        const void *mean, int64_t rows, int64_t columns, int64_t k0, int64_t masks,
+                                        int32_t shared);
 
   /* a = activation(a), in place over rows x columns (a multiple of PNN_LANES). */
   void (*activate[PNN_ACTIVATION_COUNT])(void *a, int64_t lda, int64_t rows, int64_t columns);
@@ -74,15 +81,13 @@ typedef struct pnn_kernels {
   void (*activate_grad[PNN_ACTIVATION_COUNT])(void *d, int64_t ldd, const void *u, int64_t ldu, int64_t rows,
                                               int64_t columns);
 
-  /* dx[r][j] = sum over m, ascending, of activation'(x[r][j] + mask[r*masks + m][j]) * d[r*masks + m][j], mask[m][j]
-   * where shared, for `columns` columns, any number. mask NULL: nothing is added. dx may be d. With one mask a channel
-   * the rows may as well be pixels and the columns channels. */
+  /* dx[r][j] = sum over m, ascending, of activation'(u) * da, with u = x[r][j] + mask[r*masks + m][j] (mask[m][j] where
+   * shared; NULL: nothing is added), for `columns` columns, any number. da is d[r*masks + m][j]; with `norm`, first d +
+   * offset, then fused + slope * (activation(u) - mean). dx may be d. */
   void (*respond_grad[PNN_ACTIVATION_COUNT])(void *dx, int64_t ldx, const void *d, int64_t ldd, const void *x,
-                                             int64_t step, const void *mask, int64_t ldm, int64_t rows, int64_t columns,
-                                             int64_t masks, int32_t shared);
+                                             int64_t step, const void *mask, int64_t ldm, const pnn_norm_terms *norm,
+                                             int64_t rows, int64_t columns, int64_t masks, int32_t shared);
 
-  /* a[r][j] = a[r][j] - mean[r]. */
-  void (*center)(void *a, int64_t lda, const void *mean, int64_t rows, int64_t columns);
   /* d[r][j] = d[r][j] + offset[r], then fused + slope[r]*c[r][j]. */
   void (*affine)(void *d, int64_t ldd, const void *c, int64_t ldc, const void *offset, const void *slope, int64_t rows,
                  int64_t columns);
@@ -128,15 +133,16 @@ typedef struct pnn_kernels {
   void (*pack_gradient)(void *dst, int64_t tile_step, const void *src, int64_t step, int64_t pixels, int64_t rows);
   /* out[i] += sum over depth of a[k*tile_rows + i], one chain from 0. */
   void (*sum_columns)(int64_t depth, const void *a, void *out);
-  /* a[p][r] = activation(x[p][r] + mask[p][r]), one mask a channel; where shared, mask[p][0]. mask NULL: nothing is
-   * added. */
+  /* a[p][r] = activation(x[p][r] + mask[p][r]) - mean[r], one mask a channel; where shared, mask[p][0]. mask NULL:
+   * nothing is added; mean NULL: nothing is subtracted. */
   void (*respond_rows[PNN_ACTIVATION_COUNT])(void *a, int64_t lda, const void *x, int64_t ldx, const void *mask,
-                                             int64_t ldm, int64_t pixels, int64_t rows, int32_t shared);
-  /* a[p][r] -= mean[r]. */
-  void (*center_rows)(void *a, int64_t lda, const void *mean, int64_t pixels, int64_t rows);
-  /* d[p][r] = d[p][r] + offset[r], then fused + slope[r]*c[p][r]. */
-  void (*affine_rows)(void *d, int64_t ldd, const void *c, int64_t ldc, const void *offset, const void *slope,
-                      int64_t pixels, int64_t rows);
+                                             int64_t ldm, const void *mean, int64_t pixels, int64_t rows,
+                                             int32_t shared);
+  /* respond_grad, one mask a channel; where shared, mask[p][0]. */
+  void (*respond_grad_rows[PNN_ACTIVATION_COUNT])(void *dx, int64_t ldx, const void *d, int64_t ldd, const void *x,
+                                                  int64_t step, const void *mask, int64_t ldm,
+                                                  const pnn_norm_terms *norm, int64_t pixels, int64_t rows,
+                                                  int32_t shared);
   /* Mean and sum of squared deviations of each of `rows` columns over n >= 1 pixels. */
   void (*moments_rows)(const void *a, int64_t lda, int64_t n, int64_t rows, double *mean, double *m2);
 } pnn_kernels;
