@@ -132,10 +132,10 @@ static void sums_item(void *sums_, int32_t worker, int64_t item) {
     pnn_ahead x = pnn_sums_ahead(s, &at, chunk + 1, end, &p->input);
     const int64_t steps = (at.end - at.first + OUTPUT_BLOCK - 1) / OUTPUT_BLOCK;
     for (int64_t o = at.first; o < at.end; o += OUTPUT_BLOCK) {
-      pnn_ahead_step(&x, steps);
+      pnn_ahead_step(&x, steps, false);
       pnn_ahead gradient = pnn_ahead_make(p, &made, first, count, &p->grad_output, o + OUTPUT_BLOCK,
                                           PNN_MIN(OUTPUT_BLOCK, at.end - o - OUTPUT_BLOCK));
-      pnn_ahead_step(&gradient, 1);
+      pnn_ahead_step(&gradient, 1, false);
       const int64_t rows = PNN_MIN(OUTPUT_BLOCK, at.end - o), padded = round_up(rows, p->kernels->dot_rows);
       pnn_columns_load(p, &columns, &p->grad_output, o, rows, t.outputs, PNN_CHUNK);
       memset(t.outputs + rows * PNN_CHUNK * size, 0, (size_t)((padded - rows) * PNN_CHUNK * size));
@@ -346,14 +346,17 @@ static void inputs_group(const pnn_inputs *in, const inputs_scratch *s, int64_t 
     const int64_t next = column + PNN_PANEL, count = PNN_MIN(PNN_PANEL, end - next);
     const int64_t steps = in->packing.blocks * in->packing.block_tiles;
     pnn_ahead x = pnn_ahead_make(p, range, next, count, &p->input, group * p->group_channels, p->group_channels);
+    pnn_ahead dx = pnn_ahead_make(p, range, column, columns.columns, &p->grad_input, group * p->group_channels,
+                                  p->grad_input.data ? p->group_channels : 0);
     pnn_ahead gradient =
         pnn_ahead_make(p, range, next, count, &p->grad_output, group * p->group_outputs, p->group_outputs);
     for (int64_t block = 0; block < in->packing.blocks; block++) {
       const int64_t k = block * in->block, maps = PNN_MIN(in->block, p->group_maps - k);
       const int64_t tiles = (maps + kernels->tile_rows - 1) / kernels->tile_rows;
       for (int64_t tile = 0; tile < tiles; tile++) {
-        pnn_ahead_step(&x, steps);
-        pnn_ahead_step(&gradient, steps);
+        pnn_ahead_step(&x, steps, false);
+        pnn_ahead_step(&gradient, steps, false);
+        pnn_ahead_step(&dx, steps, true);
         const void *a = pnn_packing_tile(p, &in->packing, in->packed, group, block, tile, 0);
         for (int64_t j = 0; j < columns.columns; j += kernels->tile_columns)
           inputs_product(p, s, a, j, s->d + (tile * kernels->tile_rows * PNN_PANEL + j) * size);
@@ -448,7 +451,7 @@ static void clear(const pnn_problem *p, const pnn_host *host, const pnn_tensor *
 /* ---- the pass ---- */
 
 typedef struct algebra {
-  double *s1, *s2, *h; /* [K], [K], [T] */
+  double *s1, *s2; /* [K] */
 } algebra;
 
 typedef struct algebra_job {
@@ -537,12 +540,11 @@ void pnn_backward_pass(const pnn_problem *problem, const pnn_host *host, pnn_are
 
   double *row = pnn_arena_take(arena, p->outputs, 8);
   pnn_norm norm = {NULL, NULL, NULL, NULL, NULL, NULL, NULL};
-  algebra a = {NULL, NULL, NULL};
+  algebra a = {NULL, NULL};
   if (p->norm) {
     pnn_norm_plan(p, arena, &norm);
     a.s1 = pnn_arena_take(arena, p->maps, 8);
     a.s2 = pnn_arena_take(arena, p->maps, 8);
-    a.h = pnn_arena_take(arena, p->outputs, 8);
   }
   pnn_sums s;
   pnn_inputs in;

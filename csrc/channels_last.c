@@ -185,7 +185,7 @@ void pnn_rows_forward_item(void *state, int32_t worker, int64_t item) {
       for (int64_t t = 0; t < p->group_outputs; t += tile) {
         const void *b = pnn_packing_tile(p, &f->packing, f->packed, group, 0, t / tile, k);
         const char *start = from_map(p, f->bias, group * f->sum_rows + t);
-        pnn_ahead_step(&ahead, steps);
+        pnn_ahead_step(&ahead, steps, false);
         for (int64_t r = 0; r < count; r++)
           for (int64_t i = 0; i < runs[r].columns; i += kernels->tile_rows) {
             const int64_t offset = runs[r].offset + i * step + group * p->group_outputs + t;
@@ -263,11 +263,11 @@ void pnn_rows_sums_item(void *sums, int32_t worker, int64_t item) {
       const int64_t rows = PNN_MIN(tile, at.end - o), number = (o - at.first) / tile % GRADIENT_TILES;
       const char *outputs = t.outputs + number * PNN_CHUNK * tile * size;
       if (number == 0) {
-        pnn_ahead_step(&x, steps);
+        pnn_ahead_step(&x, steps, false);
         gradient_tiles(p, runs, run_count, o, PNN_MIN(packed, at.end - o), t.outputs);
         pnn_ahead g =
             pnn_ahead_make(p, &made, first, count, &p->grad_output, o + packed, PNN_MIN(packed, at.end - o - packed));
-        pnn_ahead_step(&g, 1);
+        pnn_ahead_step(&g, 1, false);
       }
       for (int64_t j = 0; j < at.maps; j += kernels->tile_columns)
         kernels->product_rows(PNN_PRODUCT_ADD, rows, PNN_MIN(kernels->tile_columns, at.maps - j), count, outputs, 1,
@@ -344,13 +344,16 @@ void pnn_rows_inputs_item(void *inputs, int32_t worker, int64_t item) {
     const int64_t next = column + PNN_PANEL, count = PNN_MIN(PNN_PANEL, end - next);
     const int64_t steps = in->packing.blocks * in->packing.block_tiles;
     pnn_ahead x = pnn_ahead_make(p, &range, next, count, &p->input, group * p->group_channels, p->group_channels);
+    pnn_ahead dx = pnn_ahead_make(p, &range, column, columns.columns, &p->grad_input, group * p->group_channels,
+                                  p->group_channels);
     pnn_ahead g = pnn_ahead_make(p, &range, next, count, &p->grad_output, group * p->group_outputs, p->group_outputs);
     for (int64_t block = 0; block < in->packing.blocks; block++) {
       const int64_t k = block * in->block, k0 = k_first + k, maps = PNN_MIN(in->block, p->group_maps - k);
       for (int64_t j = 0; j < maps; j += tile) {
         const void *b = pnn_packing_tile(p, &in->packing, in->packed, group, block, j / tile, 0);
-        pnn_ahead_step(&x, steps);
-        pnn_ahead_step(&g, steps);
+        pnn_ahead_step(&x, steps, false);
+        pnn_ahead_step(&g, steps, false);
+        pnn_ahead_step(&dx, steps, true);
         for (int64_t r = 0; r < gradients; r++)
           for (int64_t i = 0; i < gradient[r].columns; i += kernels->tile_rows) {
             const int64_t offset = gradient[r].offset + i * gradient_step + group * p->group_outputs;

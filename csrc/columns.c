@@ -104,11 +104,17 @@ pnn_ahead pnn_ahead_make(const pnn_problem *problem, const pnn_range *range, int
   return ahead;
 }
 
-void pnn_ahead_step(pnn_ahead *ahead, int64_t steps) {
+void pnn_ahead_step(pnn_ahead *ahead, int64_t steps, bool write) {
   const int64_t end = PNN_MIN(ahead->done + (ahead->rows + steps - 1) / steps, ahead->rows);
   for (; ahead->done < end; ahead->done++) {
     const char *row = ahead->data + ahead->done * ahead->stride;
-    for (int64_t i = 0; i < ahead->bytes + 63; i += 64) __builtin_prefetch(row + PNN_MIN(i, ahead->bytes - 1), 0, 2);
+    for (int64_t i = 0; i < ahead->bytes + 63; i += 64) {
+      const char *line = row + PNN_MIN(i, ahead->bytes - 1);
+      if (write)
+        __builtin_prefetch(line, 1, 2);
+      else
+        __builtin_prefetch(line, 0, 2);
+    }
   }
 }
 

@@ -89,7 +89,7 @@ static void forward_item(void *forward_, int32_t worker, int64_t item) {
       for (int64_t tile = 0; tile < f->packing.block_tiles; tile++) {
         const void *a = pnn_packing_tile(p, &f->packing, f->packed, group, 0, tile, k);
         const int64_t row = tile * kernels->tile_rows;
-        pnn_ahead_step(&ahead, steps);
+        pnn_ahead_step(&ahead, steps, false);
         const char *start = k ? NULL : (const char *)f->bias + (group * f->sum_rows + row) * size;
         for (int64_t j = 0; j < columns.columns; j += kernels->tile_columns) {
           char *const at = place[j / kernels->tile_columns];

@@ -157,8 +157,8 @@ typedef struct pnn_ahead {
  * nothing, where there are none or the view has other strides. */
 pnn_ahead pnn_ahead_make(const pnn_problem *problem, const pnn_range *range, int64_t column, int64_t count,
                          const pnn_view *view, int64_t channel, int64_t channels);
-/* Asks for the share of one step out of `steps`. */
-void pnn_ahead_step(pnn_ahead *ahead, int64_t steps);
+/* Asks for the share of one step out of `steps`; `write`: to be written. */
+void pnn_ahead_step(pnn_ahead *ahead, int64_t steps, bool write);
 
 /* How the columns are dealt out to the workers: ranges of up to `pixels` pixels, each cut into `cuts` pieces of
  * `columns` columns. Only speed depends on it. */
