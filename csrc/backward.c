@@ -78,7 +78,7 @@ pnn_sums_place pnn_sums_locate(const pnn_sums *s, int64_t item) {
   at.k0 = group * p->group_maps + at.k;
   at.maps = s->products ? PNN_MIN(s->block, p->group_maps - at.k) : 0;
   at.first = group * p->group_outputs + cut * s->output_rows;
-  at.end = PNN_MIN(at.first + s->output_rows, (group + 1) * p->group_outputs);
+  at.end = PNN_MAX(at.first, PNN_MIN(at.first + s->output_rows, (group + 1) * p->group_outputs)); /* maybe none */
   if (s->products) at.products = s->maps_part + at.part * p->outputs * p->group_maps * p->real_size;
   if (map_block == 0) at.totals = s->outputs_part + at.part * p->outputs * p->real_size;
   return at;

@@ -403,25 +403,32 @@ PAIRS_TARGET static void dot_pairs(int64_t columns, const void *a_, int64_t lda,
   add_tile(lanes, rows, width, out, ldo);
 }
 
-static void pair_rows(void *dst_, const void *a_, int64_t ld, int64_t rows, int64_t columns) {
+/* (bfloat16(low), bfloat16(high)) in each lane, to nearest even; denormals become 0, as in the products. */
+PAIRS_TARGET static inline __m512i pairs_of(__m512 low, __m512 high) {
+  /* Both halves one after the other, then lane by lane. */
+  const __m512i order = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6, 21,
+                                         5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
+  return _mm512_permutexvar_epi16(order, (__m512i)_mm512_cvtne2ps_pbh(high, low));
+}
+
+PAIRS_TARGET static void pair_rows(void *dst_, const void *a_, int64_t ld, int64_t rows, int64_t columns) {
   uint32_t *dst = dst_;
   const real *a = a_;
   for (int64_t r = 0; r < rows; r += 2, a += 2 * ld, dst += ld)
     for (int64_t j = 0; j < columns; j += VR) {
-      vu pair = upper_half(vr_load(a + j)) >> 16;
-      if (r + 1 < rows) pair |= upper_half(vr_load(a + ld + j)) & 0xffff0000u;
-      memcpy(dst + j, &pair, sizeof pair);
+      const __m512 high = r + 1 < rows ? _mm512_loadu_ps(a + ld + j) : _mm512_setzero_ps();
+      _mm512_storeu_si512(dst + j, pairs_of(_mm512_loadu_ps(a + j), high));
     }
 }
 
-static void pair_columns(void *dst_, int64_t ldd, const void *a_, int64_t lda, int64_t rows, int64_t columns) {
+PAIRS_TARGET static void pair_columns(void *dst_, int64_t ldd, const void *a_, int64_t lda, int64_t rows,
+                                      int64_t columns) {
   for (int64_t r = 0; r < rows; r++) {
     uint32_t *dst = (uint32_t *)dst_ + r * ldd;
     const real *a = (const real *)a_ + r * lda;
-    for (int64_t j = 0; j < columns; j += VR) {
-      const __m256i half = _mm512_cvtepi32_epi16((__m512i)(upper_half(vr_load(a + j)) >> 16));
-      _mm256_storeu_si256((__m256i *)(void *)(dst + j / 2), half);
-    }
+    for (int64_t j = 0; j < columns; j += 2 * VR)
+      _mm512_storeu_si512(dst + j / 2,
+                          (__m512i)_mm512_cvtne2ps_pbh(_mm512_loadu_ps(a + j + VR), _mm512_loadu_ps(a + j)));
   }
 }
 #endif

@@ -40,6 +40,9 @@ std::vector<Case> cases() {
     list.push_back(c);
     c.C = 150, c.T = 30, c.H = 7, c.W = 7, c.B = 9, c.M = 2, c.noise = PNN_NOISE_TENSOR, c.seed = seed++;
     list.push_back(c);
+    // Few pixels, many outputs: the weight gradient's outputs are cut, and the last cut may be left with none.
+    c.C = 6, c.T = 66, c.H = 5, c.W = 3, c.B = 2, c.M = 4, c.seed = seed++;
+    list.push_back(c);
   }
   // A smaller scale (the sanitizers', say) keeps every so many.
   const size_t step = static_cast<size_t>(100 / std::min<int64_t>(scaled(100), 100));
