@@ -24,11 +24,13 @@ ifeq ($(PYTHON),)
   BUILD ?= build/dev$(patsubst .venv%,%,$(notdir $(VENV)))
   PACKAGES := $(VENV)/.packages-$(TORCH)
   INSTALLED := $(VENV)/.installed-$(TORCH)
+  ZOO := $(VENV)/.zoo-$(TORCH)
 else
   PY := $(PYTHON)
   BUILD ?= build/with$(subst /,-,$(PYTHON))
   PACKAGES :=
   INSTALLED := build-only
+  ZOO :=
 endif
 
 # Python of the checkout, libraries of the build tree: how the tests and PYTHON=... run, with nothing installed.
@@ -38,7 +40,7 @@ RUN := $(PY) tests/run.py --build $(BUILD)
 SOURCES := CMakeLists.txt pyproject.toml LICENSE README.md \
   $(shell find cmake csrc python -type f -not -path '*/__pycache__/*' 2>/dev/null)
 
-.PHONY: help setup ablation test check test-qemu bench gpu-check lint build build-only test-operators clean
+.PHONY: help setup ablation test check test-qemu bench gpu-check lint build build-only test-operators test-zoo clean
 
 help: ## this list
 	@echo "torch-pnn: the perturbation layer of Perturbative Neural Networks for PyTorch"
@@ -69,6 +71,9 @@ check: $(PACKAGES) ## the quick tests, in about three minutes
 
 test-operators: $(PACKAGES) ## the operators' Python tests alone, for a further PyTorch: TORCH=2.14.1 VENV=.venv-2.14
 	@$(RUN) operators $(ARGS)
+
+test-zoo: $(ZOO) ## other people's models and tools with our layer inside: TORCH=2.14.1 VENV=.venv-2.14
+	@$(RUN) zoo $(ARGS)
 
 test-qemu: build ## the same bits on emulated processors: 64-bit Arm (NEON), Nehalem, Haswell (needs qemu-user)
 	@PYTHON=$(PY) tests/qemu.sh $(BUILD)
@@ -103,11 +108,17 @@ $(VENV)/bin/python:
 	@python3 -m venv $(VENV)
 
 # torch first and alone, at its exact version: a bare `torch` from another package's requirements would take the newest.
-$(VENV)/.packages-$(TORCH): requirements/build.txt requirements/run.txt requirements/test.txt requirements/lint.txt | $(VENV)/bin/python
+$(VENV)/.packages-$(TORCH): requirements/build.txt requirements/run.txt requirements/test.txt requirements/interchange.txt requirements/lint.txt | $(VENV)/bin/python
 	@echo "installing PyTorch $(TORCH) and what building, studies and tests need into $(VENV)"
 	@$(VENV)/bin/python -m pip install -qq --disable-pip-version-check $(PIP_ARGS) torch==$(TORCH)
 	@$(VENV)/bin/python -m pip install -qq --disable-pip-version-check $(PIP_ARGS) torch==$(TORCH) $(patsubst %,-r %,$(filter %.txt,$^))
-	@rm -f $(VENV)/.packages-* $(VENV)/.installed-*
+	@rm -f $(VENV)/.packages-* $(VENV)/.installed-* $(VENV)/.zoo-*
+	@touch $@
+
+# torchvision X.Y.Z belongs to one PyTorch exactly; pip finds it by the PyTorch that is pinned beside it.
+$(VENV)/.zoo-$(TORCH): $(VENV)/.packages-$(TORCH) requirements/zoo.txt
+	@echo "installing other people's models and tools beside PyTorch $(TORCH) into $(VENV)"
+	@$(VENV)/bin/python -m pip install -qq --disable-pip-version-check $(PIP_ARGS) torch==$(TORCH) torchvision -r requirements/zoo.txt
 	@touch $@
 
 # The build tree outlives the call, so that a changed file compiles alone.

@@ -413,6 +413,14 @@ def tier_operators(machine: Machine) -> tuple[Counts, str]:
     return machine.pytest("operators", ["-k", elsewhere]), torch_version()
 
 
+def tier_zoo(machine: Machine) -> tuple[Counts, str]:
+    """Other people's models and tools (requirements/zoo.txt) with our layer inside, on a build of the operators alone."""
+    machine.build_tree(
+        "dev", machine.build, [f"-DPython_EXECUTABLE={machine.python}", "-DPNN_TESTS=OFF", "-DPNN_SHARED=OFF"]
+    )
+    return machine.pytest("zoo", ["tests/zoo"]), torch_version()
+
+
 TIERS: dict[str, Tier] = {
     "c": tier_c,
     "asan": tier_asan,
@@ -422,6 +430,7 @@ TIERS: dict[str, Tier] = {
     "qemu": tier_qemu,
     "slow": tier_slow,
     "operators": tier_operators,
+    "zoo": tier_zoo,
 }
 QUICK = ("c", "asan", "python")
 FULL = ("c", "asan", "python", "isa", "tsan", "qemu", "slow")
