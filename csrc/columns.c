@@ -107,13 +107,12 @@ pnn_ahead pnn_ahead_make(const pnn_problem *problem, const pnn_range *range, int
 void pnn_ahead_step(pnn_ahead *ahead, int64_t steps, bool write) {
   const int64_t end = PNN_MIN(ahead->done + (ahead->rows + steps - 1) / steps, ahead->rows);
   for (; ahead->done < end; ahead->done++) {
-    const char *row = ahead->data + ahead->done * ahead->stride;
-    for (int64_t i = 0; i < ahead->bytes + 63; i += 64) {
-      const char *line = row + PNN_MIN(i, ahead->bytes - 1);
+    const char *row = ahead->data + ahead->done * ahead->stride, *row_end = row + ahead->bytes;
+    for (row -= (uintptr_t)row % 64; row < row_end; row += 64) {
       if (write)
-        __builtin_prefetch(line, 1, 2);
+        __builtin_prefetch(row, 1, 2);
       else
-        __builtin_prefetch(line, 0, 2);
+        __builtin_prefetch(row, 0, 2);
     }
   }
 }

@@ -53,6 +53,34 @@ static void output_rest(const pnn_problem *p, const pnn_range *range, int64_t co
                     sums + (row * PNN_PANEL + j) * p->real_size, PNN_PANEL);
 }
 
+/* Makes the response maps [k0, k0 + depth) of the panel, which begins at `column` of the range, but for the tiles whose
+ * source it fills in: their first product makes them. */
+static void prologue(const pnn_forward_state *f, const pnn_response *response, const pnn_columns *columns,
+                     int64_t column, int64_t k0, int64_t depth, const worker_scratch *s, pnn_source *source) {
+  const pnn_problem *p = f->problem;
+  const pnn_kernels *kernels = p->kernels;
+  const int64_t tile = kernels->tile_columns;
+  const bool exact = p->product_type == PNN_FLOAT32 || p->product_type == PNN_FLOAT64;
+  const bool fused = exact && kernels->respond_product[p->activation] && p->group_outputs;
+  for (int64_t j = 0, next; j < columns->columns; j = next) {
+    next = j;
+    while (next < columns->columns) { /* up to a tile that makes its own */
+      if (fused && pnn_response_source(response, columns, k0, next, tile, &source[next / tile])) break;
+      source[next / tile].x = NULL;
+      next += tile;
+    }
+    if (next > j) {
+      const int64_t end = PNN_MIN(next, columns->columns);
+      pnn_columns part;
+      pnn_columns_set(&part, columns->range, column + j, end - j);
+      part.padded = end == columns->columns ? columns->padded - j : end - j;
+      pnn_response_operand(response, &part, k0, depth, s->panel + j * p->real_size, PNN_PANEL);
+    }
+    next += tile;
+  }
+  if (p->pairs) kernels->pair_rows(s->pairs, s->panel, PNN_PANEL, depth, columns->padded);
+}
+
 static void forward_item(void *forward_, int32_t worker, int64_t item) {
   const pnn_forward_state *f = forward_;
   const pnn_problem *p = f->problem;
@@ -81,24 +109,31 @@ static void forward_item(void *forward_, int32_t worker, int64_t item) {
     const int64_t whole_rows = p->group_outputs / kernels->tile_rows * kernels->tile_rows;
     pnn_ahead ahead = pnn_ahead_make(p, &range, column + PNN_PANEL, PNN_MIN(PNN_PANEL, end - column - PNN_PANEL),
                                      &p->input, group * p->group_channels, p->group_channels);
+    pnn_ahead y = pnn_ahead_make(p, &range, column + PNN_PANEL, PNN_MIN(PNN_PANEL, end - column - PNN_PANEL),
+                                 &p->output, group * p->group_outputs, p->group_outputs);
     const int64_t steps = f->packing.block_tiles * ((p->group_maps + f->block - 1) / PNN_MAX(f->block, 1));
     for (int64_t k = 0; k < p->group_maps || k == 0; k += PNN_MAX(f->block, 1)) {
       const int64_t depth = PNN_MIN(f->block, p->group_maps - k);
-      pnn_response_operand(&response, &columns, k_first + k, depth, s.panel, PNN_PANEL);
-      if (p->pairs) kernels->pair_rows(s.pairs, s.panel, PNN_PANEL, depth, columns.padded);
+      pnn_source source[PNN_PANEL / 4]; /* of a tile's response maps, where its first product makes them */
+      prologue(f, &response, &columns, column, k_first + k, depth, &s, source);
       for (int64_t tile = 0; tile < f->packing.block_tiles; tile++) {
         const void *a = pnn_packing_tile(p, &f->packing, f->packed, group, 0, tile, k);
         const int64_t row = tile * kernels->tile_rows;
         pnn_ahead_step(&ahead, steps, false);
+        pnn_ahead_step(&y, steps, true);
         const char *start = k ? NULL : (const char *)f->bias + (group * f->sum_rows + row) * size;
         for (int64_t j = 0; j < columns.columns; j += kernels->tile_columns) {
           char *const at = place[j / kernels->tile_columns];
           const bool here = at && row < whole_rows;
           char *c = here ? at + row * p->output.channel * size : s.sums + (row * PNN_PANEL + j) * size;
+          const int64_t ldc = here ? p->output.channel : PNN_PANEL;
+          const pnn_source *from = &source[j / kernels->tile_columns];
           if (p->pairs)
             kernels->product_pairs((depth + 1) / 2, a, s.pairs + j * 4, PNN_PANEL, c, PNN_PANEL, start);
+          else if (tile == 0 && from->x)
+            kernels->respond_product[p->activation](depth, a, s.panel + j * size, PNN_PANEL, c, ldc, start, from);
           else
-            kernels->product(depth, a, s.panel + j * size, PNN_PANEL, c, here ? p->output.channel : PNN_PANEL, start);
+            kernels->product(depth, a, s.panel + j * size, PNN_PANEL, c, ldc, start);
         }
       }
     }

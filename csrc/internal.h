@@ -209,6 +209,11 @@ void pnn_response_activated(const pnn_response *response, const pnn_columns *col
 void pnn_response_operand(const pnn_response *response, const pnn_columns *columns, int64_t k0, int64_t rows, void *a,
                           int64_t ld);
 
+/* Where the kernels find the response maps from k0 on of the panel's columns [column, column + count), if all of these
+ * stand next to each other in the input, in the type that is computed in; false otherwise, and without noise. */
+bool pnn_response_source(const pnn_response *response, const pnn_columns *columns, int64_t k0, int64_t column,
+                         int64_t count, pnn_source *source);
+
 /* ---- weights and per-map algebra (weights.c) ---- */
 
 /* dst = weight as reals, dense [T][K/G]. */

@@ -32,7 +32,7 @@ static void respond(const pnn_response *response, const pnn_columns *columns, in
   const bool in_place = v->element == size && (v->column == 1 || width == 1);
   /* Where the width is 1 its stride says nothing (it is 0): the rows themselves must be neighbours. */
   const bool rows_join = p->out_height == 1 || v->row == (width == 1 ? 1 : width * v->column);
-  char *x = NULL;
+  char *x = panel;
   if (!in_place) {
     /* With one mask a channel its row is loaded to where its response goes. */
     x = p->masks == 1 ? panel : response->channels;
@@ -44,17 +44,19 @@ static void respond(const pnn_response *response, const pnn_columns *columns, in
       const int64_t pixel = s->pixel + done, row = pixel / width, from = pixel % width;
       count = in_place && !rows_join ? PNN_MIN(width - from, s->columns - done) : s->columns - done;
       const int64_t column = s->column + done;
-      const char *source;
-      int64_t source_ld = ld;
+      pnn_source source = {.x = x + column * size,
+                           .ldx = ld,
+                           .mask = mask ? mask + (pixel - columns->range->pixel) * size : NULL,
+                           .ldm = response->mask_ld,
+                           .mean = mean,
+                           .k0 = k0,
+                           .masks = p->masks,
+                           .shared = p->shared};
       if (in_place) {
-        source = v->data + (s->image * v->batch + channel * v->channel + row * v->row + from * v->column) * size;
-        source_ld = v->channel;
-      } else {
-        source = x + column * size;
+        source.x = v->data + (s->image * v->batch + channel * v->channel + row * v->row + from * v->column) * size;
+        source.ldx = v->channel;
       }
-      p->kernels->respond[activation](panel + column * size, ld, source, source_ld,
-                                      mask ? mask + (pixel - columns->range->pixel) * size : NULL, response->mask_ld,
-                                      mean, rows, count, k0, p->masks, p->shared);
+      p->kernels->respond[activation](panel + column * size, ld, &source, rows, count);
     }
   }
 }
@@ -80,4 +82,30 @@ void pnn_response_operand(const pnn_response *response, const pnn_columns *colum
   zero_padding(p, columns, rows, a, ld);
   if ((p->product_type == PNN_BFLOAT16 && !p->pairs) || p->product_type == PNN_FLOAT16)
     p->kernels->round16(p->product_type, a, ld, rows, columns->padded);
+}
+
+bool pnn_response_source(const pnn_response *response, const pnn_columns *columns, int64_t k0, int64_t column,
+                         int64_t count, pnn_source *source) {
+  const pnn_problem *p = response->problem;
+  const pnn_view *v = &p->input;
+  const int64_t size = p->real_size, channel = k0 / p->masks;
+  const bool joined = p->out_height == 1 || v->row == p->out_width * v->column;
+  if (v->element != size || v->column != 1 || !joined || p->noise == PNN_NOISE_NONE) return false;
+  for (int64_t i = 0; i < columns->segments; i++) {
+    const pnn_segment *s = &columns->segment[i];
+    if (column >= s->column + s->columns) continue;
+    if (column + count > s->column + s->columns) return false;
+    const int64_t pixel = s->pixel + column - s->column;
+    const char *mask = (const char *)response->mask + (pixel - columns->range->pixel) * size;
+    *source = (pnn_source){.x = v->data + (s->image * v->batch + channel * v->channel + pixel) * size,
+                           .ldx = v->channel,
+                           .mask = p->shared ? mask : mask + (k0 - response->mask_k0) * response->mask_ld * size,
+                           .ldm = response->mask_ld,
+                           .mean = response->mean ? (const char *)response->mean + k0 * size : NULL,
+                           .k0 = k0,
+                           .masks = p->masks,
+                           .shared = p->shared};
+    return true;
+  }
+  return false;
 }

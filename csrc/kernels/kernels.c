@@ -233,13 +233,9 @@ DEFINE_STORE(store_float, float, float)
 
 /* ---- products ---- */
 
-static void product(int64_t depth, const void *a_, const void *b_, int64_t ldb, void *c_, int64_t ldc,
-                    const void *start_) {
-  const real *restrict a = a_;
-  const real *restrict b = b_;
-  const real *start = start_;
-  real *restrict c = c_;
-  vr sum[TILE_ROWS][TILE_VECTORS];
+/* The sums of a tile, in registers from tile_begin to tile_end. */
+static inline __attribute__((always_inline)) void tile_begin(vr sum[TILE_ROWS][TILE_VECTORS], const real *c,
+                                                             int64_t ldc, const real *start) {
   if (start) {
 #pragma GCC unroll 8
     for (int i = 0; i < TILE_ROWS; i++)
@@ -251,21 +247,39 @@ static void product(int64_t depth, const void *a_, const void *b_, int64_t ldb, 
 #pragma GCC unroll 2
       for (int v = 0; v < TILE_VECTORS; v++) sum[i][v] = vr_load(c + i * ldc + v * VR);
   }
-  for (int64_t k = 0; k < depth; k++, a += TILE_ROWS, b += ldb) {
-    vr bv[TILE_VECTORS];
-#pragma GCC unroll 2
-    for (int v = 0; v < TILE_VECTORS; v++) bv[v] = vr_load(b + v * VR);
+}
+
+static inline __attribute__((always_inline)) void tile_step(vr sum[TILE_ROWS][TILE_VECTORS], const real *a,
+                                                            const vr b[TILE_VECTORS]) {
 #pragma GCC unroll 8
-    for (int i = 0; i < TILE_ROWS; i++) {
-      const vr av = vr_set1(a[i]);
+  for (int i = 0; i < TILE_ROWS; i++) {
+    const vr av = vr_set1(a[i]);
 #pragma GCC unroll 2
-      for (int v = 0; v < TILE_VECTORS; v++) sum[i][v] = vr_fma(av, bv[v], sum[i][v]);
-    }
+    for (int v = 0; v < TILE_VECTORS; v++) sum[i][v] = vr_fma(av, b[v], sum[i][v]);
   }
+}
+
+static inline __attribute__((always_inline)) void tile_end(vr sum[TILE_ROWS][TILE_VECTORS], real *c, int64_t ldc) {
 #pragma GCC unroll 8
   for (int i = 0; i < TILE_ROWS; i++)
 #pragma GCC unroll 2
     for (int v = 0; v < TILE_VECTORS; v++) vr_store(c + i * ldc + v * VR, sum[i][v]);
+}
+
+static void product(int64_t depth, const void *a_, const void *b_, int64_t ldb, void *c_, int64_t ldc,
+                    const void *start) {
+  const real *restrict a = a_;
+  const real *restrict b = b_;
+  real *restrict c = c_;
+  vr sum[TILE_ROWS][TILE_VECTORS];
+  tile_begin(sum, c, ldc, start);
+  for (int64_t k = 0; k < depth; k++, a += TILE_ROWS, b += ldb) {
+    vr bv[TILE_VECTORS];
+#pragma GCC unroll 2
+    for (int v = 0; v < TILE_VECTORS; v++) bv[v] = vr_load(b + v * VR);
+    tile_step(sum, a, bv);
+  }
+  tile_end(sum, c, ldc);
 }
 
 /* The tree over PNN_LANES partial sums: (i, i+8), (i, i+4), (i, i+2), (0, 1). */
@@ -457,16 +471,16 @@ static inline void store_some(real *p, vr v, int64_t n) {
 }
 
 #define DEFINE_ACTIVATION(suffix, name)                                                                                \
-  static void respond_##name(void *a_, int64_t lda, const void *x_, int64_t ldx, const void *mask_, int64_t ldm,       \
-                             const void *mean_, int64_t rows, int64_t columns, int64_t k0, int64_t masks,              \
-                             int32_t shared) {                                                                         \
-    const int64_t whole = columns / VR * VR, rest = columns - whole;                                                   \
-    int64_t m = k0 % masks, channel = 0;                                                                               \
+  static void respond_##name(void *a_, int64_t lda, const pnn_source *source, int64_t rows, int64_t columns) {         \
+    const int64_t whole = columns / VR * VR, rest = columns - whole, ldx = source->ldx, ldm = source->ldm;             \
+    const int64_t masks = source->masks;                                                                               \
+    int64_t m = source->k0 % masks, channel = 0;                                                                       \
     for (int64_t r = 0; r < rows; r++) {                                                                               \
       real *a = (real *)a_ + r * lda;                                                                                  \
-      const real *x = (const real *)x_ + channel * ldx;                                                                \
-      const real *mask = mask_ ? (const real *)mask_ + (shared ? m : r) * ldm : NULL;                                  \
-      const vr mean = vr_set1(mean_ ? ((const real *)mean_)[r] : 0); /* a - 0 is a, to the bit */                      \
+      const real *x = (const real *)source->x + channel * ldx;                                                         \
+      const real *mask = source->mask ? (const real *)source->mask + (source->shared ? m : r) * ldm : NULL;            \
+      /* a - 0 is a, to the bit */                                                                                     \
+      const vr mean = vr_set1(source->mean ? ((const real *)source->mean)[r] : 0);                                     \
       if (mask) {                                                                                                      \
         for (int64_t j = 0; j < whole; j += VR)                                                                        \
           vr_store(a + j, PNN_ACTIVATE(name)(vr_load(x + j) + vr_load(mask + j)) - mean);                              \
@@ -533,6 +547,50 @@ static inline void store_some(real *p, vr v, int64_t n) {
 #define PNN_ACTIVATE_GRAD(name) pnn_##name##_grad_f64
 #endif
 PNN_ACTIVATION_LIST(DEFINE_ACTIVATION)
+
+/* `product` whose panel is made on the way. `add_mean`: a mean is subtracted. */
+static inline __attribute__((always_inline)) void respond_product(int64_t depth, const real *restrict a,
+                                                                  real *restrict b, int64_t ldb, real *restrict c,
+                                                                  int64_t ldc, const real *start,
+                                                                  const pnn_source *source, vr (*activate)(vr),
+                                                                  bool centred) {
+  const int64_t masks = source->masks, ldm = source->ldm, ldx = source->ldx;
+  const int64_t mask_back = source->shared ? masks * ldm : 0;
+  int64_t m = source->k0 % masks;
+  const real *x = source->x, *mask = (const real *)source->mask + (source->shared ? m * ldm : 0), *mean = source->mean;
+  vr sum[TILE_ROWS][TILE_VECTORS];
+  tile_begin(sum, c, ldc, start);
+  for (int64_t k = 0; k < depth; k++, a += TILE_ROWS, b += ldb) {
+    vr bv[TILE_VECTORS];
+#pragma GCC unroll 2
+    for (int v = 0; v < TILE_VECTORS; v++) {
+      bv[v] = activate(vr_load(x + v * VR) + vr_load(mask + v * VR));
+      if (centred) bv[v] -= vr_set1(mean[k]);
+      vr_store(b + v * VR, bv[v]);
+    }
+    tile_step(sum, a, bv);
+    mask += ldm;
+    if (++m == masks) {
+      m = 0;
+      x += ldx;
+      mask -= mask_back;
+    }
+  }
+  tile_end(sum, c, ldc);
+}
+
+/* Activations of a few instructions, which leave the registers to the sums. */
+#define CHEAP_ACTIVATIONS(X) X(IDENTITY, identity) X(RELU, relu) X(LEAKY_RELU, leaky_relu) X(HARDTANH, hardtanh)
+
+#define DEFINE_RESPOND_PRODUCT(suffix, name)                                                                   \
+  static void respond_product_##name(int64_t depth, const void *a, void *b, int64_t ldb, void *c, int64_t ldc, \
+                                     const void *start, const pnn_source *source) {                            \
+    if (source->mean)                                                                                          \
+      respond_product(depth, a, b, ldb, c, ldc, start, source, PNN_ACTIVATE(name), true);                      \
+    else                                                                                                       \
+      respond_product(depth, a, b, ldb, c, ldc, start, source, PNN_ACTIVATE(name), false);                     \
+  }
+CHEAP_ACTIVATIONS(DEFINE_RESPOND_PRODUCT)
 
 static void affine(void *d_, int64_t ldd, const void *c_, int64_t ldc, const void *offset_, const void *slope_,
                    int64_t rows, int64_t columns) {
@@ -889,6 +947,7 @@ static void recipe_fill(void *dst, int64_t ld, const pnn_recipe *recipe, double 
 
 #define RESPOND_ROWS_ENTRY(suffix, name) [PNN_ACTIVATION_##suffix] = respond_rows_##name,
 #define RESPOND_ENTRY(suffix, name) [PNN_ACTIVATION_##suffix] = respond_##name,
+#define RESPOND_PRODUCT_ENTRY(suffix, name) [PNN_ACTIVATION_##suffix] = respond_product_##name,
 #define ACTIVATE_ENTRY(suffix, name) [PNN_ACTIVATION_##suffix] = activate_##name,
 #define RESPOND_GRAD_ROWS_ENTRY(suffix, name) [PNN_ACTIVATION_##suffix] = respond_grad_rows_##name,
 #define RESPOND_GRAD_ENTRY(suffix, name) [PNN_ACTIVATION_##suffix] = respond_grad_##name,
@@ -912,6 +971,7 @@ const pnn_kernels PNN_KERNEL_NAME(pnn_kernels) = {
     .dot = dot,
     .sum = sum_rows,
     .respond = {PNN_ACTIVATION_LIST(RESPOND_ENTRY)},
+    .respond_product = {CHEAP_ACTIVATIONS(RESPOND_PRODUCT_ENTRY)},
     .activate = {PNN_ACTIVATION_LIST(ACTIVATE_ENTRY)},
     .activate_grad = {PNN_ACTIVATION_LIST(ACTIVATE_GRAD_ENTRY)},
     .respond_grad = {PNN_ACTIVATION_LIST(RESPOND_GRAD_ENTRY)},

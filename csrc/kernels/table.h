@@ -38,6 +38,16 @@ typedef struct pnn_norm_terms {
   const void *mean, *offset, *slope;
 } pnn_norm_terms;
 
+/* Where the response maps k0, k0 + 1, ... come from: u[r][j] = x[r'][j] + mask[r''][j], where r' = (k0 + r)/masks -
+ * k0/masks counts channels, and r'' is r, or (k0 + r) mod masks where the masks are shared. mask NULL: nothing is
+ * added; mean NULL: nothing is subtracted, else mean[r]. */
+typedef struct pnn_source {
+  const void *x, *mask, *mean;
+  int64_t ldx, ldm;
+  int64_t k0, masks;
+  int32_t shared;
+} pnn_source;
+
 typedef enum pnn_product_mode { PNN_PRODUCT_START, PNN_PRODUCT_CONTINUE, PNN_PRODUCT_ADD } pnn_product_mode;
 
 typedef struct pnn_kernels {
@@ -66,14 +76,14 @@ typedef struct pnn_kernels {
   /* out[r] = sum over columns of a[r][.], in the same order as dot with ones. */
   void (*sum)(int64_t columns, const void *a, int64_t lda, int64_t rows, void *out);
 
-  /* a[r][j] = activation(x[r'][j] + mask[r''][j]) - mean[r] for `columns` columns, where row r is response map k0 + r,
-   * r' = (k0 + r)/masks - k0/masks counts channels, and r'' is r, or (k0 + r) mod masks where the masks are shared.
-   * mask NULL: nothing is added; mean NULL: nothing is subtracted. The input itself may stand for x. a may be x if
-   * masks is
-   * 1. `respond[IDENTITY]` only perturbs. */
-  void (*respond[PNN_ACTIVATION_COUNT])(void *a, int64_t lda, const void *x, int64_t ldx, const void *mask, int64_t ldm,
-                                        const void *mean, int64_t rows, int64_t columns, int64_t k0, int64_t masks,
-                                        int32_t shared);
+  /* a[r][j] = activation(u[r][j]) - mean[r] for `columns` columns. The input itself may stand for x. a may be x if
+   * masks is 1. `respond[IDENTITY]` only perturbs. */
+  void (*respond[PNN_ACTIVATION_COUNT])(void *a, int64_t lda, const pnn_source *source, int64_t rows, int64_t columns);
+  /* `product` with b as an output: the first tile of outputs makes the tile_columns columns of the panel as it goes, so
+   * that the prologue runs beside the products. NULL where an activation takes more registers than the sums leave; mask
+   * is not NULL. */
+  void (*respond_product[PNN_ACTIVATION_COUNT])(int64_t depth, const void *a, void *b, int64_t ldb, void *c,
+                                                int64_t ldc, const void *start, const pnn_source *source);
 
   /* a = activation(a), in place over rows x columns (a multiple of PNN_LANES). */
   void (*activate[PNN_ACTIVATION_COUNT])(void *a, int64_t lda, int64_t rows, int64_t columns);
