@@ -51,15 +51,19 @@ static void add_reals(const pnn_problem *p, void *to, const void *from, int64_t 
 
 /* G[t0.., k0..] += outputs * maps' over one chunk, tile by tile. */
 static void sums_products(const pnn_sums *s, const sums_scratch *t, int64_t columns, char *into, int64_t outputs,
-                          int64_t maps) {
+                          int64_t maps, pnn_ahead *ahead) {
   const pnn_problem *p = s->problem;
   const pnn_kernels *kernels = p->kernels;
   const int64_t size = p->real_size, ld = p->group_maps;
+  const int64_t tiles = ((outputs + kernels->dot_rows - 1) / kernels->dot_rows) *
+                        ((maps + kernels->dot_columns - 1) / kernels->dot_columns);
+  pnn_ahead_spread(ahead, tiles);
   for (int64_t near = 0, next; near < outputs; near = next) {
     next = PNN_MIN(near + NEAR_OUTPUTS, outputs);
     for (int64_t j = 0; j < maps; j += kernels->dot_columns)
       for (int64_t i = near; i < next; i += kernels->dot_rows) {
         char *out = into + (i * ld + j) * size;
+        pnn_ahead_step(ahead);
         if (p->pairs)
           kernels->dot_pairs(columns / 2, t->output_pairs + i * PNN_CHUNK * 2, PNN_CHUNK / 2,
                              t->map_pairs + j * PNN_CHUNK * 2, PNN_CHUNK / 2, outputs - i, maps - j, out, ld);
@@ -84,14 +88,27 @@ pnn_sums_place pnn_sums_locate(const pnn_sums *s, int64_t item) {
   return at;
 }
 
-pnn_ahead pnn_sums_ahead(const pnn_sums *s, const pnn_sums_place *at, int64_t chunk, int64_t end,
-                         const pnn_view *view) {
+pnn_ahead pnn_sums_ahead(const pnn_sums *s, const pnn_sums_place *at, int64_t chunk, int64_t end, int64_t output,
+                         int64_t outputs) {
   const pnn_problem *p = s->problem;
-  pnn_range range = {0, 1};
-  int64_t first = 0, count = 0;
-  if (at->maps && chunk < end) count = pnn_chunk_locate(p, &s->chunks, chunk, &range, &first);
-  const int64_t channel = at->k0 / p->masks;
-  return pnn_ahead_make(p, &range, first, count, view, channel, (at->k0 + at->maps - 1) / p->masks - channel + 1);
+  pnn_ahead ahead = {.streams = 0};
+  if (!at->maps) return ahead;
+  pnn_range range;
+  int64_t first, count = pnn_chunk_locate(p, &s->chunks, chunk, &range, &first);
+  pnn_ahead_add(p, &ahead, &range, first, count, &p->grad_output, output + outputs,
+                PNN_MIN(outputs, at->end - output - outputs), false);
+  if (++chunk < end) {
+    /* This block's share of the next chunk's input: of its pixels, or of its channels. */
+    const int64_t shares = (at->end - at->first + outputs - 1) / outputs, i = (output - at->first) / outputs;
+    int64_t channel = at->k0 / p->masks, channels = (at->k0 + at->maps - 1) / p->masks - channel + 1;
+    int64_t *from = s->rows ? &first : &channel, *extent = s->rows ? &count : &channels;
+    count = pnn_chunk_locate(p, &s->chunks, chunk, &range, &first);
+    const int64_t share = (*extent + shares - 1) / shares;
+    *from += i * share;
+    *extent = PNN_MIN(share, *extent - i * share);
+    pnn_ahead_add(p, &ahead, &range, first, count, &p->input, channel, channels, false);
+  }
+  return ahead;
 }
 
 static void sums_item(void *sums_, int32_t worker, int64_t item) {
@@ -129,19 +146,16 @@ static void sums_item(void *sums_, int32_t worker, int64_t item) {
         p->kernels->pair_columns(t.map_pairs, PNN_CHUNK / 2, t.maps, PNN_CHUNK,
                                  round_up(at.maps, p->kernels->dot_columns), columns.padded);
     }
-    pnn_ahead x = pnn_sums_ahead(s, &at, chunk + 1, end, &p->input);
-    const int64_t steps = (at.end - at.first + OUTPUT_BLOCK - 1) / OUTPUT_BLOCK;
     for (int64_t o = at.first; o < at.end; o += OUTPUT_BLOCK) {
-      pnn_ahead_step(&x, steps, false);
-      pnn_ahead gradient = pnn_ahead_make(p, &made, first, count, &p->grad_output, o + OUTPUT_BLOCK,
-                                          PNN_MIN(OUTPUT_BLOCK, at.end - o - OUTPUT_BLOCK));
-      pnn_ahead_step(&gradient, 1, false);
       const int64_t rows = PNN_MIN(OUTPUT_BLOCK, at.end - o), padded = round_up(rows, p->kernels->dot_rows);
       pnn_columns_load(p, &columns, &p->grad_output, o, rows, t.outputs, PNN_CHUNK);
       memset(t.outputs + rows * PNN_CHUNK * size, 0, (size_t)((padded - rows) * PNN_CHUNK * size));
       if (at.maps && p->pairs)
         p->kernels->pair_columns(t.output_pairs, PNN_CHUNK / 2, t.outputs, PNN_CHUNK, padded, columns.padded);
-      if (at.maps) sums_products(s, &t, columns.padded, at.products + (o * p->group_maps + at.k) * size, rows, at.maps);
+      if (at.maps) {
+        pnn_ahead ahead = pnn_sums_ahead(s, &at, chunk, end, o, OUTPUT_BLOCK);
+        sums_products(s, &t, columns.padded, at.products + (o * p->group_maps + at.k) * size, rows, at.maps, &ahead);
+      }
       if (at.totals) {
         p->kernels->sum(columns.padded, t.outputs, PNN_CHUNK, rows, t.totals);
         add_reals(p, at.totals + o * size, t.totals, rows);
@@ -319,11 +333,14 @@ static void inputs_block_in_steps(const pnn_inputs *in, const inputs_scratch *s,
 }
 
 /* One tile of da, from the gradient's columns from j on. */
-static void inputs_product(const pnn_problem *p, const inputs_scratch *s, const void *a, int64_t j, char *to) {
+static void inputs_product(const pnn_problem *p, const inputs_scratch *s, const void *a, int64_t j, char *to,
+                           pnn_ahead *ahead) {
   if (p->pairs)
-    p->kernels->product_pairs((p->group_outputs + 1) / 2, a, s->pairs + j * 4, PNN_PANEL, to, PNN_PANEL, zero_start);
+    p->kernels->product_pairs((p->group_outputs + 1) / 2, a, s->pairs + j * 4, PNN_PANEL, to, PNN_PANEL, zero_start,
+                              ahead);
   else
-    p->kernels->product(p->group_outputs, a, s->gradient + j * p->real_size, PNN_PANEL, to, PNN_PANEL, zero_start);
+    p->kernels->product(p->group_outputs, a, s->gradient + j * p->real_size, PNN_PANEL, to, PNN_PANEL, zero_start,
+                        ahead);
 }
 
 static void inputs_group(const pnn_inputs *in, const inputs_scratch *s, int64_t group, const pnn_range *range,
@@ -344,22 +361,22 @@ static void inputs_group(const pnn_inputs *in, const inputs_scratch *s, int64_t 
     pnn_columns_load(p, &columns, &p->grad_output, group * p->group_outputs, p->group_outputs, s->gradient, PNN_PANEL);
     if (p->pairs) kernels->pair_rows(s->pairs, s->gradient, PNN_PANEL, p->group_outputs, columns.padded);
     const int64_t next = column + PNN_PANEL, count = PNN_MIN(PNN_PANEL, end - next);
-    const int64_t steps = in->packing.blocks * in->packing.block_tiles;
-    pnn_ahead x = pnn_ahead_make(p, range, next, count, &p->input, group * p->group_channels, p->group_channels);
-    pnn_ahead dx = pnn_ahead_make(p, range, column, columns.columns, &p->grad_input, group * p->group_channels,
-                                  p->grad_input.data ? p->group_channels : 0);
-    pnn_ahead gradient =
-        pnn_ahead_make(p, range, next, count, &p->grad_output, group * p->group_outputs, p->group_outputs);
+    const int64_t tile_steps = p->group_outputs / (p->pairs ? 2 : 1) / PNN_AHEAD_DEPTH + 1;
+    pnn_ahead ahead = {.streams = 0};
+    if (p->grad_input.data)
+      pnn_ahead_add(p, &ahead, range, column, columns.columns, &p->grad_input, group * p->group_channels,
+                    p->group_channels, true);
+    pnn_ahead_add(p, &ahead, range, next, count, &p->grad_output, group * p->group_outputs, p->group_outputs, false);
+    pnn_ahead_add(p, &ahead, range, next, count, &p->input, group * p->group_channels, p->group_channels, false);
+    pnn_ahead_spread(
+        &ahead, in->packing.blocks * in->packing.block_tiles * (columns.padded / kernels->tile_columns) * tile_steps);
     for (int64_t block = 0; block < in->packing.blocks; block++) {
       const int64_t k = block * in->block, maps = PNN_MIN(in->block, p->group_maps - k);
       const int64_t tiles = (maps + kernels->tile_rows - 1) / kernels->tile_rows;
       for (int64_t tile = 0; tile < tiles; tile++) {
-        pnn_ahead_step(&x, steps, false);
-        pnn_ahead_step(&gradient, steps, false);
-        pnn_ahead_step(&dx, steps, true);
         const void *a = pnn_packing_tile(p, &in->packing, in->packed, group, block, tile, 0);
         for (int64_t j = 0; j < columns.columns; j += kernels->tile_columns)
-          inputs_product(p, s, a, j, s->d + (tile * kernels->tile_rows * PNN_PANEL + j) * size);
+          inputs_product(p, s, a, j, s->d + (tile * kernels->tile_rows * PNN_PANEL + j) * size, &ahead);
       }
       if (in->steps)
         inputs_block_in_steps(in, s, &response, &columns, k_first + k, maps);

@@ -175,24 +175,25 @@ void pnn_rows_forward_item(void *state, int32_t worker, int64_t item) {
   for (; column < end; column += PNN_PANEL) {
     pnn_columns_set(&columns, &range, column, PNN_MIN(PNN_PANEL, end - column));
     const int64_t count = pixel_runs(p, &columns, &p->output, runs), step = pixel_step(p, &p->output);
-    const int64_t next = column + PNN_PANEL;
-    pnn_ahead ahead = pnn_ahead_make(p, &range, next, PNN_MIN(PNN_PANEL, end - next), &p->input,
-                                     group * p->group_channels, p->group_channels);
-    const int64_t steps = f->packing.block_tiles * ((p->group_maps + f->block - 1) / PNN_MAX(f->block, 1));
+    const int64_t next = column + PNN_PANEL, ahead_count = PNN_MIN(PNN_PANEL, end - next);
+    pnn_ahead ahead = {.streams = 0};
+    pnn_ahead_add(p, &ahead, &range, next, ahead_count, &p->input, group * p->group_channels, p->group_channels, false);
+    pnn_ahead_add(p, &ahead, &range, next, ahead_count, &p->output, group * p->group_outputs, p->group_outputs, true);
+    pnn_ahead_spread(&ahead, f->packing.block_tiles * (columns.columns / kernels->tile_rows + 1) *
+                                 (p->group_maps / PNN_AHEAD_DEPTH + 1));
     for (int64_t k = 0; k < p->group_maps || k == 0; k += PNN_MAX(f->block, 1)) {
       const int64_t depth = PNN_MIN(f->block, p->group_maps - k);
       respond(p, &s.masks, k_first, &columns, k_first + k, depth, f->mean, s.panel, s.ld);
       for (int64_t t = 0; t < p->group_outputs; t += tile) {
         const void *b = pnn_packing_tile(p, &f->packing, f->packed, group, 0, t / tile, k);
         const char *start = from_map(p, f->bias, group * f->sum_rows + t);
-        pnn_ahead_step(&ahead, steps, false);
         for (int64_t r = 0; r < count; r++)
           for (int64_t i = 0; i < runs[r].columns; i += kernels->tile_rows) {
             const int64_t offset = runs[r].offset + i * step + group * p->group_outputs + t;
             kernels->product_rows(k ? PNN_PRODUCT_CONTINUE : PNN_PRODUCT_START,
                                   PNN_MIN(kernels->tile_rows, runs[r].columns - i), PNN_MIN(tile, p->group_outputs - t),
                                   depth, s.panel + (runs[r].column + i) * s.ld * size, s.ld, 1, b, tile,
-                                  p->output.data + offset * size, step, start);
+                                  p->output.data + offset * size, step, start, &ahead);
           }
       }
     }
@@ -257,22 +258,21 @@ void pnn_rows_sums_item(void *sums, int32_t worker, int64_t item) {
       respond(p, &t.masks, at.k0, &columns, at.k0, at.maps, s->mean, t.maps, t.ld);
     }
     const int64_t run_count = pixel_runs(p, &columns, &p->grad_output, runs);
-    pnn_ahead x = pnn_sums_ahead(s, &at, chunk + 1, end, &p->input);
-    const int64_t packed = GRADIENT_TILES * tile, steps = (at.end - at.first + packed - 1) / packed;
+    const int64_t packed = GRADIENT_TILES * tile;
+    pnn_ahead ahead = {.streams = 0};
     for (int64_t o = at.first; o < at.end; o += tile) {
       const int64_t rows = PNN_MIN(tile, at.end - o), number = (o - at.first) / tile % GRADIENT_TILES;
       const char *outputs = t.outputs + number * PNN_CHUNK * tile * size;
       if (number == 0) {
-        pnn_ahead_step(&x, steps, false);
         gradient_tiles(p, runs, run_count, o, PNN_MIN(packed, at.end - o), t.outputs);
-        pnn_ahead g =
-            pnn_ahead_make(p, &made, first, count, &p->grad_output, o + packed, PNN_MIN(packed, at.end - o - packed));
-        pnn_ahead_step(&g, 1, false);
+        ahead = pnn_sums_ahead(s, &at, chunk, end, o, packed);
+        pnn_ahead_spread(&ahead,
+                         GRADIENT_TILES * (at.maps / kernels->tile_columns + 1) * (count / PNN_AHEAD_DEPTH + 1));
       }
       for (int64_t j = 0; j < at.maps; j += kernels->tile_columns)
         kernels->product_rows(PNN_PRODUCT_ADD, rows, PNN_MIN(kernels->tile_columns, at.maps - j), count, outputs, 1,
                               tile, t.maps + j * size, t.ld, at.products + (o * p->group_maps + at.k + j) * size,
-                              p->group_maps, NULL);
+                              p->group_maps, NULL, &ahead);
       if (!at.totals) continue;
       memset(t.totals, 0, (size_t)(tile * size));
       kernels->sum_columns(count, outputs, t.totals);
@@ -342,25 +342,24 @@ void pnn_rows_inputs_item(void *inputs, int32_t worker, int64_t item) {
     const int64_t gradients = pixel_runs(p, &columns, &p->grad_output, gradient);
     const int64_t outs = pixel_runs(p, &columns, &p->grad_input, out);
     const int64_t next = column + PNN_PANEL, count = PNN_MIN(PNN_PANEL, end - next);
-    const int64_t steps = in->packing.blocks * in->packing.block_tiles;
-    pnn_ahead x = pnn_ahead_make(p, &range, next, count, &p->input, group * p->group_channels, p->group_channels);
-    pnn_ahead dx = pnn_ahead_make(p, &range, column, columns.columns, &p->grad_input, group * p->group_channels,
-                                  p->group_channels);
-    pnn_ahead g = pnn_ahead_make(p, &range, next, count, &p->grad_output, group * p->group_outputs, p->group_outputs);
+    pnn_ahead ahead = {.streams = 0};
+    pnn_ahead_add(p, &ahead, &range, column, columns.columns, &p->grad_input, group * p->group_channels,
+                  p->group_channels, true);
+    pnn_ahead_add(p, &ahead, &range, next, count, &p->grad_output, group * p->group_outputs, p->group_outputs, false);
+    pnn_ahead_add(p, &ahead, &range, next, count, &p->input, group * p->group_channels, p->group_channels, false);
+    pnn_ahead_spread(&ahead, in->packing.blocks * in->packing.block_tiles * (columns.columns / kernels->tile_rows + 1) *
+                                 (p->group_outputs / PNN_AHEAD_DEPTH + 1));
     for (int64_t block = 0; block < in->packing.blocks; block++) {
       const int64_t k = block * in->block, k0 = k_first + k, maps = PNN_MIN(in->block, p->group_maps - k);
       for (int64_t j = 0; j < maps; j += tile) {
         const void *b = pnn_packing_tile(p, &in->packing, in->packed, group, block, j / tile, 0);
-        pnn_ahead_step(&x, steps, false);
-        pnn_ahead_step(&g, steps, false);
-        pnn_ahead_step(&dx, steps, true);
         for (int64_t r = 0; r < gradients; r++)
           for (int64_t i = 0; i < gradient[r].columns; i += kernels->tile_rows) {
             const int64_t offset = gradient[r].offset + i * gradient_step + group * p->group_outputs;
             kernels->product_rows(PNN_PRODUCT_START, PNN_MIN(kernels->tile_rows, gradient[r].columns - i),
                                   PNN_MIN(tile, maps - j), p->group_outputs, p->grad_output.data + offset * size,
                                   gradient_step, 1, b, tile, s.d + ((gradient[r].column + i) * s.ld + j) * size, s.ld,
-                                  NULL);
+                                  NULL, &ahead);
           }
       }
       inputs_epilogue(in, &s, &columns, outs, out, k_first, k0, maps);

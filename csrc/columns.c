@@ -89,32 +89,20 @@ void pnn_columns_store(const pnn_problem *problem, const pnn_columns *columns, c
   move_all(&m, columns);
 }
 
-pnn_ahead pnn_ahead_make(const pnn_problem *problem, const pnn_range *range, int64_t column, int64_t count,
-                         const pnn_view *view, int64_t channel, int64_t channels) {
-  pnn_ahead ahead = {NULL, 0, 0, 0, 0};
+void pnn_ahead_add(const pnn_problem *problem, pnn_ahead *ahead, const pnn_range *range, int64_t column, int64_t count,
+                   const pnn_view *view, int64_t channel, int64_t channels, bool write) {
   const pnn_view *v = view;
   const bool pixels_joined = problem->out_height == 1 || v->row == problem->out_width * v->column;
-  if (count <= 0 || channels <= 0 || !pixels_joined || (v->column != 1 && v->channel != 1)) return ahead;
+  if (count <= 0 || channels <= 0 || !pixels_joined || (v->column != 1 && v->channel != 1)) return;
   const int64_t image = column / range->pixels, pixel = column % range->pixels;
   const int64_t run = PNN_MIN(count, range->pixels - pixel);
-  ahead.data = v->data + (image * v->batch + channel * v->channel + (range->pixel + pixel) * v->column) * v->element;
-  ahead.stride = (v->column == 1 ? v->channel : v->column) * v->element;
-  ahead.rows = v->column == 1 ? channels : run;
-  ahead.bytes = (v->column == 1 ? run : channels) * v->element;
-  return ahead;
-}
-
-void pnn_ahead_step(pnn_ahead *ahead, int64_t steps, bool write) {
-  const int64_t end = PNN_MIN(ahead->done + (ahead->rows + steps - 1) / steps, ahead->rows);
-  for (; ahead->done < end; ahead->done++) {
-    const char *row = ahead->data + ahead->done * ahead->stride, *row_end = row + ahead->bytes;
-    for (row -= (uintptr_t)row % 64; row < row_end; row += 64) {
-      if (write)
-        __builtin_prefetch(row, 1, 2);
-      else
-        __builtin_prefetch(row, 0, 2);
-    }
-  }
+  const bool pixels = v->column == 1;
+  ahead->stream[ahead->streams++] = (pnn_ahead_stream){
+      .data = v->data + (image * v->batch + channel * v->channel + (range->pixel + pixel) * v->column) * v->element,
+      .stride = (pixels ? v->channel : v->column) * v->element,
+      .bytes = (pixels ? run : channels) * v->element,
+      .rows = pixels ? channels : run,
+      .write = write};
 }
 
 /* A range's masks should stay in the second-level cache beside the panels. */

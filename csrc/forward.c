@@ -107,11 +107,12 @@ static void forward_item(void *forward_, int32_t worker, int64_t item) {
     for (int64_t j = 0; j < columns.columns; j += kernels->tile_columns)
       place[j / kernels->tile_columns] = output_place(p, &columns, group, j);
     const int64_t whole_rows = p->group_outputs / kernels->tile_rows * kernels->tile_rows;
-    pnn_ahead ahead = pnn_ahead_make(p, &range, column + PNN_PANEL, PNN_MIN(PNN_PANEL, end - column - PNN_PANEL),
-                                     &p->input, group * p->group_channels, p->group_channels);
-    pnn_ahead y = pnn_ahead_make(p, &range, column + PNN_PANEL, PNN_MIN(PNN_PANEL, end - column - PNN_PANEL),
-                                 &p->output, group * p->group_outputs, p->group_outputs);
-    const int64_t steps = f->packing.block_tiles * ((p->group_maps + f->block - 1) / PNN_MAX(f->block, 1));
+    const int64_t next = column + PNN_PANEL, count = PNN_MIN(PNN_PANEL, end - next);
+    pnn_ahead ahead = {.streams = 0};
+    pnn_ahead_add(p, &ahead, &range, next, count, &p->input, group * p->group_channels, p->group_channels, false);
+    pnn_ahead_add(p, &ahead, &range, next, count, &p->output, group * p->group_outputs, p->group_outputs, true);
+    pnn_ahead_spread(&ahead, f->packing.block_tiles * (columns.padded / kernels->tile_columns) *
+                                 (p->group_maps / (p->pairs ? 2 : 1) / PNN_AHEAD_DEPTH + 1));
     for (int64_t k = 0; k < p->group_maps || k == 0; k += PNN_MAX(f->block, 1)) {
       const int64_t depth = PNN_MIN(f->block, p->group_maps - k);
       pnn_source source[PNN_PANEL / 4]; /* of a tile's response maps, where its first product makes them */
@@ -119,8 +120,6 @@ static void forward_item(void *forward_, int32_t worker, int64_t item) {
       for (int64_t tile = 0; tile < f->packing.block_tiles; tile++) {
         const void *a = pnn_packing_tile(p, &f->packing, f->packed, group, 0, tile, k);
         const int64_t row = tile * kernels->tile_rows;
-        pnn_ahead_step(&ahead, steps, false);
-        pnn_ahead_step(&y, steps, true);
         const char *start = k ? NULL : (const char *)f->bias + (group * f->sum_rows + row) * size;
         for (int64_t j = 0; j < columns.columns; j += kernels->tile_columns) {
           char *const at = place[j / kernels->tile_columns];
@@ -129,11 +128,12 @@ static void forward_item(void *forward_, int32_t worker, int64_t item) {
           const int64_t ldc = here ? p->output.channel : PNN_PANEL;
           const pnn_source *from = &source[j / kernels->tile_columns];
           if (p->pairs)
-            kernels->product_pairs((depth + 1) / 2, a, s.pairs + j * 4, PNN_PANEL, c, PNN_PANEL, start);
+            kernels->product_pairs((depth + 1) / 2, a, s.pairs + j * 4, PNN_PANEL, c, PNN_PANEL, start, &ahead);
           else if (tile == 0 && from->x)
-            kernels->respond_product[p->activation](depth, a, s.panel + j * size, PNN_PANEL, c, ldc, start, from);
+            kernels->respond_product[p->activation](depth, a, s.panel + j * size, PNN_PANEL, c, ldc, start, from,
+                                                    &ahead);
           else
-            kernels->product(depth, a, s.panel + j * size, PNN_PANEL, c, ldc, start);
+            kernels->product(depth, a, s.panel + j * size, PNN_PANEL, c, ldc, start, &ahead);
         }
       }
     }

@@ -145,20 +145,10 @@ void pnn_columns_load(const pnn_problem *problem, const pnn_columns *columns, co
 void pnn_columns_store(const pnn_problem *problem, const pnn_columns *columns, const pnn_view *view, int64_t channel,
                        int64_t rows, const void *panel, int64_t ld);
 
-/* What the next panel will read, asked for while the products of this one run: a panel takes short pieces of many rows,
- * which the processor's own prefetchers don't foresee. */
-typedef struct pnn_ahead {
-  const char *data;
-  int64_t stride, bytes; /* of a row */
-  int64_t rows, done;
-} pnn_ahead;
-
-/* The first run of the panel at `column` of the range, `count` columns, for `channels` channels from `channel` on; or
- * nothing, where there are none or the view has other strides. */
-pnn_ahead pnn_ahead_make(const pnn_problem *problem, const pnn_range *range, int64_t column, int64_t count,
-                         const pnn_view *view, int64_t channel, int64_t channels);
-/* Asks for the share of one step out of `steps`; `write`: to be written. */
-void pnn_ahead_step(pnn_ahead *ahead, int64_t steps, bool write);
+/* Adds to what is asked for ahead (kernels/ahead.h) the first run of the panel at `column` of the range, `count`
+ * columns, for `channels` channels from `channel` on; nothing where there are none or the view has other strides. */
+void pnn_ahead_add(const pnn_problem *problem, pnn_ahead *ahead, const pnn_range *range, int64_t column, int64_t count,
+                   const pnn_view *view, int64_t channel, int64_t channels, bool write);
 
 /* How the columns are dealt out to the workers: ranges of up to `pixels` pixels, each cut into `cuts` pieces of
  * `columns` columns. Only speed depends on it. */

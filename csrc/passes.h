@@ -53,9 +53,10 @@ typedef struct pnn_sums_place {
 pnn_sums_place pnn_sums_locate(const pnn_sums *sums, int64_t item);
 /* Sets what the item sums up to 0. */
 void pnn_sums_begin(const pnn_sums *sums, const pnn_sums_place *at);
-/* The input's part of an item's next chunk, or nothing where chunk = end. */
-pnn_ahead pnn_sums_ahead(const pnn_sums *sums, const pnn_sums_place *at, int64_t chunk, int64_t end,
-                         const pnn_view *view);
+/* What the item reads next, while the products of the outputs [output, output + outputs) with `chunk` run: the gradient
+ * of the outputs behind them, and a share of the next chunk's input. */
+pnn_ahead pnn_sums_ahead(const pnn_sums *sums, const pnn_sums_place *at, int64_t chunk, int64_t end, int64_t output,
+                         int64_t outputs);
 
 /* ---- backward: input and masks ---- */
 

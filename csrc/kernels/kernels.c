@@ -267,18 +267,19 @@ static inline __attribute__((always_inline)) void tile_end(vr sum[TILE_ROWS][TIL
 }
 
 static void product(int64_t depth, const void *a_, const void *b_, int64_t ldb, void *c_, int64_t ldc,
-                    const void *start) {
+                    const void *start, pnn_ahead *ahead) {
   const real *restrict a = a_;
   const real *restrict b = b_;
   real *restrict c = c_;
   vr sum[TILE_ROWS][TILE_VECTORS];
   tile_begin(sum, c, ldc, start);
-  for (int64_t k = 0; k < depth; k++, a += TILE_ROWS, b += ldb) {
-    vr bv[TILE_VECTORS];
+  for (int64_t left = depth; left > 0; left -= PNN_AHEAD_DEPTH, pnn_ahead_step(ahead))
+    for (int64_t k = 0; k < left && k < PNN_AHEAD_DEPTH; k++, a += TILE_ROWS, b += ldb) {
+      vr bv[TILE_VECTORS];
 #pragma GCC unroll 2
-    for (int v = 0; v < TILE_VECTORS; v++) bv[v] = vr_load(b + v * VR);
-    tile_step(sum, a, bv);
-  }
+      for (int v = 0; v < TILE_VECTORS; v++) bv[v] = vr_load(b + v * VR);
+      tile_step(sum, a, bv);
+    }
   tile_end(sum, c, ldc);
 }
 
@@ -364,7 +365,7 @@ static void dot(int64_t columns, const void *a_, int64_t lda, const void *b_, in
 
 /* VDPBF16PS adds two products to a float, rounding to nearest, with denormals as zero. */
 PAIRS_TARGET static void product_pairs(int64_t depth, const void *a_, const void *b_, int64_t ldb, void *c_,
-                                       int64_t ldc, const void *start_) {
+                                       int64_t ldc, const void *start_, pnn_ahead *ahead) {
   const int32_t *restrict a = a_;
   const int32_t *restrict b = b_;
   const float *start = start_;
@@ -375,17 +376,18 @@ PAIRS_TARGET static void product_pairs(int64_t depth, const void *a_, const void
 #pragma GCC unroll 2
     for (int v = 0; v < TILE_VECTORS; v++)
       sum[i][v] = start ? _mm512_set1_ps(start[i]) : _mm512_loadu_ps(c + i * ldc + v * VR);
-  for (int64_t k = 0; k < depth; k++, a += TILE_ROWS, b += ldb) {
-    __m512i bv[TILE_VECTORS];
+  for (int64_t left = depth; left > 0; left -= PNN_AHEAD_DEPTH, pnn_ahead_step(ahead))
+    for (int64_t k = 0; k < left && k < PNN_AHEAD_DEPTH; k++, a += TILE_ROWS, b += ldb) {
+      __m512i bv[TILE_VECTORS];
 #pragma GCC unroll 2
-    for (int v = 0; v < TILE_VECTORS; v++) bv[v] = _mm512_loadu_si512(b + v * VR);
+      for (int v = 0; v < TILE_VECTORS; v++) bv[v] = _mm512_loadu_si512(b + v * VR);
 #pragma GCC unroll 8
-    for (int i = 0; i < TILE_ROWS; i++) {
-      const __m512i av = _mm512_set1_epi32(a[i]);
+      for (int i = 0; i < TILE_ROWS; i++) {
+        const __m512i av = _mm512_set1_epi32(a[i]);
 #pragma GCC unroll 2
-      for (int v = 0; v < TILE_VECTORS; v++) sum[i][v] = _mm512_dpbf16_ps(sum[i][v], (__m512bh)av, (__m512bh)bv[v]);
+        for (int v = 0; v < TILE_VECTORS; v++) sum[i][v] = _mm512_dpbf16_ps(sum[i][v], (__m512bh)av, (__m512bh)bv[v]);
+      }
     }
-  }
 #pragma GCC unroll 8
   for (int i = 0; i < TILE_ROWS; i++)
 #pragma GCC unroll 2
@@ -552,30 +554,32 @@ PNN_ACTIVATION_LIST(DEFINE_ACTIVATION)
 static inline __attribute__((always_inline)) void respond_product(int64_t depth, const real *restrict a,
                                                                   real *restrict b, int64_t ldb, real *restrict c,
                                                                   int64_t ldc, const real *start,
-                                                                  const pnn_source *source, vr (*activate)(vr),
-                                                                  bool centred) {
+                                                                  const pnn_source *source, pnn_ahead *ahead,
+                                                                  vr (*activate)(vr), bool centred) {
   const int64_t masks = source->masks, ldm = source->ldm, ldx = source->ldx;
   const int64_t mask_back = source->shared ? masks * ldm : 0;
   int64_t m = source->k0 % masks;
   const real *x = source->x, *mask = (const real *)source->mask + (source->shared ? m * ldm : 0), *mean = source->mean;
   vr sum[TILE_ROWS][TILE_VECTORS];
   tile_begin(sum, c, ldc, start);
-  for (int64_t k = 0; k < depth; k++, a += TILE_ROWS, b += ldb) {
-    vr bv[TILE_VECTORS];
+  for (int64_t left = depth; left > 0; left -= PNN_AHEAD_DEPTH, pnn_ahead_step(ahead))
+    for (int64_t k = 0; k < left && k < PNN_AHEAD_DEPTH; k++, a += TILE_ROWS, b += ldb) {
+      vr bv[TILE_VECTORS];
 #pragma GCC unroll 2
-    for (int v = 0; v < TILE_VECTORS; v++) {
-      bv[v] = activate(vr_load(x + v * VR) + vr_load(mask + v * VR));
-      if (centred) bv[v] -= vr_set1(mean[k]);
-      vr_store(b + v * VR, bv[v]);
+      for (int v = 0; v < TILE_VECTORS; v++) {
+        bv[v] = activate(vr_load(x + v * VR) + vr_load(mask + v * VR));
+        if (centred) bv[v] -= vr_set1(*mean);
+        vr_store(b + v * VR, bv[v]);
+      }
+      tile_step(sum, a, bv);
+      mask += ldm;
+      mean += centred;
+      if (++m == masks) {
+        m = 0;
+        x += ldx;
+        mask -= mask_back;
+      }
     }
-    tile_step(sum, a, bv);
-    mask += ldm;
-    if (++m == masks) {
-      m = 0;
-      x += ldx;
-      mask -= mask_back;
-    }
-  }
   tile_end(sum, c, ldc);
 }
 
@@ -584,11 +588,11 @@ static inline __attribute__((always_inline)) void respond_product(int64_t depth,
 
 #define DEFINE_RESPOND_PRODUCT(suffix, name)                                                                   \
   static void respond_product_##name(int64_t depth, const void *a, void *b, int64_t ldb, void *c, int64_t ldc, \
-                                     const void *start, const pnn_source *source) {                            \
+                                     const void *start, const pnn_source *source, pnn_ahead *ahead) {          \
     if (source->mean)                                                                                          \
-      respond_product(depth, a, b, ldb, c, ldc, start, source, PNN_ACTIVATE(name), true);                      \
+      respond_product(depth, a, b, ldb, c, ldc, start, source, ahead, PNN_ACTIVATE(name), true);               \
     else                                                                                                       \
-      respond_product(depth, a, b, ldb, c, ldc, start, source, PNN_ACTIVATE(name), false);                     \
+      respond_product(depth, a, b, ldb, c, ldc, start, source, ahead, PNN_ACTIVATE(name), false);              \
   }
 CHEAP_ACTIVATIONS(DEFINE_RESPOND_PRODUCT)
 
@@ -642,7 +646,7 @@ static void round16(pnn_dtype which, void *a_, int64_t lda, int64_t rows, int64_
 
 static void product_rows(pnn_product_mode mode, int64_t rows, int64_t columns, int64_t depth, const void *a_,
                          int64_t a_row, int64_t a_step, const void *b_, int64_t ldb, void *c_, int64_t ldc,
-                         const void *start_) {
+                         const void *start_, pnn_ahead *ahead) {
   const real *restrict b = b_;
   const real *start = start_;
   real *restrict c = c_;
@@ -678,15 +682,18 @@ static void product_rows(pnn_product_mode mode, int64_t rows, int64_t columns, i
       }
     }
   }
-  for (int64_t k = 0; k < depth; k++, b += ldb) {
-    vr bv[TILE_VECTORS];
+  for (int64_t k = 0; k < depth; pnn_ahead_step(ahead)) {
+    const int64_t next = k + PNN_AHEAD_DEPTH;
+    for (; k < depth && k < next; k++, b += ldb) {
+      vr bv[TILE_VECTORS];
 #pragma GCC unroll 2
-    for (int v = 0; v < TILE_VECTORS; v++) bv[v] = vr_load(b + v * VR);
+      for (int v = 0; v < TILE_VECTORS; v++) bv[v] = vr_load(b + v * VR);
 #pragma GCC unroll 8
-    for (int i = 0; i < TILE_ROWS; i++) {
-      const vr av = vr_set1(a[i][k * a_step]);
+      for (int i = 0; i < TILE_ROWS; i++) {
+        const vr av = vr_set1(a[i][k * a_step]);
 #pragma GCC unroll 2
-      for (int v = 0; v < TILE_VECTORS; v++) sum[i][v] = vr_fma(av, bv[v], sum[i][v]);
+        for (int v = 0; v < TILE_VECTORS; v++) sum[i][v] = vr_fma(av, bv[v], sum[i][v]);
+      }
     }
   }
 #pragma GCC unroll 8

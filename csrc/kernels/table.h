@@ -16,6 +16,7 @@
 #include <stdint.h>
 
 #include "../include/pnn/pnn.h"
+#include "ahead.h"
 
 /* Part of the definition of every sum over pixels (weight gradient, moments): 16 partial sums, column j in number
  * j mod 16, added as the tree (i, i+8), (i, i+4), (i, i+2), (0, 1). Independent of the vector width. */
@@ -64,8 +65,9 @@ typedef struct pnn_kernels {
 
   /* C[tile_rows][tile_columns] = start + A * B, each element one chain of fused multiply-adds in ascending k that
    * begins at its row's `start`, or at C itself where start is NULL. a: packed [depth][tile_rows];  b: panel rows,
-   * [depth][ldb];  c: [tile_rows][ldc];  start: [tile_rows]. */
-  void (*product)(int64_t depth, const void *a, const void *b, int64_t ldb, void *c, int64_t ldc, const void *start);
+   * [depth][ldb];  c: [tile_rows][ldc];  start: [tile_rows];  ahead: what to ask for on the way. */
+  void (*product)(int64_t depth, const void *a, const void *b, int64_t ldb, void *c, int64_t ldc, const void *start,
+                  pnn_ahead *ahead);
 
   /* out[i*ldo + j] += sum over columns of a[i][.] * b[j][.] in PNN_LANES partial sums, each a chain of fused
    * multiply-adds, for i < rows and j < width. columns is a multiple of PNN_LANES; dot_rows rows of a and dot_columns
@@ -83,7 +85,8 @@ typedef struct pnn_kernels {
    * that the prologue runs beside the products. NULL where an activation takes more registers than the sums leave; mask
    * is not NULL. */
   void (*respond_product[PNN_ACTIVATION_COUNT])(int64_t depth, const void *a, void *b, int64_t ldb, void *c,
-                                                int64_t ldc, const void *start, const pnn_source *source);
+                                                int64_t ldc, const void *start, const pnn_source *source,
+                                                pnn_ahead *ahead);
 
   /* a = activation(a), in place over rows x columns (a multiple of PNN_LANES). */
   void (*activate[PNN_ACTIVATION_COUNT])(void *a, int64_t lda, int64_t rows, int64_t columns);
@@ -120,7 +123,7 @@ typedef struct pnn_kernels {
   /* A pair is two bfloat16 values in 32 bits, the even one low. `product` and `dot` on pairs: the same tiles and
    * layouts with `depth` and `columns` in pairs; A is packed [depth][tile_rows] pairs along the depth. */
   void (*product_pairs)(int64_t depth, const void *a, const void *b, int64_t ldb, void *c, int64_t ldc,
-                        const void *start);
+                        const void *start, pnn_ahead *ahead);
   void (*dot_pairs)(int64_t columns, const void *a, int64_t lda, const void *b, int64_t ldb, int64_t rows,
                     int64_t width, void *out, int64_t ldo);
   /* dst[r/2][j] = (a[r][j], a[r+1][j]) rounded to bfloat16; behind an odd last row stands 0. columns: a multiple of
@@ -137,7 +140,7 @@ typedef struct pnn_kernels {
    * PNN_PRODUCT_ADD: at 0, and the sum is added to C. */
   void (*product_rows)(pnn_product_mode mode, int64_t rows, int64_t columns, int64_t depth, const void *a,
                        int64_t a_row, int64_t a_step, const void *b, int64_t ldb, void *c, int64_t ldc,
-                       const void *start);
+                       const void *start, pnn_ahead *ahead);
   /* Tiles of tile_rows rows, `tile_step` reals apart: tile[i / tile_rows][p][i mod tile_rows] = src[p*step + i] for
    * i < rows; behind them 0. */
   void (*pack_gradient)(void *dst, int64_t tile_step, const void *src, int64_t step, int64_t pixels, int64_t rows);
