@@ -278,19 +278,20 @@ pnn_norm_terms pnn_inputs_norm_terms(const pnn_inputs *in, int64_t k0) {
   return terms;
 }
 
-/* From da to the gradient of the block's channels in one go. */
-static void inputs_block(const pnn_inputs *in, const inputs_scratch *s, const pnn_columns *columns, int64_t k,
-                         int64_t k0, int64_t maps) {
+/* From da to the gradient of the block's channels in one go, for columns that begin at `first` of the panels. */
+static void inputs_block(const pnn_inputs *in, const inputs_scratch *s, const pnn_columns *columns, int64_t first,
+                         int64_t k, int64_t k0, int64_t maps) {
   const pnn_problem *p = in->problem;
   const pnn_view *x = &p->input, *dx = &p->grad_input;
   const int64_t size = p->real_size, channel = k0 / p->masks, channels = maps / p->masks;
   const bool read = in_place(p, x), write = in_place(p, dx);
+  char *const d_panel = s->d + first * size, *const u_panel = s->u + first * size;
   const pnn_norm_terms norm = pnn_inputs_norm_terms(in, k0);
-  if (!read) pnn_columns_load(p, columns, x, channel, channels, s->u, PNN_PANEL);
+  if (!read) pnn_columns_load(p, columns, x, channel, channels, u_panel, PNN_PANEL);
   const char *mask = p->noise == PNN_NOISE_NONE ? NULL : s->mask + (p->shared ? 0 : k * in->deal.pixels) * size;
   for (int64_t i = 0; i < columns->segments; i++) {
     const pnn_segment *g = &columns->segment[i];
-    char *d = s->d + g->column * size, *from = s->u + g->column * size, *to = d;
+    char *d = d_panel + g->column * size, *from = u_panel + g->column * size, *to = d;
     if (read) from = x->data + (g->image * x->batch + channel * x->channel + g->pixel) * size;
     if (write) to = dx->data + (g->image * dx->batch + channel * dx->channel + g->pixel) * size;
     const char *n = mask ? mask + (g->pixel - columns->range->pixel) * size : NULL;
@@ -298,7 +299,7 @@ static void inputs_block(const pnn_inputs *in, const inputs_scratch *s, const pn
     p->kernels->respond_grad[p->activation](to, to_ld, d, PNN_PANEL, from, from_ld, n, in->deal.pixels,
                                             in->affine ? &norm : NULL, channels, g->columns, p->masks, p->shared);
   }
-  if (!write) pnn_columns_store(p, columns, dx, channel, channels, s->d, PNN_PANEL);
+  if (!write) pnn_columns_store(p, columns, dx, channel, channels, d_panel, PNN_PANEL);
 }
 
 /* The same in steps, where d is wanted for the gradient of the masks too, or c has to be rounded on the way. */
@@ -332,6 +333,38 @@ static void inputs_block_in_steps(const pnn_inputs *in, const inputs_scratch *s,
   pnn_columns_store(p, columns, &p->grad_input, k0 / p->masks, channels, s->d, p->masks * PNN_PANEL);
 }
 
+/* The tiles of a panel's columns, and where they go. */
+typedef struct inputs_tile {
+  const char *gradient; /* where the tensor holds the group's first output of these columns, or NULL */
+  bool fused;           /* from the products to the input's gradient in one kernel */
+} inputs_tile;
+
+/* Finds what can be read and written where it stands, and loads the rest of the gradient's panel. */
+static void inputs_tiles(const pnn_inputs *in, const inputs_scratch *s, const pnn_columns *columns, int64_t column,
+                         int64_t group, inputs_tile *tiles) {
+  const pnn_problem *p = in->problem;
+  const int64_t tile = p->kernels->tile_columns, t = group * p->group_outputs;
+  const bool fused = !in->steps && !p->pairs && p->kernels->product_respond_grad[p->activation] &&
+                     (p->product_type == PNN_FLOAT32 || p->product_type == PNN_FLOAT64);
+  for (int64_t j = 0, next; j < columns->columns; j = next) {
+    for (next = j; next < columns->columns; next += tile) {
+      inputs_tile *at = &tiles[next / tile];
+      const int64_t channel = group * p->group_channels;
+      at->fused = fused && pnn_columns_place(p, columns, &p->input, channel, next, tile) &&
+                  pnn_columns_place(p, columns, &p->grad_input, channel, next, tile);
+      at->gradient = at->fused ? pnn_columns_place(p, columns, &p->grad_output, t, next, tile) : NULL;
+      if (at->gradient) break;
+    }
+    if (next > j) {
+      pnn_columns part;
+      pnn_columns_part(&part, columns, column, j, PNN_MIN(next, columns->columns));
+      pnn_columns_load(p, &part, &p->grad_output, t, p->group_outputs, s->gradient + j * p->real_size, PNN_PANEL);
+    }
+    next += tile;
+  }
+  if (p->pairs) p->kernels->pair_rows(s->pairs, s->gradient, PNN_PANEL, p->group_outputs, columns->padded);
+}
+
 /* One tile of da, from the gradient's columns from j on. */
 static void inputs_product(const pnn_problem *p, const inputs_scratch *s, const void *a, int64_t j, char *to,
                            pnn_ahead *ahead) {
@@ -343,11 +376,26 @@ static void inputs_product(const pnn_problem *p, const inputs_scratch *s, const 
                         ahead);
 }
 
+/* The response maps k0, ... of a tile, to the end. */
+static void inputs_fused(const pnn_inputs *in, const inputs_scratch *s, const pnn_response *response,
+                         const pnn_columns *columns, const void *a, const char *gradient, int64_t j, int64_t k0,
+                         int64_t maps, pnn_ahead *ahead) {
+  const pnn_problem *p = in->problem;
+  const int64_t tile = p->kernels->tile_columns;
+  pnn_source source;
+  pnn_response_source(response, columns, k0, j, tile, &source);
+  char *dx = pnn_columns_place(p, columns, &p->grad_input, k0 / p->masks, j, tile);
+  const pnn_norm_terms norm = pnn_inputs_norm_terms(in, k0);
+  p->kernels->product_respond_grad[p->activation](p->group_outputs, a, gradient, p->grad_output.channel,
+                                                  s->gradient + j * p->real_size, PNN_PANEL, dx, p->grad_input.channel,
+                                                  maps, &source, in->affine ? &norm : NULL, ahead);
+}
+
 static void inputs_group(const pnn_inputs *in, const inputs_scratch *s, int64_t group, const pnn_range *range,
                          int64_t column, int64_t end) {
   const pnn_problem *p = in->problem;
   const pnn_kernels *kernels = p->kernels;
-  const int64_t size = p->real_size, k_first = group * p->group_maps;
+  const int64_t size = p->real_size, k_first = group * p->group_maps, width = kernels->tile_columns;
   const pnn_response response = {.problem = p,
                                  .mask = s->mask,
                                  .mask_ld = in->deal.pixels,
@@ -356,10 +404,10 @@ static void inputs_group(const pnn_inputs *in, const inputs_scratch *s, int64_t 
                                  .channels = s->channels};
   pnn_mask_panel(p, k_first, p->group_maps, range, s->mask, in->deal.pixels);
   pnn_columns columns;
+  inputs_tile tiles[PNN_PANEL / 4];
   for (; column < end; column += PNN_PANEL) {
     pnn_columns_set(&columns, range, column, PNN_MIN(PNN_PANEL, end - column));
-    pnn_columns_load(p, &columns, &p->grad_output, group * p->group_outputs, p->group_outputs, s->gradient, PNN_PANEL);
-    if (p->pairs) kernels->pair_rows(s->pairs, s->gradient, PNN_PANEL, p->group_outputs, columns.padded);
+    inputs_tiles(in, s, &columns, column, group, tiles);
     const int64_t next = column + PNN_PANEL, count = PNN_MIN(PNN_PANEL, end - next);
     const int64_t tile_steps = p->group_outputs / (p->pairs ? 2 : 1) / PNN_AHEAD_DEPTH + 1;
     pnn_ahead ahead = {.streams = 0};
@@ -368,20 +416,33 @@ static void inputs_group(const pnn_inputs *in, const inputs_scratch *s, int64_t 
                     p->group_channels, true);
     pnn_ahead_add(p, &ahead, range, next, count, &p->grad_output, group * p->group_outputs, p->group_outputs, false);
     pnn_ahead_add(p, &ahead, range, next, count, &p->input, group * p->group_channels, p->group_channels, false);
-    pnn_ahead_spread(
-        &ahead, in->packing.blocks * in->packing.block_tiles * (columns.padded / kernels->tile_columns) * tile_steps);
+    pnn_ahead_spread(&ahead, in->packing.blocks * in->packing.block_tiles * (columns.padded / width) * tile_steps);
     for (int64_t block = 0; block < in->packing.blocks; block++) {
       const int64_t k = block * in->block, maps = PNN_MIN(in->block, p->group_maps - k);
-      const int64_t tiles = (maps + kernels->tile_rows - 1) / kernels->tile_rows;
-      for (int64_t tile = 0; tile < tiles; tile++) {
-        const void *a = pnn_packing_tile(p, &in->packing, in->packed, group, block, tile, 0);
-        for (int64_t j = 0; j < columns.columns; j += kernels->tile_columns)
-          inputs_product(p, s, a, j, s->d + (tile * kernels->tile_rows * PNN_PANEL + j) * size, &ahead);
+      for (int64_t i = 0; i < maps; i += kernels->tile_rows) {
+        const void *a = pnn_packing_tile(p, &in->packing, in->packed, group, block, i / kernels->tile_rows, 0);
+        for (int64_t j = 0; j < columns.columns; j += width) {
+          const inputs_tile *at = &tiles[j / width];
+          if (at->fused)
+            inputs_fused(in, s, &response, &columns, a, block == 0 && i == 0 ? at->gradient : NULL, j, k_first + k + i,
+                         PNN_MIN(kernels->tile_rows, maps - i), &ahead);
+          else
+            inputs_product(p, s, a, j, s->d + (i * PNN_PANEL + j) * size, &ahead);
+        }
       }
-      if (in->steps)
+      if (in->steps) {
         inputs_block_in_steps(in, s, &response, &columns, k_first + k, maps);
-      else
-        inputs_block(in, s, &columns, k, k_first + k, maps);
+        continue;
+      }
+      for (int64_t j = 0, rest; j < columns.columns; j = rest) {
+        for (rest = j; rest < columns.columns && !tiles[rest / width].fused; rest += width) continue;
+        if (rest > j) {
+          pnn_columns part;
+          pnn_columns_part(&part, &columns, column, j, PNN_MIN(rest, columns.columns));
+          inputs_block(in, s, &part, j, k, k_first + k, maps);
+        }
+        rest += width;
+      }
     }
   }
 }

@@ -89,6 +89,25 @@ void pnn_columns_store(const pnn_problem *problem, const pnn_columns *columns, c
   move_all(&m, columns);
 }
 
+char *pnn_columns_place(const pnn_problem *problem, const pnn_columns *columns, const pnn_view *view, int64_t channel,
+                        int64_t column, int64_t count) {
+  const pnn_view *v = view;
+  const bool joined = problem->out_height == 1 || v->row == problem->out_width * v->column;
+  if (v->element != problem->real_size || v->column != 1 || !joined) return NULL;
+  for (int64_t i = 0; i < columns->segments; i++) {
+    const pnn_segment *s = &columns->segment[i];
+    if (column >= s->column + s->columns) continue;
+    if (column + count > s->column + s->columns) return NULL;
+    return v->data + (s->image * v->batch + channel * v->channel + s->pixel + column - s->column) * v->element;
+  }
+  return NULL;
+}
+
+void pnn_columns_part(pnn_columns *part, const pnn_columns *columns, int64_t first, int64_t column, int64_t end) {
+  pnn_columns_set(part, columns->range, first + column, end - column);
+  part->padded = (end == columns->columns ? columns->padded : end) - column;
+}
+
 void pnn_ahead_add(const pnn_problem *problem, pnn_ahead *ahead, const pnn_range *range, int64_t column, int64_t count,
                    const pnn_view *view, int64_t channel, int64_t channels, bool write) {
   const pnn_view *v = view;

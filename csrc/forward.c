@@ -27,22 +27,6 @@ static worker_scratch scratch_take(const pnn_forward_state *f, pnn_arena *arena)
   return s;
 }
 
-/* Where the output's columns [j, j + tile_columns) of the panel stand, if they are contiguous and of the type that is
- * computed in: then whole tiles are written where they belong. NULL otherwise. */
-static char *output_place(const pnn_problem *p, const pnn_columns *columns, int64_t group, int64_t j) {
-  const pnn_view *v = &p->output;
-  const bool joined = p->out_height == 1 || v->row == p->out_width * v->column;
-  if (v->element != p->real_size || v->column != 1 || !joined) return NULL;
-  for (int64_t i = 0; i < columns->segments; i++) {
-    const pnn_segment *s = &columns->segment[i];
-    if (j >= s->column + s->columns) continue;
-    if (j + p->kernels->tile_columns > s->column + s->columns) return NULL;
-    const int64_t pixel = s->pixel + j - s->column;
-    return v->data + (s->image * v->batch + group * p->group_outputs * v->channel + pixel) * v->element;
-  }
-  return NULL;
-}
-
 /* Columns [j, j + count) of the panel, outputs from `row` of the group on: what the tiles left in `sums`. */
 static void output_rest(const pnn_problem *p, const pnn_range *range, int64_t column, int64_t j, int64_t count,
                         int64_t group, int64_t row, const char *sums) {
@@ -70,10 +54,8 @@ static void prologue(const pnn_forward_state *f, const pnn_response *response, c
       next += tile;
     }
     if (next > j) {
-      const int64_t end = PNN_MIN(next, columns->columns);
       pnn_columns part;
-      pnn_columns_set(&part, columns->range, column + j, end - j);
-      part.padded = end == columns->columns ? columns->padded - j : end - j;
+      pnn_columns_part(&part, columns, column, j, PNN_MIN(next, columns->columns));
       pnn_response_operand(response, &part, k0, depth, s->panel + j * p->real_size, PNN_PANEL);
     }
     next += tile;
@@ -105,7 +87,8 @@ static void forward_item(void *forward_, int32_t worker, int64_t item) {
     pnn_columns_set(&columns, &range, column, PNN_MIN(PNN_PANEL, end - column));
     char *place[PNN_PANEL / 4]; /* of each tile's columns, or NULL; no tile has fewer than four */
     for (int64_t j = 0; j < columns.columns; j += kernels->tile_columns)
-      place[j / kernels->tile_columns] = output_place(p, &columns, group, j);
+      place[j / kernels->tile_columns] =
+          pnn_columns_place(p, &columns, &p->output, group * p->group_outputs, j, kernels->tile_columns);
     const int64_t whole_rows = p->group_outputs / kernels->tile_rows * kernels->tile_rows;
     const int64_t next = column + PNN_PANEL, count = PNN_MIN(PNN_PANEL, end - next);
     pnn_ahead ahead = {.streams = 0};

@@ -139,6 +139,15 @@ typedef struct pnn_columns {
 /* The columns [first, first + count) of the range. */
 void pnn_columns_set(pnn_columns *columns, const pnn_range *range, int64_t first, int64_t count);
 
+/* The columns [column, end) of a panel whose first is `first` of the range; `end` is the panel's or a multiple of a
+ * tile's. */
+void pnn_columns_part(pnn_columns *part, const pnn_columns *columns, int64_t first, int64_t column, int64_t end);
+
+/* Where the view's columns [column, column + count) stand for `channel`, if they are next to each other and of the type
+ * that is computed in: there whole tiles are read and written where they belong. NULL otherwise. */
+char *pnn_columns_place(const pnn_problem *problem, const pnn_columns *columns, const pnn_view *view, int64_t channel,
+                        int64_t column, int64_t count);
+
 /* panel[r][column] = view at channel + r, for `rows` channels; padding becomes zero. */
 void pnn_columns_load(const pnn_problem *problem, const pnn_columns *columns, const pnn_view *view, int64_t channel,
                       int64_t rows, void *panel, int64_t ld);
@@ -199,8 +208,8 @@ void pnn_response_activated(const pnn_response *response, const pnn_columns *col
 void pnn_response_operand(const pnn_response *response, const pnn_columns *columns, int64_t k0, int64_t rows, void *a,
                           int64_t ld);
 
-/* Where the kernels find the response maps from k0 on of the panel's columns [column, column + count), if all of these
- * stand next to each other in the input, in the type that is computed in; false otherwise, and without noise. */
+/* Where the kernels find the response maps from k0 on of the panel's columns [column, column + count); false unless the
+ * input has a place for them (pnn_columns_place). */
 bool pnn_response_source(const pnn_response *response, const pnn_columns *columns, int64_t k0, int64_t column,
                          int64_t count, pnn_source *source);
 

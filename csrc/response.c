@@ -87,25 +87,23 @@ void pnn_response_operand(const pnn_response *response, const pnn_columns *colum
 bool pnn_response_source(const pnn_response *response, const pnn_columns *columns, int64_t k0, int64_t column,
                          int64_t count, pnn_source *source) {
   const pnn_problem *p = response->problem;
-  const pnn_view *v = &p->input;
-  const int64_t size = p->real_size, channel = k0 / p->masks;
-  const bool joined = p->out_height == 1 || v->row == p->out_width * v->column;
-  if (v->element != size || v->column != 1 || !joined || p->noise == PNN_NOISE_NONE) return false;
-  for (int64_t i = 0; i < columns->segments; i++) {
-    const pnn_segment *s = &columns->segment[i];
-    if (column >= s->column + s->columns) continue;
-    if (column + count > s->column + s->columns) return false;
-    const int64_t pixel = s->pixel + column - s->column;
-    const char *mask = (const char *)response->mask + (pixel - columns->range->pixel) * size;
-    *source = (pnn_source){.x = v->data + (s->image * v->batch + channel * v->channel + pixel) * size,
-                           .ldx = v->channel,
-                           .mask = p->shared ? mask : mask + (k0 - response->mask_k0) * response->mask_ld * size,
-                           .ldm = response->mask_ld,
-                           .mean = response->mean ? (const char *)response->mean + k0 * size : NULL,
-                           .k0 = k0,
-                           .masks = p->masks,
-                           .shared = p->shared};
-    return true;
+  const int64_t size = p->real_size;
+  const char *x = pnn_columns_place(p, columns, &p->input, k0 / p->masks, column, count), *mask = NULL;
+  if (!x) return false;
+  if (p->noise != PNN_NOISE_NONE) {
+    int64_t i = 0;
+    while (columns->segment[i].column + columns->segment[i].columns <= column) i++;
+    const int64_t pixel = columns->segment[i].pixel + column - columns->segment[i].column - columns->range->pixel;
+    const int64_t row = p->shared ? 0 : k0 - response->mask_k0;
+    mask = (const char *)response->mask + (row * response->mask_ld + pixel) * size;
   }
-  return false;
+  *source = (pnn_source){.x = x,
+                         .ldx = p->input.channel,
+                         .mask = mask,
+                         .ldm = response->mask_ld,
+                         .mean = response->mean ? (const char *)response->mean + k0 * size : NULL,
+                         .k0 = k0,
+                         .masks = p->masks,
+                         .shared = p->shared};
+  return true;
 }

@@ -259,6 +259,18 @@ static inline __attribute__((always_inline)) void tile_step(vr sum[TILE_ROWS][TI
   }
 }
 
+static inline __attribute__((always_inline)) void tile_products(int64_t depth, vr sum[TILE_ROWS][TILE_VECTORS],
+                                                                const real *restrict a, const real *restrict b,
+                                                                int64_t ldb, pnn_ahead *ahead) {
+  for (int64_t left = depth; left > 0; left -= PNN_AHEAD_DEPTH, pnn_ahead_step(ahead))
+    for (int64_t k = 0; k < left && k < PNN_AHEAD_DEPTH; k++, a += TILE_ROWS, b += ldb) {
+      vr bv[TILE_VECTORS];
+#pragma GCC unroll 2
+      for (int v = 0; v < TILE_VECTORS; v++) bv[v] = vr_load(b + v * VR);
+      tile_step(sum, a, bv);
+    }
+}
+
 static inline __attribute__((always_inline)) void tile_end(vr sum[TILE_ROWS][TILE_VECTORS], real *c, int64_t ldc) {
 #pragma GCC unroll 8
   for (int i = 0; i < TILE_ROWS; i++)
@@ -273,13 +285,7 @@ static void product(int64_t depth, const void *a_, const void *b_, int64_t ldb, 
   real *restrict c = c_;
   vr sum[TILE_ROWS][TILE_VECTORS];
   tile_begin(sum, c, ldc, start);
-  for (int64_t left = depth; left > 0; left -= PNN_AHEAD_DEPTH, pnn_ahead_step(ahead))
-    for (int64_t k = 0; k < left && k < PNN_AHEAD_DEPTH; k++, a += TILE_ROWS, b += ldb) {
-      vr bv[TILE_VECTORS];
-#pragma GCC unroll 2
-      for (int v = 0; v < TILE_VECTORS; v++) bv[v] = vr_load(b + v * VR);
-      tile_step(sum, a, bv);
-    }
+  tile_products(depth, sum, a, b, ldb, ahead);
   tile_end(sum, c, ldc);
 }
 
@@ -550,16 +556,17 @@ static inline void store_some(real *p, vr v, int64_t n) {
 #endif
 PNN_ACTIVATION_LIST(DEFINE_ACTIVATION)
 
-/* `product` whose panel is made on the way. `add_mean`: a mean is subtracted. */
+/* `product` whose panel is made on the way. */
 static inline __attribute__((always_inline)) void respond_product(int64_t depth, const real *restrict a,
                                                                   real *restrict b, int64_t ldb, real *restrict c,
                                                                   int64_t ldc, const real *start,
                                                                   const pnn_source *source, pnn_ahead *ahead,
-                                                                  vr (*activate)(vr), bool centred) {
+                                                                  vr (*activate)(vr), bool masked, bool centred) {
   const int64_t masks = source->masks, ldm = source->ldm, ldx = source->ldx;
   const int64_t mask_back = source->shared ? masks * ldm : 0;
   int64_t m = source->k0 % masks;
-  const real *x = source->x, *mask = (const real *)source->mask + (source->shared ? m * ldm : 0), *mean = source->mean;
+  const real *x = source->x, *mask = source->mask, *mean = source->mean;
+  if (masked && source->shared) mask += m * ldm;
   vr sum[TILE_ROWS][TILE_VECTORS];
   tile_begin(sum, c, ldc, start);
   for (int64_t left = depth; left > 0; left -= PNN_AHEAD_DEPTH, pnn_ahead_step(ahead))
@@ -567,32 +574,104 @@ static inline __attribute__((always_inline)) void respond_product(int64_t depth,
       vr bv[TILE_VECTORS];
 #pragma GCC unroll 2
       for (int v = 0; v < TILE_VECTORS; v++) {
-        bv[v] = activate(vr_load(x + v * VR) + vr_load(mask + v * VR));
+        bv[v] = vr_load(x + v * VR);
+        if (masked) bv[v] += vr_load(mask + v * VR);
+        bv[v] = activate(bv[v]);
         if (centred) bv[v] -= vr_set1(*mean);
         vr_store(b + v * VR, bv[v]);
       }
       tile_step(sum, a, bv);
-      mask += ldm;
-      mean += centred;
+      if (masked) mask += ldm;
+      if (centred) mean++;
       if (++m == masks) {
         m = 0;
         x += ldx;
-        mask -= mask_back;
+        if (masked) mask -= mask_back;
       }
     }
   tile_end(sum, c, ldc);
 }
 
+/* The sums of a tile through the activation to the gradient of the input; g NULL: b holds the panel already. */
+static inline __attribute__((always_inline)) void product_respond_grad(
+    int64_t depth, const real *restrict a, const real *restrict g, int64_t ldg, real *restrict b, int64_t ldb,
+    real *restrict dx, int64_t ldo, int64_t rows, const pnn_source *source, const pnn_norm_terms *norm,
+    pnn_ahead *ahead, vr (*activate)(vr), vr (*activate_grad)(vr, vr)) {
+  const int64_t masks = source->masks, ldm = source->ldm, ldx = source->ldx;
+  const int64_t mask_back = source->shared ? masks * ldm : 0;
+  vr sum[TILE_ROWS][TILE_VECTORS];
+#pragma GCC unroll 8
+  for (int i = 0; i < TILE_ROWS; i++)
+#pragma GCC unroll 2
+    for (int v = 0; v < TILE_VECTORS; v++) sum[i][v] = vr_set1(0);
+  if (g) {
+    for (int64_t left = depth; left > 0; left -= PNN_AHEAD_DEPTH, pnn_ahead_step(ahead))
+      for (int64_t k = 0; k < left && k < PNN_AHEAD_DEPTH; k++, a += TILE_ROWS, b += ldb, g += ldg) {
+        vr bv[TILE_VECTORS];
+#pragma GCC unroll 2
+        for (int v = 0; v < TILE_VECTORS; v++) {
+          bv[v] = vr_load(g + v * VR);
+          vr_store(b + v * VR, bv[v]);
+        }
+        tile_step(sum, a, bv);
+      }
+  } else {
+    tile_products(depth, sum, a, b, ldb, ahead);
+  }
+  int64_t m = source->k0 % masks;
+  const real *x = source->x, *mask = source->mask;
+  if (mask && source->shared) mask += m * ldm;
+  const real *mean = norm ? norm->mean : NULL, *offset = norm ? norm->offset : NULL, *slope = norm ? norm->slope : NULL;
+  vr total[TILE_VECTORS]; /* over the masks of a channel; from the tile before, where that ended within one */
+#pragma GCC unroll 2
+  for (int v = 0; v < TILE_VECTORS; v++) total[v] = m ? vr_load(dx + v * VR) : vr_set1(0);
+#pragma GCC unroll 8
+  for (int i = 0; i < TILE_ROWS; i++) {
+    if (i >= rows) continue;
+#pragma GCC unroll 2
+    for (int v = 0; v < TILE_VECTORS; v++) {
+      vr u = vr_load(x + v * VR), da = sum[i][v];
+      if (mask) u += vr_load(mask + v * VR);
+      if (norm) da = vr_fma(vr_set1(slope[i]), activate(u) - vr_set1(mean[i]), da + vr_set1(offset[i]));
+      const vr one = activate_grad(u, da);
+      if (m)
+        total[v] += one;
+      else
+        total[v] = one;
+    }
+    if (mask) mask += ldm;
+    if (++m < masks) continue;
+#pragma GCC unroll 2
+    for (int v = 0; v < TILE_VECTORS; v++) vr_store(dx + v * VR, total[v]);
+    m = 0;
+    dx += ldo;
+    x += ldx;
+    if (mask) mask -= mask_back;
+  }
+  if (m)
+    for (int v = 0; v < TILE_VECTORS; v++) vr_store(dx + v * VR, total[v]);
+}
+
 /* Activations of a few instructions, which leave the registers to the sums. */
 #define CHEAP_ACTIVATIONS(X) X(IDENTITY, identity) X(RELU, relu) X(LEAKY_RELU, leaky_relu) X(HARDTANH, hardtanh)
 
-#define DEFINE_RESPOND_PRODUCT(suffix, name)                                                                   \
-  static void respond_product_##name(int64_t depth, const void *a, void *b, int64_t ldb, void *c, int64_t ldc, \
-                                     const void *start, const pnn_source *source, pnn_ahead *ahead) {          \
-    if (source->mean)                                                                                          \
-      respond_product(depth, a, b, ldb, c, ldc, start, source, ahead, PNN_ACTIVATE(name), true);               \
-    else                                                                                                       \
-      respond_product(depth, a, b, ldb, c, ldc, start, source, ahead, PNN_ACTIVATE(name), false);              \
+#define DEFINE_RESPOND_PRODUCT(suffix, name)                                                                          \
+  static void respond_product_##name(int64_t depth, const void *a, void *b, int64_t ldb, void *c, int64_t ldc,        \
+                                     const void *start, const pnn_source *source, pnn_ahead *ahead) {                 \
+    if (source->mask && source->mean)                                                                                 \
+      respond_product(depth, a, b, ldb, c, ldc, start, source, ahead, PNN_ACTIVATE(name), true, true);                \
+    else if (source->mask)                                                                                            \
+      respond_product(depth, a, b, ldb, c, ldc, start, source, ahead, PNN_ACTIVATE(name), true, false);               \
+    else if (source->mean)                                                                                            \
+      respond_product(depth, a, b, ldb, c, ldc, start, source, ahead, PNN_ACTIVATE(name), false, true);               \
+    else                                                                                                              \
+      respond_product(depth, a, b, ldb, c, ldc, start, source, ahead, PNN_ACTIVATE(name), false, false);              \
+  }                                                                                                                   \
+  static void product_respond_grad_##name(int64_t depth, const void *a, const void *g, int64_t ldg, void *b,          \
+                                          int64_t ldb, void *dx, int64_t ldo, int64_t rows, const pnn_source *source, \
+                                          const pnn_norm_terms *norm, pnn_ahead *ahead) {                             \
+    product_respond_grad(depth, a, g, ldg, b, ldb, dx, ldo, rows, source, norm, ahead, PNN_ACTIVATE(name),            \
+                         PNN_ACTIVATE_GRAD(name));                                                                    \
   }
 CHEAP_ACTIVATIONS(DEFINE_RESPOND_PRODUCT)
 
@@ -955,6 +1034,7 @@ static void recipe_fill(void *dst, int64_t ld, const pnn_recipe *recipe, double 
 #define RESPOND_ROWS_ENTRY(suffix, name) [PNN_ACTIVATION_##suffix] = respond_rows_##name,
 #define RESPOND_ENTRY(suffix, name) [PNN_ACTIVATION_##suffix] = respond_##name,
 #define RESPOND_PRODUCT_ENTRY(suffix, name) [PNN_ACTIVATION_##suffix] = respond_product_##name,
+#define PRODUCT_RESPOND_GRAD_ENTRY(suffix, name) [PNN_ACTIVATION_##suffix] = product_respond_grad_##name,
 #define ACTIVATE_ENTRY(suffix, name) [PNN_ACTIVATION_##suffix] = activate_##name,
 #define RESPOND_GRAD_ROWS_ENTRY(suffix, name) [PNN_ACTIVATION_##suffix] = respond_grad_rows_##name,
 #define RESPOND_GRAD_ENTRY(suffix, name) [PNN_ACTIVATION_##suffix] = respond_grad_##name,
@@ -979,6 +1059,7 @@ const pnn_kernels PNN_KERNEL_NAME(pnn_kernels) = {
     .sum = sum_rows,
     .respond = {PNN_ACTIVATION_LIST(RESPOND_ENTRY)},
     .respond_product = {CHEAP_ACTIVATIONS(RESPOND_PRODUCT_ENTRY)},
+    .product_respond_grad = {CHEAP_ACTIVATIONS(PRODUCT_RESPOND_GRAD_ENTRY)},
     .activate = {PNN_ACTIVATION_LIST(ACTIVATE_ENTRY)},
     .activate_grad = {PNN_ACTIVATION_LIST(ACTIVATE_GRAD_ENTRY)},
     .respond_grad = {PNN_ACTIVATION_LIST(RESPOND_GRAD_ENTRY)},
