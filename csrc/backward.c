@@ -36,7 +36,7 @@ static sums_scratch sums_take(const pnn_sums *s, pnn_arena *arena) {
   t.totals = pnn_arena_take(arena, OUTPUT_BLOCK, p->real_size);
   if (!s->products) return t;
   t.maps = pnn_arena_take(arena, round_up(s->block, kernels->dot_columns) * PNN_CHUNK, p->real_size);
-  t.mask = pnn_arena_take(arena, pnn_mask_rows(p, s->block) * s->chunks.pixels, p->real_size);
+  t.mask = pnn_arena_take(arena, pnn_mask_rows(p, s->block) * pnn_mask_ld(p, s->chunks.pixels), p->real_size);
   if (p->masks > 1) t.channels = pnn_arena_take(arena, pnn_response_channels(p, s->block) * PNN_CHUNK, p->real_size);
   if (p->pairs) {
     t.map_pairs = pnn_arena_take(arena, round_up(s->block, kernels->dot_columns) * PNN_CHUNK, 2);
@@ -120,7 +120,7 @@ static void sums_item(void *sums_, int32_t worker, int64_t item) {
   const sums_scratch t = sums_take(s, &own);
   const pnn_response response = {.problem = p,
                                  .mask = t.mask,
-                                 .mask_ld = s->chunks.pixels,
+                                 .mask_ld = pnn_mask_ld(p, s->chunks.pixels),
                                  .mask_k0 = at.k0,
                                  .mean = s->mean,
                                  .channels = t.channels};
@@ -137,7 +137,7 @@ static void sums_item(void *sums_, int32_t worker, int64_t item) {
     const int64_t count = pnn_chunk_locate(p, &s->chunks, chunk, &range, &first);
     if (range.pixel != made.pixel) {
       made = range;
-      if (at.maps) pnn_mask_panel(p, at.k0, at.maps, &made, t.mask, s->chunks.pixels);
+      if (at.maps) pnn_mask_panel(p, at.k0, at.maps, &made, t.mask, pnn_mask_ld(p, s->chunks.pixels));
     }
     pnn_columns_set(&columns, &made, first, count);
     if (at.maps) {
@@ -254,9 +254,10 @@ static inputs_scratch inputs_take(const pnn_inputs *in, pnn_arena *arena) {
   s.d = pnn_arena_take(arena, in->packing.block_tiles * in->packing.tile * PNN_PANEL, size);
   s.u = pnn_arena_take(arena, in->block * PNN_PANEL, size);
   if (in->affine && in->steps) s.c = pnn_arena_take(arena, in->block * PNN_PANEL, size);
-  s.mask = pnn_arena_take(arena, pnn_mask_rows(p, p->group_maps) * in->deal.pixels, size);
+  s.mask = pnn_arena_take(arena, pnn_mask_rows(p, p->group_maps) * pnn_mask_ld(p, in->deal.pixels), size);
   if (p->masks > 1) s.channels = pnn_arena_take(arena, pnn_response_channels(p, in->block) * PNN_PANEL, size);
-  if (in->masks) s.mask_gradient = pnn_arena_take(arena, pnn_mask_rows(p, p->maps) * in->deal.pixels, size);
+  if (in->masks)
+    s.mask_gradient = pnn_arena_take(arena, pnn_mask_rows(p, p->maps) * pnn_mask_ld(p, in->deal.pixels), size);
   return s;
 }
 
@@ -288,7 +289,8 @@ static void inputs_block(const pnn_inputs *in, const inputs_scratch *s, const pn
   char *const d_panel = s->d + first * size, *const u_panel = s->u + first * size;
   const pnn_norm_terms norm = pnn_inputs_norm_terms(in, k0);
   if (!read) pnn_columns_load(p, columns, x, channel, channels, u_panel, PNN_PANEL);
-  const char *mask = p->noise == PNN_NOISE_NONE ? NULL : s->mask + (p->shared ? 0 : k * in->deal.pixels) * size;
+  const char *mask =
+      p->noise == PNN_NOISE_NONE ? NULL : s->mask + (p->shared ? 0 : k * pnn_mask_ld(p, in->deal.pixels)) * size;
   for (int64_t i = 0; i < columns->segments; i++) {
     const pnn_segment *g = &columns->segment[i];
     char *d = d_panel + g->column * size, *from = u_panel + g->column * size, *to = d;
@@ -296,7 +298,7 @@ static void inputs_block(const pnn_inputs *in, const inputs_scratch *s, const pn
     if (write) to = dx->data + (g->image * dx->batch + channel * dx->channel + g->pixel) * size;
     const char *n = mask ? mask + (g->pixel - columns->range->pixel) * size : NULL;
     const int64_t to_ld = write ? dx->channel : PNN_PANEL, from_ld = read ? x->channel : PNN_PANEL;
-    p->kernels->respond_grad[p->activation](to, to_ld, d, PNN_PANEL, from, from_ld, n, in->deal.pixels,
+    p->kernels->respond_grad[p->activation](to, to_ld, d, PNN_PANEL, from, from_ld, n, pnn_mask_ld(p, in->deal.pixels),
                                             in->affine ? &norm : NULL, channels, g->columns, p->masks, p->shared);
   }
   if (!write) pnn_columns_store(p, columns, dx, channel, channels, d_panel, PNN_PANEL);
@@ -320,7 +322,8 @@ static void inputs_block_in_steps(const pnn_inputs *in, const inputs_scratch *s,
       const int64_t row = p->shared ? (k0 + r) % p->masks : k0 + r;
       for (int64_t i = 0; i < columns->segments; i++) {
         const pnn_segment *g = &columns->segment[i];
-        add_reals(p, s->mask_gradient + (row * in->deal.pixels + g->pixel - columns->range->pixel) * size,
+        add_reals(p,
+                  s->mask_gradient + (row * pnn_mask_ld(p, in->deal.pixels) + g->pixel - columns->range->pixel) * size,
                   s->d + (r * PNN_PANEL + g->column) * size, g->columns);
       }
     }
@@ -343,16 +346,15 @@ typedef struct inputs_tile {
 static void inputs_tiles(const pnn_inputs *in, const inputs_scratch *s, const pnn_columns *columns, int64_t column,
                          int64_t group, inputs_tile *tiles) {
   const pnn_problem *p = in->problem;
-  const int64_t tile = p->kernels->tile_columns, t = group * p->group_outputs;
-  const bool fused = !in->steps && !p->pairs && p->kernels->product_respond_grad[p->activation] &&
+  const int64_t tile = p->kernels->tile_columns, t = group * p->group_outputs, channel = group * p->group_channels;
+  const bool fused = p->masks == 1 && !in->steps && !p->pairs && p->kernels->product_respond_grad[p->activation] &&
                      (p->product_type == PNN_FLOAT32 || p->product_type == PNN_FLOAT64);
   for (int64_t j = 0, next; j < columns->columns; j = next) {
     for (next = j; next < columns->columns; next += tile) {
       inputs_tile *at = &tiles[next / tile];
-      const int64_t channel = group * p->group_channels;
       at->fused = fused && pnn_columns_place(p, columns, &p->input, channel, next, tile) &&
                   pnn_columns_place(p, columns, &p->grad_input, channel, next, tile);
-      at->gradient = at->fused ? pnn_columns_place(p, columns, &p->grad_output, t, next, tile) : NULL;
+      at->gradient = p->pairs || !p->group_maps ? NULL : pnn_columns_place(p, columns, &p->grad_output, t, next, tile);
       if (at->gradient) break;
     }
     if (next > j) {
@@ -365,15 +367,20 @@ static void inputs_tiles(const pnn_inputs *in, const inputs_scratch *s, const pn
   if (p->pairs) p->kernels->pair_rows(s->pairs, s->gradient, PNN_PANEL, p->group_outputs, columns->padded);
 }
 
-/* One tile of da, from the gradient's columns from j on. */
-static void inputs_product(const pnn_problem *p, const inputs_scratch *s, const void *a, int64_t j, char *to,
-                           pnn_ahead *ahead) {
-  if (p->pairs)
+/* One tile of da, from the gradient's columns from j on; `gradient` NULL: they are in the panel already. */
+static void inputs_product(const pnn_problem *p, const inputs_scratch *s, const void *a, const char *gradient,
+                           int64_t j, char *to, pnn_ahead *ahead) {
+  char *const panel = s->gradient + j * p->real_size;
+  if (p->pairs) {
     p->kernels->product_pairs((p->group_outputs + 1) / 2, a, s->pairs + j * 4, PNN_PANEL, to, PNN_PANEL, zero_start,
                               ahead);
-  else
-    p->kernels->product(p->group_outputs, a, s->gradient + j * p->real_size, PNN_PANEL, to, PNN_PANEL, zero_start,
-                        ahead);
+  } else if (gradient) {
+    const pnn_source source = {.x = gradient, .ldx = p->grad_output.channel, .masks = 1};
+    p->kernels->respond_product[PNN_ACTIVATION_IDENTITY](p->group_outputs, a, panel, PNN_PANEL, to, PNN_PANEL,
+                                                         zero_start, &source, ahead);
+  } else {
+    p->kernels->product(p->group_outputs, a, panel, PNN_PANEL, to, PNN_PANEL, zero_start, ahead);
+  }
 }
 
 /* The response maps k0, ... of a tile, to the end. */
@@ -384,7 +391,7 @@ static void inputs_fused(const pnn_inputs *in, const inputs_scratch *s, const pn
   const int64_t tile = p->kernels->tile_columns;
   pnn_source source;
   pnn_response_source(response, columns, k0, j, tile, &source);
-  char *dx = pnn_columns_place(p, columns, &p->grad_input, k0 / p->masks, j, tile);
+  char *dx = pnn_columns_place(p, columns, &p->grad_input, k0, j, tile); /* one mask a channel */
   const pnn_norm_terms norm = pnn_inputs_norm_terms(in, k0);
   p->kernels->product_respond_grad[p->activation](p->group_outputs, a, gradient, p->grad_output.channel,
                                                   s->gradient + j * p->real_size, PNN_PANEL, dx, p->grad_input.channel,
@@ -398,11 +405,11 @@ static void inputs_group(const pnn_inputs *in, const inputs_scratch *s, int64_t 
   const int64_t size = p->real_size, k_first = group * p->group_maps, width = kernels->tile_columns;
   const pnn_response response = {.problem = p,
                                  .mask = s->mask,
-                                 .mask_ld = in->deal.pixels,
+                                 .mask_ld = pnn_mask_ld(p, in->deal.pixels),
                                  .mask_k0 = k_first,
                                  .mean = in->mean,
                                  .channels = s->channels};
-  pnn_mask_panel(p, k_first, p->group_maps, range, s->mask, in->deal.pixels);
+  pnn_mask_panel(p, k_first, p->group_maps, range, s->mask, pnn_mask_ld(p, in->deal.pixels));
   pnn_columns columns;
   inputs_tile tiles[PNN_PANEL / 4];
   for (; column < end; column += PNN_PANEL) {
@@ -423,11 +430,12 @@ static void inputs_group(const pnn_inputs *in, const inputs_scratch *s, int64_t 
         const void *a = pnn_packing_tile(p, &in->packing, in->packed, group, block, i / kernels->tile_rows, 0);
         for (int64_t j = 0; j < columns.columns; j += width) {
           const inputs_tile *at = &tiles[j / width];
+          const char *gradient = block == 0 && i == 0 ? at->gradient : NULL;
           if (at->fused)
-            inputs_fused(in, s, &response, &columns, a, block == 0 && i == 0 ? at->gradient : NULL, j, k_first + k + i,
+            inputs_fused(in, s, &response, &columns, a, gradient, j, k_first + k + i,
                          PNN_MIN(kernels->tile_rows, maps - i), &ahead);
           else
-            inputs_product(p, s, a, j, s->d + (i * PNN_PANEL + j) * size, &ahead);
+            inputs_product(p, s, a, gradient, j, s->d + (i * PNN_PANEL + j) * size, &ahead);
         }
       }
       if (in->steps) {
@@ -460,9 +468,9 @@ static void inputs_item(void *inputs_, int32_t worker, int64_t item) {
     if (column < end) inputs_group(in, &s, item / pieces, &range, column, end);
     return;
   }
-  memset(s.mask_gradient, 0, (size_t)(pnn_mask_rows(p, p->maps) * in->deal.pixels * p->real_size));
+  memset(s.mask_gradient, 0, (size_t)(pnn_mask_rows(p, p->maps) * pnn_mask_ld(p, in->deal.pixels) * p->real_size));
   for (int64_t group = 0; group < p->groups; group++) inputs_group(in, &s, group, &range, column, end);
-  pnn_mask_grad_store(p, &range, s.mask_gradient, in->deal.pixels);
+  pnn_mask_grad_store(p, &range, s.mask_gradient, pnn_mask_ld(p, in->deal.pixels));
 }
 
 /* `spare` (or NULL) offers spare_bytes that the packed weights may take. */

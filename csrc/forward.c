@@ -21,7 +21,7 @@ static worker_scratch scratch_take(const pnn_forward_state *f, pnn_arena *arena)
   s.panel = pnn_arena_take(arena, f->block * PNN_PANEL, p->real_size);
   s.pairs = p->pairs ? pnn_arena_take(arena, (f->block + 1) / 2 * PNN_PANEL, 4) : NULL;
   s.sums = pnn_arena_take(arena, f->sum_rows * PNN_PANEL, p->real_size);
-  s.mask = pnn_arena_take(arena, pnn_mask_rows(p, p->group_maps) * f->deal.pixels, p->real_size);
+  s.mask = pnn_arena_take(arena, pnn_mask_rows(p, p->group_maps) * pnn_mask_ld(p, f->deal.pixels), p->real_size);
   s.channels =
       p->masks == 1 ? NULL : pnn_arena_take(arena, pnn_response_channels(p, f->block) * PNN_PANEL, p->real_size);
   return s;
@@ -77,11 +77,11 @@ static void forward_item(void *forward_, int32_t worker, int64_t item) {
   const int64_t k_first = group * p->group_maps;
   const pnn_response response = {.problem = p,
                                  .mask = s.mask,
-                                 .mask_ld = f->deal.pixels,
+                                 .mask_ld = pnn_mask_ld(p, f->deal.pixels),
                                  .mask_k0 = k_first,
                                  .mean = f->mean,
                                  .channels = s.channels};
-  pnn_mask_panel(p, k_first, p->group_maps, &range, s.mask, f->deal.pixels);
+  pnn_mask_panel(p, k_first, p->group_maps, &range, s.mask, pnn_mask_ld(p, f->deal.pixels));
   pnn_columns columns;
   for (; column < end; column += PNN_PANEL) {
     pnn_columns_set(&columns, &range, column, PNN_MIN(PNN_PANEL, end - column));

@@ -178,6 +178,8 @@ void pnn_deal_piece(const pnn_problem *problem, const pnn_deal *deal, int64_t i,
 void pnn_recipe_read(pnn_problem *problem);
 /* Rows of a mask panel for `rows` response maps: as many, M where the masks are shared, 0 without noise. */
 int64_t pnn_mask_rows(const pnn_problem *problem, int64_t rows);
+/* Reals from row to row of a mask panel for `pixels` pixels. */
+int64_t pnn_mask_ld(const pnn_problem *problem, int64_t pixels);
 /* panel[r][p] = fl(fl(level) * N) of response map k0 + r (of mask r where shared) at the range's pixels. */
 void pnn_mask_panel(const pnn_problem *problem, int64_t k0, int64_t rows, const pnn_range *range, void *panel,
                     int64_t ld);

@@ -18,6 +18,12 @@ int64_t pnn_mask_rows(const pnn_problem *problem, int64_t rows) {
   return problem->shared ? problem->masks : rows;
 }
 
+int64_t pnn_mask_ld(const pnn_problem *problem, int64_t pixels) {
+  /* An odd number of cache lines, so that the rows of images of 2^n pixels don't all fall into the same few sets. */
+  const int64_t line = 64 / problem->real_size, lines = (pixels + line - 1) / line;
+  return (lines < 16 ? lines : lines | 1) * line;
+}
+
 /* Moves one image row's piece between a mask tensor and a panel, for the maps [first, first + rows). In a mask's view
  * `batch` is the step from map to map of a channel; where all maps stand at one step they move in one call. */
 static void move_rows(const pnn_problem *problem, const pnn_view *v, bool to_panel, int64_t first, int64_t rows,

@@ -592,13 +592,19 @@ static inline __attribute__((always_inline)) void respond_product(int64_t depth,
   tile_end(sum, c, ldc);
 }
 
-/* The sums of a tile through the activation to the gradient of the input; g NULL: b holds the panel already. */
+/* The sums of a tile through the activation to the gradient of the input, one mask a channel; g NULL: b holds the panel
+ * already. */
 static inline __attribute__((always_inline)) void product_respond_grad(
     int64_t depth, const real *restrict a, const real *restrict g, int64_t ldg, real *restrict b, int64_t ldb,
     real *restrict dx, int64_t ldo, int64_t rows, const pnn_source *source, const pnn_norm_terms *norm,
     pnn_ahead *ahead, vr (*activate)(vr), vr (*activate_grad)(vr, vr)) {
-  const int64_t masks = source->masks, ldm = source->ldm, ldx = source->ldx;
-  const int64_t mask_back = source->shared ? masks * ldm : 0;
+  const real *x = source->x, *mask = source->mask;
+  const int64_t ldx = source->ldx, ldm = source->shared ? 0 : source->ldm;
+  for (int64_t i = 0; i < rows; i++)
+    for (int v = 0; v < TILE_VECTORS; v++) {
+      __builtin_prefetch(x + i * ldx + v * VR);
+      if (mask) __builtin_prefetch(mask + i * ldm + v * VR);
+    }
   vr sum[TILE_ROWS][TILE_VECTORS];
 #pragma GCC unroll 8
   for (int i = 0; i < TILE_ROWS; i++)
@@ -618,42 +624,27 @@ static inline __attribute__((always_inline)) void product_respond_grad(
   } else {
     tile_products(depth, sum, a, b, ldb, ahead);
   }
-  int64_t m = source->k0 % masks;
-  const real *x = source->x, *mask = source->mask;
-  if (mask && source->shared) mask += m * ldm;
   const real *mean = norm ? norm->mean : NULL, *offset = norm ? norm->offset : NULL, *slope = norm ? norm->slope : NULL;
-  vr total[TILE_VECTORS]; /* over the masks of a channel; from the tile before, where that ended within one */
-#pragma GCC unroll 2
-  for (int v = 0; v < TILE_VECTORS; v++) total[v] = m ? vr_load(dx + v * VR) : vr_set1(0);
 #pragma GCC unroll 8
   for (int i = 0; i < TILE_ROWS; i++) {
     if (i >= rows) continue;
 #pragma GCC unroll 2
     for (int v = 0; v < TILE_VECTORS; v++) {
-      vr u = vr_load(x + v * VR), da = sum[i][v];
-      if (mask) u += vr_load(mask + v * VR);
+      vr u = vr_load(x + i * ldx + v * VR), da = sum[i][v];
+      if (mask) u += vr_load(mask + i * ldm + v * VR);
       if (norm) da = vr_fma(vr_set1(slope[i]), activate(u) - vr_set1(mean[i]), da + vr_set1(offset[i]));
-      const vr one = activate_grad(u, da);
-      if (m)
-        total[v] += one;
-      else
-        total[v] = one;
+      vr_store(dx + i * ldo + v * VR, activate_grad(u, da));
     }
-    if (mask) mask += ldm;
-    if (++m < masks) continue;
-#pragma GCC unroll 2
-    for (int v = 0; v < TILE_VECTORS; v++) vr_store(dx + v * VR, total[v]);
-    m = 0;
-    dx += ldo;
-    x += ldx;
-    if (mask) mask -= mask_back;
   }
-  if (m)
-    for (int v = 0; v < TILE_VECTORS; v++) vr_store(dx + v * VR, total[v]);
 }
 
-/* Activations of a few instructions, which leave the registers to the sums. */
+/* Activations of a few instructions, which leave the registers to the sums. The portable kernels gain nothing from it
+ * (and GCC 12 fails on their selections of doubles here). */
+#if defined(PNN_ISA_PORTABLE)
+#define CHEAP_ACTIVATIONS(X) X(IDENTITY, identity)
+#else
 #define CHEAP_ACTIVATIONS(X) X(IDENTITY, identity) X(RELU, relu) X(LEAKY_RELU, leaky_relu) X(HARDTANH, hardtanh)
+#endif
 
 #define DEFINE_RESPOND_PRODUCT(suffix, name)                                                                          \
   static void respond_product_##name(int64_t depth, const void *a, void *b, int64_t ldb, void *c, int64_t ldc,        \

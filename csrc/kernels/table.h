@@ -82,7 +82,8 @@ typedef struct pnn_kernels {
    * masks is 1. `respond[IDENTITY]` only perturbs. */
   void (*respond[PNN_ACTIVATION_COUNT])(void *a, int64_t lda, const pnn_source *source, int64_t rows, int64_t columns);
   /* `product` with b as an output: the first tile of outputs makes the tile_columns columns of the panel as it goes, so
-   * that the prologue runs beside the products. NULL where an activation takes more registers than the sums leave. */
+   * that the prologue runs beside the products. NULL where an activation takes more registers than the sums leave;
+   * never for the identity. */
   void (*respond_product[PNN_ACTIVATION_COUNT])(int64_t depth, const void *a, void *b, int64_t ldb, void *c,
                                                 int64_t ldc, const void *start, const pnn_source *source,
                                                 pnn_ahead *ahead);
@@ -100,10 +101,9 @@ typedef struct pnn_kernels {
                                              int64_t step, const void *mask, int64_t ldm, const pnn_norm_terms *norm,
                                              int64_t rows, int64_t columns, int64_t masks, int32_t shared);
 
-  /* `product` from 0 with respond_grad as its epilogue, for the `rows` response maps source->k0, ... of a tile and
-   * tile_columns columns: dx is the row of the first map's channel. A channel whose masks began in the tile before goes
-   * on from what dx holds, and one whose masks end in the next is left unfinished. g not NULL: the panel's rows stand
-   * there, [depth][ldg], and are copied to b on the way. NULL as in respond_product. */
+  /* `product` from 0 with respond_grad as its epilogue, one mask a channel: dx of the `rows` response maps source->k0,
+   * ... of a tile, tile_columns columns. g not NULL: the panel's rows stand there, [depth][ldg], and are copied to b on
+   * the way. NULL as in respond_product. */
   void (*product_respond_grad[PNN_ACTIVATION_COUNT])(int64_t depth, const void *a, const void *g, int64_t ldg, void *b,
                                                      int64_t ldb, void *dx, int64_t ldo, int64_t rows,
                                                      const pnn_source *source, const pnn_norm_terms *norm,
