@@ -49,27 +49,39 @@ static void add_reals(const pnn_problem *p, void *to, const void *from, int64_t 
   p->kernels->accumulate(to, from, count);
 }
 
+/* What the first tiles that use a panel make on the way; NULL where the panels are full already. */
+typedef struct sums_source {
+  const char *gradient;     /* of the block's first output */
+  const pnn_source *source; /* of the first response map */
+} sums_source;
+
 /* G[t0.., k0..] += outputs * maps' over one chunk, tile by tile. */
 static void sums_products(const pnn_sums *s, const sums_scratch *t, int64_t columns, char *into, int64_t outputs,
-                          int64_t maps, pnn_ahead *ahead) {
+                          int64_t maps, const sums_source *from, pnn_ahead *ahead) {
   const pnn_problem *p = s->problem;
   const pnn_kernels *kernels = p->kernels;
-  const int64_t size = p->real_size, ld = p->group_maps;
-  const int64_t tiles = ((outputs + kernels->dot_rows - 1) / kernels->dot_rows) *
-                        ((maps + kernels->dot_columns - 1) / kernels->dot_columns);
-  pnn_ahead_spread(ahead, tiles);
+  const int64_t size = p->real_size, ld = p->group_maps, rounds = columns / (p->pairs ? 2 : 1) / PNN_LANES;
+  pnn_ahead_spread(ahead, (outputs + kernels->dot_rows - 1) / kernels->dot_rows *
+                              ((maps + kernels->dot_columns - 1) / kernels->dot_columns));
   for (int64_t near = 0, next; near < outputs; near = next) {
     next = PNN_MIN(near + NEAR_OUTPUTS, outputs);
     for (int64_t j = 0; j < maps; j += kernels->dot_columns)
       for (int64_t i = near; i < next; i += kernels->dot_rows) {
-        char *out = into + (i * ld + j) * size;
-        pnn_ahead_step(ahead);
-        if (p->pairs)
+        char *const out = into + (i * ld + j) * size, *const a = t->outputs + i * PNN_CHUNK * size;
+        char *const b = t->maps + j * PNN_CHUNK * size;
+        const pnn_ahead_run run = pnn_ahead_take(ahead, rounds, a);
+        const char *gradient = from->gradient && j == 0 ? from->gradient + i * p->grad_output.channel * size : NULL;
+        if (p->pairs) {
           kernels->dot_pairs(columns / 2, t->output_pairs + i * PNN_CHUNK * 2, PNN_CHUNK / 2,
-                             t->map_pairs + j * PNN_CHUNK * 2, PNN_CHUNK / 2, outputs - i, maps - j, out, ld);
-        else
-          kernels->dot(columns, t->outputs + i * PNN_CHUNK * size, PNN_CHUNK, t->maps + j * PNN_CHUNK * size, PNN_CHUNK,
-                       outputs - i, maps - j, out, ld);
+                             t->map_pairs + j * PNN_CHUNK * 2, PNN_CHUNK / 2, outputs - i, maps - j, out, ld, &run);
+        } else if (gradient || (from->source && i == 0)) {
+          pnn_source source;
+          if (from->source && i == 0) source = pnn_source_at(p, from->source, j);
+          kernels->respond_dot[p->activation](columns, a, PNN_CHUNK, gradient, p->grad_output.channel, b, PNN_CHUNK,
+                                              from->source && i == 0 ? &source : NULL, out, ld, &run);
+        } else {
+          kernels->dot(columns, a, PNN_CHUNK, b, PNN_CHUNK, outputs - i, maps - j, out, ld, &run);
+        }
       }
   }
 }
@@ -129,18 +141,24 @@ static void sums_item(void *sums_, int32_t worker, int64_t item) {
     const int64_t rows = round_up(at.maps, p->kernels->dot_columns);
     memset(t.maps + at.maps * PNN_CHUNK * size, 0, (size_t)((rows - at.maps) * PNN_CHUNK * size));
   }
+  const bool exact = p->product_type == PNN_FLOAT32 || p->product_type == PNN_FLOAT64;
+  const bool fused = at.maps && exact && p->kernels->respond_dot[p->activation];
   pnn_columns columns;
-  pnn_range range, made = {.pixel = -1};
+  pnn_range range, masked = {.pixel = -1};
   int64_t chunk, end;
   for (pnn_chunks_part(&s->chunks, at.part, &chunk, &end); chunk < end; chunk++) {
     int64_t first;
     const int64_t count = pnn_chunk_locate(p, &s->chunks, chunk, &range, &first);
-    if (range.pixel != made.pixel) {
-      made = range;
-      if (at.maps) pnn_mask_panel(p, at.k0, at.maps, &made, t.mask, pnn_mask_ld(p, s->chunks.pixels));
+    if (range.pixel != masked.pixel) {
+      masked = range;
+      if (at.maps) pnn_mask_panel(p, at.k0, at.maps, &masked, t.mask, pnn_mask_ld(p, s->chunks.pixels));
     }
-    pnn_columns_set(&columns, &made, first, count);
-    if (at.maps) {
+    pnn_columns_set(&columns, &masked, first, count);
+    /* Whole tiles of a chunk within one image are read where they stand, by the first products that use them. */
+    const bool whole = fused && columns.columns == columns.padded && at.maps % p->kernels->dot_columns == 0;
+    pnn_source source;
+    const bool made = !whole || !pnn_response_source(&response, &columns, at.k0, 0, columns.columns, &source);
+    if (at.maps && made) {
       pnn_response_operand(&response, &columns, at.k0, at.maps, t.maps, PNN_CHUNK);
       if (p->pairs)
         p->kernels->pair_columns(t.map_pairs, PNN_CHUNK / 2, t.maps, PNN_CHUNK,
@@ -148,13 +166,23 @@ static void sums_item(void *sums_, int32_t worker, int64_t item) {
     }
     for (int64_t o = at.first; o < at.end; o += OUTPUT_BLOCK) {
       const int64_t rows = PNN_MIN(OUTPUT_BLOCK, at.end - o), padded = round_up(rows, p->kernels->dot_rows);
-      pnn_columns_load(p, &columns, &p->grad_output, o, rows, t.outputs, PNN_CHUNK);
-      memset(t.outputs + rows * PNN_CHUNK * size, 0, (size_t)((padded - rows) * PNN_CHUNK * size));
+      sums_source from = {.source = !made && o == at.first ? &source : NULL};
+      if (whole && rows == padded)
+        from.gradient = pnn_columns_place(p, &columns, &p->grad_output, o, 0, columns.columns);
+      if (!from.gradient) {
+        pnn_columns_load(p, &columns, &p->grad_output, o, rows, t.outputs, PNN_CHUNK);
+        memset(t.outputs + rows * PNN_CHUNK * size, 0, (size_t)((padded - rows) * PNN_CHUNK * size));
+      }
       if (at.maps && p->pairs)
         p->kernels->pair_columns(t.output_pairs, PNN_CHUNK / 2, t.outputs, PNN_CHUNK, padded, columns.padded);
+      if (from.source && rows != padded) { /* a tile of fewer outputs makes no panels */
+        pnn_response_operand(&response, &columns, at.k0, at.maps, t.maps, PNN_CHUNK);
+        from.source = NULL;
+      }
       if (at.maps) {
         pnn_ahead ahead = pnn_sums_ahead(s, &at, chunk, end, o, OUTPUT_BLOCK);
-        sums_products(s, &t, columns.padded, at.products + (o * p->group_maps + at.k) * size, rows, at.maps, &ahead);
+        sums_products(s, &t, columns.padded, at.products + (o * p->group_maps + at.k) * size, rows, at.maps, &from,
+                      &ahead);
       }
       if (at.totals) {
         p->kernels->sum(columns.padded, t.outputs, PNN_CHUNK, rows, t.totals);

@@ -122,6 +122,9 @@ void pnn_ahead_add(const pnn_problem *problem, pnn_ahead *ahead, const pnn_range
       .bytes = (pixels ? run : channels) * v->element,
       .rows = pixels ? channels : run,
       .write = write};
+  pnn_ahead_stream *s = &ahead->stream[ahead->streams - 1];
+  if (s->stride == s->bytes)
+    *s = (pnn_ahead_stream){.data = s->data, .bytes = s->rows * s->bytes, .rows = 1, .write = write};
 }
 
 /* A range's masks should stay in the second-level cache beside the panels. */

@@ -215,6 +215,9 @@ void pnn_response_operand(const pnn_response *response, const pnn_columns *colum
 bool pnn_response_source(const pnn_response *response, const pnn_columns *columns, int64_t k0, int64_t column,
                          int64_t count, pnn_source *source);
 
+/* The same from `rows` response maps further on. */
+pnn_source pnn_source_at(const pnn_problem *problem, const pnn_source *source, int64_t rows);
+
 /* ---- weights and per-map algebra (weights.c) ---- */
 
 /* dst = weight as reals, dense [T][K/G]. */

@@ -107,3 +107,13 @@ bool pnn_response_source(const pnn_response *response, const pnn_columns *column
                          .shared = p->shared};
   return true;
 }
+
+pnn_source pnn_source_at(const pnn_problem *problem, const pnn_source *source, int64_t rows) {
+  const int64_t size = problem->real_size, channel = source->k0 / source->masks;
+  pnn_source at = *source;
+  at.k0 += rows;
+  at.x = (const char *)at.x + (at.k0 / at.masks - channel) * at.ldx * size;
+  if (at.mask && !at.shared) at.mask = (const char *)at.mask + rows * at.ldm * size;
+  if (at.mean) at.mean = (const char *)at.mean + rows * size;
+  return at;
+}

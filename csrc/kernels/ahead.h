@@ -57,6 +57,21 @@ static inline void pnn_ahead_step(pnn_ahead *ahead) {
   }
 }
 
+/* One step's share for a loop that asks for a line each time round: at data, data + step, ... */
+typedef struct pnn_ahead_run {
+  const char *data;
+  int64_t step;
+} pnn_ahead_run;
+
+/* The share of a loop of `rounds`; `otherwise`, which is in cache, where nothing is left. */
+static inline pnn_ahead_run pnn_ahead_take(pnn_ahead *ahead, int64_t rounds, const void *otherwise) {
+  if (!ahead->pace || (ahead->line >= ahead->end && !pnn_ahead_next(ahead))) return (pnn_ahead_run){otherwise, 0};
+  const int64_t bytes = ahead->pace < rounds ? ahead->pace * 64 : rounds * 64;
+  const pnn_ahead_run run = {ahead->line, (bytes + rounds - 1) / rounds};
+  ahead->line += bytes;
+  return run;
+}
+
 /* Spreads what was added over `steps` steps. */
 static inline void pnn_ahead_spread(pnn_ahead *ahead, int64_t steps) {
   int64_t lines = 0;

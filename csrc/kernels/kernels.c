@@ -336,28 +336,42 @@ static inline void add_tile(vr sum[DOT_ROWS * DOT_COLUMNS][LANE_VECTORS], int64_
     for (int64_t j = 0; j < width && j < DOT_COLUMNS; j++) out[i * ldo + j] += tile[i * DOT_COLUMNS + j];
 }
 
-static void dot(int64_t columns, const void *a_, int64_t lda, const void *b_, int64_t ldb, int64_t rows, int64_t width,
-                void *out, int64_t ldo) {
-  const real *restrict a = a_;
-  const real *restrict b = b_;
-  vr sum[DOT_ROWS * DOT_COLUMNS][LANE_VECTORS];
+/* Adds 16 columns' products to dot's sums. */
+static inline __attribute__((always_inline)) void dot_step(vr sum[DOT_ROWS * DOT_COLUMNS][LANE_VECTORS], int v,
+                                                           const vr av[DOT_ROWS], const vr bv[DOT_COLUMNS]) {
+#pragma GCC unroll 4
+  for (int i = 0; i < DOT_ROWS; i++)
+#pragma GCC unroll 4
+    for (int j = 0; j < DOT_COLUMNS; j++)
+      sum[i * DOT_COLUMNS + j][v] = vr_fma(av[i], bv[j], sum[i * DOT_COLUMNS + j][v]);
+}
+
+static inline __attribute__((always_inline)) void dot_begin(vr sum[DOT_ROWS * DOT_COLUMNS][LANE_VECTORS]) {
 #pragma GCC unroll 16
   for (int i = 0; i < DOT_ROWS * DOT_COLUMNS; i++)
 #pragma GCC unroll 8
     for (int v = 0; v < LANE_VECTORS; v++) sum[i][v] = vr_set1(0);
+}
+
+static void dot(int64_t columns, const void *a_, int64_t lda, const void *b_, int64_t ldb, int64_t rows, int64_t width,
+                void *out, int64_t ldo, const pnn_ahead_run *ahead) {
+  const real *restrict a = a_;
+  const real *restrict b = b_;
+  vr sum[DOT_ROWS * DOT_COLUMNS][LANE_VECTORS];
+  dot_begin(sum);
+  const char *line = ahead->data;
+  const int64_t line_step = ahead->step;
   for (int64_t p = 0; p < columns; p += PNN_LANES) {
+    __builtin_prefetch(line, 0, 2);
+    line += line_step;
 #pragma GCC unroll 8
     for (int v = 0; v < LANE_VECTORS; v++) {
-      vr bv[DOT_COLUMNS];
+      vr av[DOT_ROWS], bv[DOT_COLUMNS];
 #pragma GCC unroll 4
       for (int j = 0; j < DOT_COLUMNS; j++) bv[j] = vr_load(b + j * ldb + p + v * VR);
 #pragma GCC unroll 4
-      for (int i = 0; i < DOT_ROWS; i++) {
-        const vr av = vr_load(a + i * lda + p + v * VR);
-#pragma GCC unroll 4
-        for (int j = 0; j < DOT_COLUMNS; j++)
-          sum[i * DOT_COLUMNS + j][v] = vr_fma(av, bv[j], sum[i * DOT_COLUMNS + j][v]);
-      }
+      for (int i = 0; i < DOT_ROWS; i++) av[i] = vr_load(a + i * lda + p + v * VR);
+      dot_step(sum, v, av, bv);
     }
   }
   add_tile(sum, rows, width, out, ldo);
@@ -401,7 +415,7 @@ PAIRS_TARGET static void product_pairs(int64_t depth, const void *a_, const void
 }
 
 PAIRS_TARGET static void dot_pairs(int64_t columns, const void *a_, int64_t lda, const void *b_, int64_t ldb,
-                                   int64_t rows, int64_t width, void *out, int64_t ldo) {
+                                   int64_t rows, int64_t width, void *out, int64_t ldo, const pnn_ahead_run *ahead) {
   const int32_t *restrict a = a_;
   const int32_t *restrict b = b_;
   __m512 sum[DOT_ROWS][DOT_COLUMNS];
@@ -409,7 +423,11 @@ PAIRS_TARGET static void dot_pairs(int64_t columns, const void *a_, int64_t lda,
   for (int i = 0; i < DOT_ROWS; i++)
 #pragma GCC unroll 4
     for (int j = 0; j < DOT_COLUMNS; j++) sum[i][j] = _mm512_setzero_ps();
+  const char *line = ahead->data;
+  const int64_t line_step = ahead->step;
   for (int64_t p = 0; p < columns; p += VR) {
+    __builtin_prefetch(line, 0, 2);
+    line += line_step;
     __m512i bv[DOT_COLUMNS];
 #pragma GCC unroll 4
     for (int j = 0; j < DOT_COLUMNS; j++) bv[j] = _mm512_loadu_si512(b + j * ldb + p);
@@ -638,6 +656,55 @@ static inline __attribute__((always_inline)) void product_respond_grad(
   }
 }
 
+/* `dot` whose panels are made on the way: a copied from g, b from its source, where these are not NULL. */
+static inline __attribute__((always_inline)) void respond_dot(int64_t columns, real *restrict a, int64_t lda,
+                                                              const real *g, int64_t ldg, real *restrict b, int64_t ldb,
+                                                              const pnn_source *source, real *out, int64_t ldo,
+                                                              const pnn_ahead_run *ahead, vr (*activate)(vr)) {
+  vr sum[DOT_ROWS * DOT_COLUMNS][LANE_VECTORS];
+  dot_begin(sum);
+  const real *x[DOT_COLUMNS], *mask[DOT_COLUMNS];
+  vr mean[DOT_COLUMNS];
+  const bool masked = source && source->mask;
+  int64_t m = source ? source->k0 % source->masks : 0, channel = 0;
+  for (int j = 0; j < DOT_COLUMNS; j++) {
+    if (!source) continue;
+    x[j] = (const real *)source->x + channel * source->ldx;
+    mask[j] = masked ? (const real *)source->mask + (source->shared ? m : j) * source->ldm : NULL;
+    mean[j] = vr_set1(source->mean ? ((const real *)source->mean)[j] : 0);
+    if (++m == source->masks) m = 0, channel++;
+  }
+  const char *line = ahead->data;
+  const int64_t line_step = ahead->step;
+  for (int64_t p = 0; p < columns; p += PNN_LANES) {
+    __builtin_prefetch(line, 0, 2);
+    line += line_step;
+#pragma GCC unroll 8
+    for (int v = 0; v < LANE_VECTORS; v++) {
+      const int64_t at = p + v * VR;
+      vr av[DOT_ROWS], bv[DOT_COLUMNS];
+#pragma GCC unroll 4
+      for (int j = 0; j < DOT_COLUMNS; j++) {
+        if (source) {
+          bv[j] = vr_load(x[j] + at);
+          if (masked) bv[j] += vr_load(mask[j] + at);
+          bv[j] = activate(bv[j]) - mean[j];
+          vr_store(b + j * ldb + at, bv[j]);
+        } else {
+          bv[j] = vr_load(b + j * ldb + at);
+        }
+      }
+#pragma GCC unroll 4
+      for (int i = 0; i < DOT_ROWS; i++) {
+        av[i] = vr_load(g ? g + i * ldg + at : a + i * lda + at);
+        if (g) vr_store(a + i * lda + at, av[i]);
+      }
+      dot_step(sum, v, av, bv);
+    }
+  }
+  add_tile(sum, DOT_ROWS, DOT_COLUMNS, out, ldo);
+}
+
 /* Activations of a few instructions, which leave the registers to the sums. The portable kernels gain nothing from it
  * (and GCC 12 fails on their selections of doubles here). */
 #if defined(PNN_ISA_PORTABLE)
@@ -657,6 +724,16 @@ static inline __attribute__((always_inline)) void product_respond_grad(
       respond_product(depth, a, b, ldb, c, ldc, start, source, ahead, PNN_ACTIVATE(name), false, true);               \
     else                                                                                                              \
       respond_product(depth, a, b, ldb, c, ldc, start, source, ahead, PNN_ACTIVATE(name), false, false);              \
+  }                                                                                                                   \
+  static void respond_dot_##name(int64_t columns, void *a, int64_t lda, const void *g, int64_t ldg, void *b,          \
+                                 int64_t ldb, const pnn_source *source, void *out, int64_t ldo,                       \
+                                 const pnn_ahead_run *ahead) {                                                        \
+    if (g && source)                                                                                                  \
+      respond_dot(columns, a, lda, g, ldg, b, ldb, source, out, ldo, ahead, PNN_ACTIVATE(name));                      \
+    else if (source)                                                                                                  \
+      respond_dot(columns, a, lda, NULL, 0, b, ldb, source, out, ldo, ahead, PNN_ACTIVATE(name));                     \
+    else                                                                                                              \
+      respond_dot(columns, a, lda, g, ldg, b, ldb, NULL, out, ldo, ahead, PNN_ACTIVATE(name));                        \
   }                                                                                                                   \
   static void product_respond_grad_##name(int64_t depth, const void *a, const void *g, int64_t ldg, void *b,          \
                                           int64_t ldb, void *dx, int64_t ldo, int64_t rows, const pnn_source *source, \
@@ -1025,6 +1102,7 @@ static void recipe_fill(void *dst, int64_t ld, const pnn_recipe *recipe, double 
 #define RESPOND_ROWS_ENTRY(suffix, name) [PNN_ACTIVATION_##suffix] = respond_rows_##name,
 #define RESPOND_ENTRY(suffix, name) [PNN_ACTIVATION_##suffix] = respond_##name,
 #define RESPOND_PRODUCT_ENTRY(suffix, name) [PNN_ACTIVATION_##suffix] = respond_product_##name,
+#define RESPOND_DOT_ENTRY(suffix, name) [PNN_ACTIVATION_##suffix] = respond_dot_##name,
 #define PRODUCT_RESPOND_GRAD_ENTRY(suffix, name) [PNN_ACTIVATION_##suffix] = product_respond_grad_##name,
 #define ACTIVATE_ENTRY(suffix, name) [PNN_ACTIVATION_##suffix] = activate_##name,
 #define RESPOND_GRAD_ROWS_ENTRY(suffix, name) [PNN_ACTIVATION_##suffix] = respond_grad_rows_##name,
@@ -1050,6 +1128,7 @@ const pnn_kernels PNN_KERNEL_NAME(pnn_kernels) = {
     .sum = sum_rows,
     .respond = {PNN_ACTIVATION_LIST(RESPOND_ENTRY)},
     .respond_product = {CHEAP_ACTIVATIONS(RESPOND_PRODUCT_ENTRY)},
+    .respond_dot = {CHEAP_ACTIVATIONS(RESPOND_DOT_ENTRY)},
     .product_respond_grad = {CHEAP_ACTIVATIONS(PRODUCT_RESPOND_GRAD_ENTRY)},
     .activate = {PNN_ACTIVATION_LIST(ACTIVATE_ENTRY)},
     .activate_grad = {PNN_ACTIVATION_LIST(ACTIVATE_GRAD_ENTRY)},

@@ -73,7 +73,7 @@ typedef struct pnn_kernels {
    * multiply-adds, for i < rows and j < width. columns is a multiple of PNN_LANES; dot_rows rows of a and dot_columns
    * rows of b are read. */
   void (*dot)(int64_t columns, const void *a, int64_t lda, const void *b, int64_t ldb, int64_t rows, int64_t width,
-              void *out, int64_t ldo);
+              void *out, int64_t ldo, const pnn_ahead_run *ahead);
 
   /* out[r] = sum over columns of a[r][.], in the same order as dot with ones. */
   void (*sum)(int64_t columns, const void *a, int64_t lda, int64_t rows, void *out);
@@ -100,6 +100,13 @@ typedef struct pnn_kernels {
   void (*respond_grad[PNN_ACTIVATION_COUNT])(void *dx, int64_t ldx, const void *d, int64_t ldd, const void *x,
                                              int64_t step, const void *mask, int64_t ldm, const pnn_norm_terms *norm,
                                              int64_t rows, int64_t columns, int64_t masks, int32_t shared);
+
+  /* `dot` of a whole tile whose panels are made on the way: the rows of a are copied from g, those of b are the
+   * response maps source->k0, ...; either may be NULL, where the panel holds them already. NULL as in respond_product.
+   */
+  void (*respond_dot[PNN_ACTIVATION_COUNT])(int64_t columns, void *a, int64_t lda, const void *g, int64_t ldg, void *b,
+                                            int64_t ldb, const pnn_source *source, void *out, int64_t ldo,
+                                            const pnn_ahead_run *ahead);
 
   /* `product` from 0 with respond_grad as its epilogue, one mask a channel: dx of the `rows` response maps source->k0,
    * ... of a tile, tile_columns columns. g not NULL: the panel's rows stand there, [depth][ldg], and are copied to b on
@@ -133,7 +140,7 @@ typedef struct pnn_kernels {
   void (*product_pairs)(int64_t depth, const void *a, const void *b, int64_t ldb, void *c, int64_t ldc,
                         const void *start, pnn_ahead *ahead);
   void (*dot_pairs)(int64_t columns, const void *a, int64_t lda, const void *b, int64_t ldb, int64_t rows,
-                    int64_t width, void *out, int64_t ldo);
+                    int64_t width, void *out, int64_t ldo, const pnn_ahead_run *ahead);
   /* dst[r/2][j] = (a[r][j], a[r+1][j]) rounded to bfloat16; behind an odd last row stands 0. columns: a multiple of
    * PNN_LANES. */
   void (*pair_rows)(void *dst, const void *a, int64_t ld, int64_t rows, int64_t columns);
