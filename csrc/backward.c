@@ -86,11 +86,12 @@ static void sums_products(const pnn_sums *s, const sums_scratch *t, int64_t colu
   }
 }
 
-pnn_sums_place pnn_sums_locate(const pnn_sums *s, int64_t item) {
+pnn_sums_place pnn_sums_locate(const pnn_sums *s, int64_t item, int64_t part) {
   const pnn_problem *p = s->problem;
   const int64_t cut = item % s->output_cuts, map_block = item / s->output_cuts % s->map_blocks;
-  const int64_t group = item / s->output_cuts / s->map_blocks / s->chunks.parts;
-  pnn_sums_place at = {.part = item / s->output_cuts / s->map_blocks % s->chunks.parts, .k = map_block * s->block};
+  const int64_t runs = s->chunks.parts / s->part_run, run = item / s->output_cuts / s->map_blocks;
+  const int64_t group = run / runs;
+  pnn_sums_place at = {.part = run % runs * s->part_run + part, .k = map_block * s->block};
   at.k0 = group * p->group_maps + at.k;
   at.maps = s->products ? PNN_MIN(s->block, p->group_maps - at.k) : 0;
   at.first = group * p->group_outputs + cut * s->output_rows;
@@ -123,13 +124,10 @@ pnn_ahead pnn_sums_ahead(const pnn_sums *s, const pnn_sums_place *at, int64_t ch
   return ahead;
 }
 
-static void sums_item(void *sums_, int32_t worker, int64_t item) {
-  const pnn_sums *s = sums_;
+/* One part's chunks. `masked` remembers whose masks the scratch holds; its pixel is -1 at first. */
+static void sums_part(const pnn_sums *s, const pnn_sums_place at, const sums_scratch t, pnn_range *masked) {
   const pnn_problem *p = s->problem;
   const int64_t size = p->real_size;
-  const pnn_sums_place at = pnn_sums_locate(s, item);
-  pnn_arena own = {.base = s->scratch + worker * s->scratch_bytes};
-  const sums_scratch t = sums_take(s, &own);
   const pnn_response response = {.problem = p,
                                  .mask = t.mask,
                                  .mask_ld = pnn_mask_ld(p, s->chunks.pixels),
@@ -144,16 +142,16 @@ static void sums_item(void *sums_, int32_t worker, int64_t item) {
   const bool exact = p->product_type == PNN_FLOAT32 || p->product_type == PNN_FLOAT64;
   const bool fused = at.maps && exact && p->kernels->respond_dot[p->activation];
   pnn_columns columns;
-  pnn_range range, masked = {.pixel = -1};
+  pnn_range range;
   int64_t chunk, end;
   for (pnn_chunks_part(&s->chunks, at.part, &chunk, &end); chunk < end; chunk++) {
     int64_t first;
     const int64_t count = pnn_chunk_locate(p, &s->chunks, chunk, &range, &first);
-    if (range.pixel != masked.pixel) {
-      masked = range;
-      if (at.maps) pnn_mask_panel(p, at.k0, at.maps, &masked, t.mask, pnn_mask_ld(p, s->chunks.pixels));
+    if (range.pixel != masked->pixel) {
+      *masked = range;
+      if (at.maps) pnn_mask_panel(p, at.k0, at.maps, masked, t.mask, pnn_mask_ld(p, s->chunks.pixels));
     }
-    pnn_columns_set(&columns, &masked, first, count);
+    pnn_columns_set(&columns, masked, first, count);
     /* Whole tiles of a chunk within one image are read where they stand, by the first products that use them. */
     const bool whole = fused && columns.columns == columns.padded && at.maps % p->kernels->dot_columns == 0;
     pnn_source source;
@@ -192,6 +190,14 @@ static void sums_item(void *sums_, int32_t worker, int64_t item) {
   }
 }
 
+static void sums_item(void *sums_, int32_t worker, int64_t item) {
+  const pnn_sums *s = sums_;
+  pnn_arena own = {.base = s->scratch + worker * s->scratch_bytes};
+  const sums_scratch t = sums_take(s, &own);
+  pnn_range masked = {.pixel = -1};
+  for (int64_t part = 0; part < s->part_run; part++) sums_part(s, pnn_sums_locate(s, item, part), t, &masked);
+}
+
 /* The parts' tree, left in part 0, for the outputs [t, t + count). */
 static void join_parts(const pnn_sums *s, char *parts, int64_t width, int64_t t, int64_t count) {
   const pnn_problem *p = s->problem;
@@ -220,6 +226,11 @@ static pnn_sums sums_prepare(const pnn_problem *p, const pnn_host *host, bool pr
   /* Outputs are split only where parts and maps leave threads idle: each split computes the response maps again. */
   const int64_t wanted = 2 * (int64_t)(host ? host->threads : 1);
   const int64_t have = p->groups * s.chunks.parts * s.map_blocks;
+  /* Parts over the same pixels share the making of their masks where that leaves enough items to deal out evenly. */
+  s.part_run = 1;
+  while (s.part_run * 2 <= s.chunks.parts && s.chunks.parts % (s.part_run * 2) == 0 &&
+         have / (s.part_run * 2) >= 4 * wanted)
+    s.part_run *= 2;
   s.output_cuts = PNN_MAX(1, PNN_MIN((wanted + have - 1) / have, p->group_outputs / OUTPUT_BLOCK));
   s.output_rows = round_up((p->group_outputs + s.output_cuts - 1) / s.output_cuts, OUTPUT_BLOCK);
   s.outputs_part = pnn_arena_take(arena, s.chunks.parts * p->outputs, p->real_size);
@@ -232,7 +243,7 @@ static pnn_sums sums_prepare(const pnn_problem *p, const pnn_host *host, bool pr
 }
 
 static int64_t sums_items(const pnn_sums *s) {
-  return s->chunks.count ? s->problem->groups * s->chunks.parts * s->map_blocks * s->output_cuts : 0;
+  return s->chunks.count ? s->problem->groups * (s->chunks.parts / s->part_run) * s->map_blocks * s->output_cuts : 0;
 }
 
 static void sums_scratch_prepare(pnn_sums *s, const pnn_host *host, pnn_arena *arena) {

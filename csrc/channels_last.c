@@ -233,27 +233,24 @@ static void gradient_tiles(const pnn_problem *p, const pixel_run *runs, int64_t 
                               g->data + (runs[r].offset + t) * size, pixel_step(p, g), runs[r].columns, rows);
 }
 
-void pnn_rows_sums_item(void *sums, int32_t worker, int64_t item) {
-  const pnn_sums *s = sums;
+/* One part's chunks. `made` remembers whose masks the scratch holds; its pixel is -1 at first. */
+static void sums_part(const pnn_sums *s, const pnn_sums_place at, const sums_scratch t, pnn_range *made) {
   const pnn_problem *p = s->problem;
   const pnn_kernels *kernels = p->kernels;
   const int64_t size = p->real_size, tile = kernels->tile_rows;
-  const pnn_sums_place at = pnn_sums_locate(s, item);
-  pnn_arena own = {.base = s->scratch + worker * s->scratch_bytes};
-  const sums_scratch t = sums_take(s, &own);
   pnn_sums_begin(s, &at);
   pnn_columns columns;
   pixel_run runs[PNN_CHUNK];
-  pnn_range range, made = {.pixel = -1};
+  pnn_range range;
   int64_t chunk, end;
   for (pnn_chunks_part(&s->chunks, at.part, &chunk, &end); chunk < end; chunk++) {
     int64_t first;
     const int64_t count = pnn_chunk_locate(p, &s->chunks, chunk, &range, &first);
-    if (range.pixel != made.pixel) {
-      made = range;
-      if (at.maps) masks_make(p, &t.masks, at.k0, at.maps, &made);
+    if (range.pixel != made->pixel) {
+      *made = range;
+      if (at.maps) masks_make(p, &t.masks, at.k0, at.maps, made);
     }
-    pnn_columns_set(&columns, &made, first, count);
+    pnn_columns_set(&columns, made, first, count);
     if (at.maps) {
       respond(p, &t.masks, at.k0, &columns, at.k0, at.maps, s->mean, t.maps, t.ld);
     }
@@ -279,6 +276,14 @@ void pnn_rows_sums_item(void *sums, int32_t worker, int64_t item) {
       kernels->accumulate(at.totals + o * size, t.totals, rows);
     }
   }
+}
+
+void pnn_rows_sums_item(void *sums, int32_t worker, int64_t item) {
+  const pnn_sums *s = sums;
+  pnn_arena own = {.base = s->scratch + worker * s->scratch_bytes};
+  const sums_scratch t = sums_take(s, &own);
+  pnn_range made = {.pixel = -1};
+  for (int64_t part = 0; part < s->part_run; part++) sums_part(s, pnn_sums_locate(s, item, part), t, &made);
 }
 
 /* ---- backward: input ---- */

@@ -35,6 +35,7 @@ typedef struct pnn_sums {
   pnn_chunks chunks;
   int64_t block, map_blocks;        /* response maps of an item, and how many such blocks a group has */
   int64_t output_cuts, output_rows; /* outputs of an item */
+  int64_t part_run;                 /* parts of an item */
   bool products;                    /* G is wanted, not h alone */
   bool rows;                        /* channels-last form */
   const void *mean;
@@ -43,14 +44,14 @@ typedef struct pnn_sums {
   int64_t scratch_bytes;
 } pnn_sums;
 
-/* What an item number stands for. */
+/* What part `part` of an item stands for. */
 typedef struct pnn_sums_place {
   int64_t part, k0, k, maps; /* response maps [k0, k0 + maps), number k in their group; maps = 0: h alone */
   int64_t first, end;        /* outputs */
   char *products, *totals;   /* this part's G and h; totals NULL where another item sums them */
 } pnn_sums_place;
 
-pnn_sums_place pnn_sums_locate(const pnn_sums *sums, int64_t item);
+pnn_sums_place pnn_sums_locate(const pnn_sums *sums, int64_t item, int64_t part);
 /* Sets what the item sums up to 0. */
 void pnn_sums_begin(const pnn_sums *sums, const pnn_sums_place *at);
 /* What the item reads next, while the products of the outputs [output, output + outputs) with `chunk` run: the gradient
