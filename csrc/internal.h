@@ -183,6 +183,9 @@ int64_t pnn_mask_ld(const pnn_problem *problem, int64_t pixels);
 /* panel[r][p] = fl(fl(level) * N) of response map k0 + r (of mask r where shared) at the range's pixels. */
 void pnn_mask_panel(const pnn_problem *problem, int64_t k0, int64_t rows, const pnn_range *range, void *panel,
                     int64_t ld);
+/* Adds to what is asked for ahead a share of the mask tensor's rows that pnn_mask_panel will read. */
+void pnn_mask_ahead(const pnn_problem *problem, pnn_ahead *ahead, int64_t k0, int64_t rows, const pnn_range *range,
+                    int64_t share, int64_t shares);
 /* Writes level * panel to the range's pixels of grad_mask; the panel holds all maps (masks where shared). */
 void pnn_mask_grad_store(const pnn_problem *problem, const pnn_range *range, void *panel, int64_t ld);
 

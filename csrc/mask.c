@@ -66,6 +66,20 @@ void pnn_mask_panel(const pnn_problem *problem, int64_t k0, int64_t rows, const 
   }
 }
 
+void pnn_mask_ahead(const pnn_problem *problem, pnn_ahead *ahead, int64_t k0, int64_t rows, const pnn_range *range,
+                    int64_t share, int64_t shares) {
+  const pnn_view *v = &problem->mask;
+  const int64_t step = problem->masks == 1 ? v->channel : v->batch, each = (rows + shares - 1) / shares;
+  const int64_t first = PNN_MIN(share * each, rows), count = PNN_MIN(each, rows - first);
+  const bool joined = v->column == 1 && v->row == problem->out_width && v->channel == problem->masks * step;
+  if (problem->noise != PNN_NOISE_TENSOR || problem->shared || !joined || count <= 0) return;
+  ahead->stream[ahead->streams++] =
+      (pnn_ahead_stream){.data = v->data + ((k0 + first) * step + range->pixel) * v->element,
+                         .stride = step * v->element,
+                         .bytes = range->pixels * v->element,
+                         .rows = count};
+}
+
 void pnn_mask_grad_store(const pnn_problem *problem, const pnn_range *range, void *panel, int64_t ld) {
   const int64_t width = problem->out_width, end = range->pixel + range->pixels;
   const int64_t rows = pnn_mask_rows(problem, problem->maps);

@@ -20,6 +20,7 @@ typedef struct pnn_forward_state {
   pnn_deal deal;
   pnn_packing packing;
   int64_t block;    /* response maps in a panel */
+  int64_t slab;     /* response maps whose masks are there at a time: all of a group, or a panel's */
   int64_t sum_rows; /* outputs of a group, in whole tiles */
   void *packed;
   void *bias;       /* where the sums start: [G][sum_rows] */

@@ -65,7 +65,10 @@ typedef struct pnn_ahead_run {
 
 /* The share of a loop of `rounds`; `otherwise`, which is in cache, where nothing is left. */
 static inline pnn_ahead_run pnn_ahead_take(pnn_ahead *ahead, int64_t rounds, const void *otherwise) {
-  if (!ahead->pace || (ahead->line >= ahead->end && !pnn_ahead_next(ahead))) return (pnn_ahead_run){otherwise, 0};
+  if (!ahead->pace || (ahead->line >= ahead->end && !pnn_ahead_next(ahead))) {
+    const pnn_ahead_run none = {(const char *)otherwise, 0};
+    return none;
+  }
   const int64_t bytes = ahead->pace < rounds ? ahead->pace * 64 : rounds * 64;
   const pnn_ahead_run run = {ahead->line, (bytes + rounds - 1) / rounds};
   ahead->line += bytes;
