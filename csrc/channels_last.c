@@ -157,6 +157,8 @@ static forward_scratch forward_take(const pnn_forward_state *f, pnn_arena *arena
 
 void pnn_rows_forward_scratch(const pnn_forward_state *state, pnn_arena *arena) { forward_take(state, arena); }
 
+#define ROWS_MADE 16 /* pixels at a time; no fewer than a tile has */
+
 void pnn_rows_forward_item(void *state, int32_t worker, int64_t item) {
   const pnn_forward_state *f = state;
   const pnn_problem *p = f->problem;
@@ -183,13 +185,19 @@ void pnn_rows_forward_item(void *state, int32_t worker, int64_t item) {
                                  (p->group_maps / PNN_AHEAD_DEPTH + 1));
     for (int64_t k = 0; k < p->group_maps || k == 0; k += PNN_MAX(f->block, 1)) {
       const int64_t depth = PNN_MIN(f->block, p->group_maps - k);
-      respond(p, &s.masks, k_first, &columns, k_first + k, depth, f->mean, s.panel, s.ld);
+      int64_t made = 0; /* pixels of the panel, a few ahead of the first tile of outputs, which finds them in cache */
       for (int64_t t = 0; t < p->group_outputs; t += tile) {
         const void *b = pnn_packing_tile(p, &f->packing, f->packed, group, 0, t / tile, k);
         const char *start = from_map(p, f->bias, group * f->sum_rows + t);
         for (int64_t r = 0; r < count; r++)
           for (int64_t i = 0; i < runs[r].columns; i += kernels->tile_rows) {
             const int64_t offset = runs[r].offset + i * step + group * p->group_outputs + t;
+            if (made < PNN_MIN(runs[r].column + i + kernels->tile_rows, columns.columns)) {
+              pnn_columns part;
+              pnn_columns_part(&part, &columns, column, made, PNN_MIN(made + ROWS_MADE, columns.columns));
+              respond(p, &s.masks, k_first, &part, k_first + k, depth, f->mean, s.panel + made * s.ld * size, s.ld);
+              made += part.columns;
+            }
             kernels->product_rows(k ? PNN_PRODUCT_CONTINUE : PNN_PRODUCT_START,
                                   PNN_MIN(kernels->tile_rows, runs[r].columns - i), PNN_MIN(tile, p->group_outputs - t),
                                   depth, s.panel + (runs[r].column + i) * s.ld * size, s.ld, 1, b, tile,
