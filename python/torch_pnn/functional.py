@@ -18,6 +18,10 @@ from . import _library  # noqa: F401  (registers the operators)
 
 __all__ = ["perturb_conv2d", "perturb_norm_conv2d", "perturbation_mask"]
 
+# Looked up once: a search through torch.ops in each call costs as much as its dispatch.
+_PERTURB_CONV2D = torch.ops.torch_pnn.perturb_conv2d.default
+_PERTURB_NORM_CONV2D = torch.ops.torch_pnn.perturb_norm_conv2d.default
+
 # --------------------------------------------------------------------------------------------------------------------
 # Errors: a call goes straight to the operator, and only one that failed is looked at more closely
 # --------------------------------------------------------------------------------------------------------------------
@@ -153,15 +157,14 @@ def _perturb_conv2d(
     """The body of `perturb_conv2d`."""
     if not isinstance(input, Tensor):
         raise TypeError(f"input is {type(input).__name__}, it should be a tensor")
-    if mask is None or seed is not None or noise is None:
+    if (mask is None) == (seed is None) or noise is None:
         _check_source(mask, seed, noise)
-        if noise is None:
-            noise = "uniform"
-        if seed is not None:
-            seed = _seed_tensor(seed, input.device)
+        noise = "uniform"  # not read
+    if seed is not None and not isinstance(seed, Tensor):
+        seed = _seed_tensor(seed, input.device)
     image = input.dim() == 3
     try:
-        output = torch.ops.torch_pnn.perturb_conv2d(
+        output = _PERTURB_CONV2D(
             input.unsqueeze(0) if image else input,
             weight,
             bias,
@@ -342,12 +345,11 @@ def _perturb_norm_conv2d(
         raise TypeError(f"momentum is {type(momentum).__name__}, it should be a number")
     if not isinstance(training, bool):
         raise TypeError(f"training is {type(training).__name__}, it should be True or False")
-    if mask is None or seed is not None or noise is None:
+    if (mask is None) == (seed is None) or noise is None:
         _check_source(mask, seed, noise)
-        if noise is None:
-            noise = "uniform"
-        if seed is not None:
-            seed = _seed_tensor(seed, input.device)
+        noise = "uniform"  # not read
+    if seed is not None and not isinstance(seed, Tensor):
+        seed = _seed_tensor(seed, input.device)
     if not training and (running_mean is None or running_var is None):
         name = "running_mean" if running_mean is None else "running_var"
         raise ValueError(f"{name} is None, it should be given where training is False")
@@ -358,7 +360,7 @@ def _perturb_norm_conv2d(
     # When training, the running statistics stay out of the call: they are about to change, and what autograd keeps for
     # the backward pass must not.
     try:
-        output, mean, variance = torch.ops.torch_pnn.perturb_norm_conv2d(
+        output, mean, variance = _PERTURB_NORM_CONV2D(
             input.unsqueeze(0) if image else input,
             weight,
             bias,

@@ -552,21 +552,24 @@ class PerturbConv2d(nn.Module):
                     f"and dilation {self.dilation} its output would be {height}x{width}, it should be larger"
                 )
             grid = _pad(input, self._pads, self.padding_mode)
-        mask: Tensor | None = self.mask
-        seed: Tensor | None = self.mask_seed
+        mask: Tensor | None = None
+        seed: Tensor | None = None
         noise: str | None = self.noise
         if self.level == 0.0:
             noise = None
-        if noise is None:
-            mask = None
-            seed = None
-        elif mask is not None:
-            seed = None
-            if mask.shape[2] != grid.shape[-2] or mask.shape[3] != grid.shape[-1]:
-                raise ValueError(
-                    f"input has size {list(input.shape)}, which is {grid.shape[-2]}x{grid.shape[-1]} with its padding, "
-                    f"it should be {mask.shape[2]}x{mask.shape[3]} with it: the layer's masks have that one size"
-                )
+        if noise is not None:
+            if torch.jit.is_scripting():
+                mask, seed = self.mask, self.mask_seed
+            else:
+                mask, seed = self._buffer("mask"), self._buffer("mask_seed")
+            if mask is not None:
+                seed = None
+                if mask.shape[2] != grid.shape[-2] or mask.shape[3] != grid.shape[-1]:
+                    raise ValueError(
+                        f"input has size {list(input.shape)}, which is {grid.shape[-2]}x{grid.shape[-1]} with its "
+                        f"padding, it should be {mask.shape[2]}x{mask.shape[3]} with it: the layer's masks have that "
+                        "one size"
+                    )
         stride = (1, 1)
         if self.downsample == "subsample":
             stride = self.stride
@@ -590,6 +593,15 @@ class PerturbConv2d(nn.Module):
         if (self.stride[0] == 1 and self.stride[1] == 1) or self.downsample == "subsample":
             return output
         return _pool(output, self.stride, self.downsample)
+
+    def _buffer(self, name: str) -> Tensor | None:
+        """The buffer of that name, or what stands in its place: a parameter, or what a parametrization computes.
+
+        `nn.Module` finds a buffer where Python has looked for an attribute in vain, which takes a tenth of a small
+        call.
+        """
+        buffers = self._buffers
+        return buffers[name] if name in buffers else getattr(self, name)
 
     def _normalised(
         self, grid: Tensor, mask: Tensor | None, seed: Tensor | None, noise: str | None, stride: tuple[int, int]
