@@ -146,7 +146,9 @@ pnn_deal pnn_deal_columns(const pnn_problem *problem, const pnn_host *host, int6
   pnn_deal deal = {.ranges = ceil_div(pixels, most)};
   deal.pixels = deal.ranges ? PNN_MIN(ceil_div(ceil_div(pixels, deal.ranges), PNN_PANEL) * PNN_PANEL, pixels) : 0;
   deal.ranges = deal.pixels ? ceil_div(pixels, deal.pixels) : 0;
-  deal.cuts = whole_batch || !deal.ranges ? 1 : ceil_div(wanted, deal.ranges);
+  /* No piece without columns: it would wake a thread for nothing. */
+  const int64_t panels = PNN_MAX(ceil_div(deal.pixels * images, PNN_PANEL), 1);
+  deal.cuts = whole_batch || !deal.ranges ? 1 : PNN_MIN(ceil_div(wanted, deal.ranges), panels);
   deal.columns = ceil_div(ceil_div(deal.pixels * images, deal.cuts), PNN_PANEL) * PNN_PANEL;
   return deal;
 }
