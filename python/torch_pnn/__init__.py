@@ -10,7 +10,7 @@ Example:
     torch.Size([1, 8, 16, 16])
 """
 
-from . import _library, functional, models, reference
+from . import _costs, _library, functional, models, reference  # noqa: F401  (_costs tells PyTorch's FLOP counter)
 from .blocks import PerturbBasicBlock, PerturbBottleneck
 from .convert import convert
 from .modules import LBConv2d, PerturbConv2d
