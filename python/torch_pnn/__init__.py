@@ -14,6 +14,7 @@ from . import _costs, _library, functional, models, reference  # noqa: F401  (_c
 from .blocks import PerturbBasicBlock, PerturbBottleneck
 from .convert import convert
 from .modules import LBConv2d, PerturbConv2d
+from .summary import summary
 
 __all__ = [
     "LBConv2d",
@@ -25,6 +26,7 @@ __all__ = [
     "functional",
     "models",
     "reference",
+    "summary",
 ]
 
 

@@ -143,7 +143,7 @@ def test_the_table_names_the_operators():
     assert named == {"torch_pnn.perturb_conv2d", "torch_pnn._perturb_conv2d_backward"}
 
 
-# PyTorch compiles nothing while a counter is on (under fullgraph=True it says so); what runs then is the model as it is.
+# PyTorch compiles nothing while a counter is on (with fullgraph=True it says so); the model runs as it is then.
 @needs_derivatives
 @pytest.mark.filterwarnings("ignore:Using `torch.compile:UserWarning")
 def test_a_compiled_model_counts_the_same():
