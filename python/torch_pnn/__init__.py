@@ -10,7 +10,7 @@ Example:
     torch.Size([1, 8, 16, 16])
 """
 
-from . import _costs, _library, functional, models, reference  # noqa: F401  (_costs tells PyTorch's FLOP counter)
+from . import _library, counters, functional, models, reference
 from .blocks import PerturbBasicBlock, PerturbBottleneck
 from .convert import convert
 from .modules import LBConv2d, PerturbConv2d
@@ -23,6 +23,7 @@ __all__ = [
     "PerturbConv2d",
     "__version__",
     "convert",
+    "counters",
     "functional",
     "models",
     "reference",

@@ -79,8 +79,9 @@ def bound(operator: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict
     """The arguments of a call by their names in the operator's schema, defaults filled in.
 
     Example:
-        >>> bound("perturb_conv2d", ("x", "V"), {"groups": 2})["groups"], bound("perturb_conv2d", ("x", "V"), {})["bias"]
-        (2, None)
+        >>> call = bound("perturb_conv2d", ("x", "V"), {"groups": 2})
+        >>> call["weight"], call["groups"], call["masks"]
+        ('V', 2, 1)
     """
     schema = getattr(torch.ops.torch_pnn, operator).default._schema
     values = {argument.name: argument.default_value for argument in schema.arguments}
