@@ -526,7 +526,7 @@ class PerturbConv2d(nn.Module):
             >>> PerturbConv2d(3, 8, 3).mask_bytes, PerturbConv2d(3, 8, 3, mask_size=(4, 4)).mask_bytes
             (8, 192)
         """
-        if self.noise is None or self.level == 0 or isinstance(self.mask, nn.Parameter):
+        if self.noise is None or self.level == 0 or self.train_masks or isinstance(self.mask, nn.Parameter):
             return 0
         return 8 if self.mask is None else self.mask.numel() * self.mask.element_size()
 

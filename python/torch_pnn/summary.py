@@ -344,7 +344,7 @@ def _masks(module: nn.Module) -> tuple[str, int]:
         return "filters", module.mask_bytes
     if not isinstance(module, PerturbConv2d) or module.noise is None or module.level == 0:
         return "", 0
-    if isinstance(module.mask, nn.Parameter):
+    if module.train_masks or isinstance(module.mask, nn.Parameter):  # (or the result of a parametrization of one)
         return "trained", module.mask_bytes
     return ("seed" if module.mask is None else "stored"), module.mask_bytes
 
