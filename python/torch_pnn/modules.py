@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from . import functional, initialisation
 
@@ -175,6 +175,23 @@ def _traced_pool(input: Tensor, stride: tuple[int, int], downsample: str) -> Ten
     counts = F.pad(torch.ones_like(input[..., :1, :, :]), behind)
     sums = F.avg_pool2d(F.pad(input, behind), stride, stride, divisor_override=1)
     return sums / F.avg_pool2d(counts, stride, stride, divisor_override=1)
+
+
+def _traced_as_leaf(module: nn.Module, input: Any) -> Any:
+    """The node of a call of the module, for ``torch.fx.symbolic_trace``.
+
+    A tracer takes the modules of ``torch.nn`` alone as leaves and goes through all others, whose questions for an
+    input's size it can't answer. So our layers say themselves, to every tracer, that they are leaves.
+
+    Raises:
+        ValueError: the module is what is being traced, so that there is nothing to be a leaf of.
+    """
+    if input.tracer.root is module:
+        raise ValueError(
+            f"torch.fx can't trace a {type(module).__name__} by itself, which is one node of a graph: trace a module "
+            "that holds it, for example nn.Sequential(layer)"
+        )
+    return input.tracer.create_proxy("call_module", input.tracer.path_of_module(module), (input,), {})
 
 
 class PerturbConv2d(nn.Module):
@@ -532,6 +549,9 @@ class PerturbConv2d(nn.Module):
 
     def forward(self, input: Tensor) -> Tensor:
         """The layer's output; see the class for shapes."""
+        if not torch.jit.is_scripting():
+            if isinstance(input, fx.Proxy):
+                return _traced_as_leaf(self, input)
         if input.dim() != 3 and input.dim() != 4:
             raise ValueError(
                 f"input has size {list(input.shape)}, it should be [B, {self.in_channels}, H, W] or "
@@ -912,6 +932,9 @@ class LBConv2d(nn.Module):
 
     def forward(self, input: Tensor) -> Tensor:
         """The layer's output; see the class for shapes."""
+        if not torch.jit.is_scripting():
+            if isinstance(input, fx.Proxy):
+                return _traced_as_leaf(self, input)
         if (input.dim() != 3 and input.dim() != 4) or input.shape[-3] != self.in_channels:
             raise ValueError(
                 f"input has size {list(input.shape)}, it should be [B, {self.in_channels}, H, W] or "
