@@ -13,6 +13,7 @@ Example:
 from . import _library, counters, functional, models, reference
 from .blocks import PerturbBasicBlock, PerturbBottleneck
 from .convert import convert
+from .fuse import fuse
 from .modules import LBConv2d, PerturbConv2d
 from .summary import summary
 
@@ -25,6 +26,7 @@ __all__ = [
     "convert",
     "counters",
     "functional",
+    "fuse",
     "models",
     "reference",
     "summary",
