@@ -294,7 +294,9 @@ def test_reasons_inside():
     other = PerturbConv2d(3, 4, 3, norm=True)
     other.norm = layer.norm
     rows = fuse(nn.ModuleList([layer, other]).eval(), pairs=[], inside=True).fusion.rows
-    assert [row.reason for row in rows] == ["the normalisation, the layer's weight or its bias is another module's too"] * 2
+    assert [row.reason for row in rows] == [
+        "the normalisation, the layer's weight or its bias is another module's too"
+    ] * 2
 
 
 def test_synchronised_normalisation_is_folded():

@@ -93,7 +93,9 @@ def test_other_tracers():
 
 def test_a_layer_by_itself_says_what_to_do():
     for layer in (PerturbConv2d(3, 4, 3), LBConv2d(3, 4)):
-        with pytest.raises(ValueError, match=rf"can't trace a {type(layer).__name__} by itself.*nn.Sequential\(layer\)"):
+        with pytest.raises(
+            ValueError, match=rf"can't trace a {type(layer).__name__} by itself.*nn.Sequential\(layer\)"
+        ):
             fx.symbolic_trace(layer)
         assert leaves(fx.symbolic_trace(nn.Sequential(layer))) == ["0"]
 

@@ -148,7 +148,9 @@ def test_the_inner_normalisation_can_be_parametrized():
     other.norm.weight = nn.Parameter(original.detach().exp())
     ours, theirs = layer(x), other(x)
     torch.testing.assert_close(ours, theirs)
-    (a,), (b,) = (torch.autograd.grad(y.square().sum(), [w]) for y, w in ((ours, original), (theirs, other.norm.weight)))
+    (a,), (b,) = (
+        torch.autograd.grad(y.square().sum(), [w]) for y, w in ((ours, original), (theirs, other.norm.weight))
+    )
     torch.testing.assert_close(a, b * original.exp())
 
 
