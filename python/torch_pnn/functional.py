@@ -7,8 +7,8 @@ PyTorch, as the definition, stand in `torch_pnn.reference`.
 Each public function has a twin whose name ends in ``_script``: TorchScript compiles that one, since it has no
 keyword-only arguments with defaults. In eager mode and under ``torch.compile`` both go to the same body.
 
-As PyTorch's own functions they follow the ``__torch_function__`` protocol: ``torch.fx.symbolic_trace`` records a call of
-them as one node, and tensor subclasses see the call before it is carried out.
+As PyTorch's own functions they follow the ``__torch_function__`` protocol: ``torch.fx.symbolic_trace`` records a call
+of them as one node, and tensor subclasses see the call before it is carried out.
 """
 
 from collections.abc import Callable, Sequence

@@ -1,8 +1,8 @@
 """Folds batch normalisation that follows a layer into the layer's weight and bias, for a model that is only evaluated.
 
 In evaluation a batch normalisation is z = s*y + t for each output, s = gamma / sqrt(variance + eps) and
-t = beta - s*mean, so that of a layer y = bias + V*a nothing remains but other numbers: V' = s*V, bias' = s*bias + t.
-Where the layer pools with the maximum in between, that holds for s >= 0 alone: a maximum turns into a minimum otherwise.
+t = beta - s*mean, so that a layer y = bias + V*a takes it in with other numbers: V' = s*V, bias' = s*bias + t.
+Where the layer pools with the maximum in between, that holds for s >= 0 alone: a negative s makes a minimum of it.
 """
 
 from __future__ import annotations
@@ -100,7 +100,7 @@ def _traced_pairs(model: nn.Module) -> tuple[list[tuple[str, str, str]], Counter
             graph = fx.Tracer().trace(model)
     except Exception as error:
         raise ValueError(
-            f"torch.fx can't trace the model ({type(error).__name__}: {error}), so what follows what is not known: name "
+            f"torch.fx can't trace the model ({type(error).__name__}: {error}), so what follows what is unknown: name "
             'the pairs, as pairs=[("layer1.conv", "layer1.bn"), ...]'
         ) from error
     modules = dict(model.named_modules(remove_duplicate=False))
@@ -295,8 +295,8 @@ def fuse(
     used twice, has hooks, is parametrized or pruned, is in training mode, or the layer pools with the maximum and the
     normalisation has a negative weight) is left, with the reason in the table.
 
-    The normalisation inside of a layer with `norm=True` stays: in evaluation the operator subtracts the mean in passing,
-    which costs next to nothing, and it is more accurate so (docs/decisions/0003-batch-normalisation-inside.md).
+    The normalisation inside of a layer with `norm=True` stays: in evaluation the operator subtracts the mean in
+    passing, which costs next to nothing, and is more accurate so (docs/decisions/0003-batch-normalisation-inside.md).
     `inside=True` folds it too, for a model that has to do without: what is computed is then that of a `norm=False`
     layer, and where maps are nearly constant digits are lost.
 

@@ -471,9 +471,9 @@ class PerturbConv2d(nn.Module):
     def _settle_seed(self) -> None:
         """Takes note of the seed, or undoes what averaging did to it.
 
-        Averages of models (``torch.optim.swa_utils.AveragedModel(..., use_buffers=True)`` and the like) run over integer
-        buffers too, in float32: of a seed they leave 24 bits, which is another seed, with other masks. Averaged values
-        are recognised by being float32 numbers near the known one; any other value was meant.
+        Averages of models (``torch.optim.swa_utils.AveragedModel(..., use_buffers=True)`` and the like) run over
+        integer buffers too, in float32: of a seed they leave 24 bits, which is another seed, with other masks. Averaged
+        values are recognised by being float32 numbers near the known one; any other value was meant.
         """
         seed = self.mask_seed
         if type(seed) is not Tensor or seed.is_meta or seed.numel() != 1 or _get_current_dispatch_mode() is not None:
@@ -482,8 +482,8 @@ class PerturbConv2d(nn.Module):
         # Rounding adds up from step to step until the model's own value pulls it back: some 2^-24/(1 - decay) in all.
         if known is not None and 0 < abs(found - known) <= 1 + (abs(known) >> 10) and _is_float32(found):
             warnings.warn(
-                f"torch_pnn: mask_seed was {known} and is {found}, as an average of equal integers comes out in float32: "
-                "it is set back, since the masks would be others. To change a layer's seed call its reseed()",
+                f"torch_pnn: mask_seed was {known} and is {found}, as an average of equal integers comes out in "
+                "float32: it is set back, since the masks would be others. To change a layer's seed call its reseed()",
                 RuntimeWarning,
                 stacklevel=3,
             )

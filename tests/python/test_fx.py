@@ -1,10 +1,11 @@
-"""torch.fx: our layers are leaves for every tracer, our functions are nodes; graphs are transformed, retraced, saved."""
+"""torch.fx: our layers are leaves for every tracer, our functions nodes; graphs are transformed, retraced, saved."""
 
 from __future__ import annotations
 
 import copy
 import operator
 import pickle
+from typing import ClassVar
 
 import pytest
 import torch
@@ -204,7 +205,7 @@ def test_a_pattern_is_replaced():
 class Marked(torch.Tensor):
     """A subclass as people write them: it counts the functions that it sees."""
 
-    seen: list = []
+    seen: ClassVar[list] = []
 
     @classmethod
     def __torch_function__(cls, func, types, args=(), kwargs=None):
