@@ -480,7 +480,7 @@ class PerturbConv2d(nn.Module):
             return  # nothing to read, or nothing that may be read: a fake tensor, a mode that makes others so
         found, known = int(seed), self._known_seed
         # Rounding adds up from step to step until the model's own value pulls it back: some 2^-24/(1 - decay) in all.
-        if known is not None and 0 < abs(found - known) <= 1 + (abs(known) >> 10) and _is_float32(found):
+        if known is not None and 0 < abs(found - known) <= 1 + (abs(known) >> 7) and _is_float32(found):
             warnings.warn(
                 f"torch_pnn: mask_seed was {known} and is {found}, as an average of equal integers comes out in "
                 "float32: it is set back, since the masks would be others. To change a layer's seed call its reseed()",

@@ -309,6 +309,11 @@ def _call(model: nn.Module, input_size: Any, inputs: Any) -> tuple[tuple[Any, ..
     raise TypeError(f"inputs is {type(inputs).__name__}, it should be a tensor, a tuple of arguments or a dict of them")
 
 
+def _differs(buffer: Tensor, value: Tensor) -> bool:
+    """Whether a buffer's values were changed; False where it has none."""
+    return type(buffer) is Tensor and not buffer.is_meta and not torch.equal(buffer, value)
+
+
 @contextlib.contextmanager
 def _undisturbed(model: nn.Module) -> Iterator[None]:
     """Evaluation mode for a while; afterwards modes, buffers and random generators are as they were."""
@@ -334,7 +339,7 @@ def _undisturbed(model: nn.Module) -> Iterator[None]:
             for module, held in buffers:
                 module._buffers.update(held)
             for buffer, value in values.values():
-                if not buffer.is_meta and not torch.equal(buffer, value):
+                if _differs(buffer, value):
                     buffer.copy_(value)
 
 

@@ -235,6 +235,10 @@ def test_other_changes_of_a_seed_are_meant():
     layer = PerturbConv2d(3, 4, 3, seed=2**40)
     layer.mask_seed.fill_(12345)
     assert int(layer.eval().mask_seed) == 12345
+    layer.mask_seed.fill_(2**62 + 1)
+    assert int(layer.eval().mask_seed) == 2**62 + 1
+    layer.mask_seed.fill_(2**62 + 2)  # near, but no float32 number
+    assert int(layer.eval().mask_seed) == 2**62 + 2
     layer.reseed(12346)
     assert int(layer.train().mask_seed) == 12346
     other = PerturbConv2d(3, 4, 3, seed=12347)

@@ -8,6 +8,7 @@ import json
 import pytest
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
 import torch_pnn
@@ -237,6 +238,12 @@ def test_on_the_meta_device_nothing_is_computed():
         model = models.noise_resnet50(width=64, stem="imagenet", num_classes=1000)
     found = summary(model, (3, 224, 224))
     assert found.multiply_adds > 10**8 and next(model.parameters()).is_meta
+
+
+def test_fake_tensors_are_counted():
+    wanted = summary(models.lenet(width=4, norm=True), (1, 28, 28))
+    with FakeTensorMode():
+        assert summary(models.lenet(width=4, norm=True), (1, 28, 28)) == wanted
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
