@@ -10,10 +10,12 @@ Example:
     torch.Size([1, 8, 16, 16])
 """
 
-from . import _library, functional, models, reference
+from . import _library, counters, functional, models, reference
 from .blocks import PerturbBasicBlock, PerturbBottleneck
 from .convert import convert
+from .fuse import fuse
 from .modules import LBConv2d, PerturbConv2d
+from .summary import summary
 
 __all__ = [
     "LBConv2d",
@@ -22,9 +24,12 @@ __all__ = [
     "PerturbConv2d",
     "__version__",
     "convert",
+    "counters",
     "functional",
+    "fuse",
     "models",
     "reference",
+    "summary",
 ]
 
 

@@ -6,6 +6,9 @@ PyTorch, as the definition, stand in `torch_pnn.reference`.
 
 Each public function has a twin whose name ends in ``_script``: TorchScript compiles that one, since it has no
 keyword-only arguments with defaults. In eager mode and under ``torch.compile`` both go to the same body.
+
+As PyTorch's own functions they follow the ``__torch_function__`` protocol: ``torch.fx.symbolic_trace`` records a call
+of them as one node, and tensor subclasses see the call before it is carried out.
 """
 
 from collections.abc import Callable, Sequence
@@ -13,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.overrides import handle_torch_function, has_torch_function_variadic
 
 from . import _library  # noqa: F401  (registers the operators)
 
@@ -270,6 +274,23 @@ def perturb_conv2d(
         >>> perturb_conv2d(x, weight, seed=7, level=0.1).shape
         torch.Size([1, 1, 1, 2])
     """
+    if has_torch_function_variadic(input, weight, bias, mask, seed):
+        return handle_torch_function(
+            perturb_conv2d,
+            (input, weight, bias, mask, seed),
+            input,
+            weight,
+            bias,
+            mask=mask,
+            seed=seed,
+            masks=masks,
+            shared_masks=shared_masks,
+            noise=noise,
+            level=level,
+            activation=activation,
+            stride=stride,
+            groups=groups,
+        )
     return _perturb_conv2d(
         input, weight, bias, mask, seed, masks, shared_masks, noise, level, activation, stride, groups
     )
@@ -538,6 +559,25 @@ def perturb_norm_conv2d(
         >>> perturb_norm_conv2d(x, weight, None, None, None, None, None, training=True, noise=None, eps=0.0)
         tensor([[[[-1.,  1.]]]])
     """
+    tensors = (input, weight, bias, norm_weight, norm_bias, running_mean, running_var)
+    if has_torch_function_variadic(*tensors, mask, seed):
+        return handle_torch_function(
+            perturb_norm_conv2d,
+            (*tensors, mask, seed),
+            *tensors,
+            training=training,
+            momentum=momentum,
+            eps=eps,
+            mask=mask,
+            seed=seed,
+            masks=masks,
+            shared_masks=shared_masks,
+            noise=noise,
+            level=level,
+            activation=activation,
+            stride=stride,
+            groups=groups,
+        )
     return _perturb_norm_conv2d(
         input,
         weight,
@@ -655,4 +695,19 @@ def perturbation_mask(
         >>> perturbation_mask(7, channels=1, masks=1, height=1, width=3).flatten() * 256
         tensor([-165.,   55.,  129.])
     """
+    # (torch.fx's stand-ins for sizes have the protocol too.)
+    if has_torch_function_variadic(seed, height, width):
+        return handle_torch_function(
+            perturbation_mask,
+            (seed, height, width),
+            seed,
+            channels,
+            masks,
+            height,
+            width,
+            shared_masks=shared_masks,
+            noise=noise,
+            dtype=dtype,
+            device=device,
+        )
     return _perturbation_mask(seed, channels, masks, height, width, shared_masks, noise, dtype, device)
