@@ -43,6 +43,15 @@ OPTIONS = [
     {"seed": 2**64 - 1},
     {"norm": True},
     {"norm": True, "masks": 2, "stride": 2, "downsample": "subsample", "mask_size": (6, 7)},
+    {"norm": True, "noise": None, "groups": 2, "bias": False},
+    {"shared_masks": True, "masks": 3, "mask_size": (6, 7), "train_masks": True, "level": -0.5},
+    {"padding": -1, "kernel_size": 1},
+    {"padding": 2, "padding_mode": "circular", "kernel_size": (1, 3)},
+    {"padding": (0, 3), "padding_mode": "replicate", "dilation": (1, 2), "stride": (1, 3), "downsample": "avg"},
+    *(
+        {"activation": name}
+        for name in ("identity", "leaky_relu", "elu", "selu", "silu", "tanh", "sigmoid", "hardtanh")
+    ),
 ]
 
 
@@ -150,6 +159,18 @@ def by_script(model, x):
 def by_trace(model, x):
     # A second run to check the trace would move running statistics once more.
     return saved_and_loaded(torch.jit.trace(copy.deepcopy(model), x, check_trace=False))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("way", [by_script, by_trace])
+def test_layers_in_sixteen_bits_compute_the_same_bits(way, dtype):
+    layer = PerturbConv2d(4, 6, 3, 2, 1, norm=True, mask_size=(6, 7)).to(dtype).to(memory_format=torch.channels_last)
+    x = torch.randn(2, 4, 6, 7).to(dtype).contiguous(memory_format=torch.channels_last)
+    expected, found = step(copy.deepcopy(layer), x), step(way(layer, x), x)
+    assert torch.equal(found.output, expected.output) and found.output.dtype == dtype
+    assert found.output.is_contiguous(memory_format=torch.channels_last)
+    for name, gradient in expected.parameters.items():
+        assert torch.equal(found.parameters[name], gradient), name
 
 
 @needs_derivatives
