@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 from pathlib import Path
 
@@ -84,6 +85,25 @@ def test_without_the_libraries_the_header_says_what_to_link(programs: Path, tmp_
     assert "ok    no derivatives are loaded" in said
     assert "refused: torch_pnn::perturb_conv2d is not registered: link torch_pnn::torch_pnn (find_package" in said
     assert "Unknown builtin op: torch_pnn::perturb_conv2d." in said
+
+
+def test_the_recipe_compiles(tmp_path: Path) -> None:
+    """The blocks of docs/recipes/cpp.md, put together: what stands outside functions, and the rest inside one each."""
+    page = (TESTS.parent / "docs/recipes/cpp.md").read_text(encoding="utf-8")
+    includes, outside, inside = [], [], []
+    for number, block in enumerate(re.findall(r"^```cpp\n(.*?)^```$", page, re.MULTILINE | re.DOTALL)):
+        includes += [line for line in block.splitlines() if line.startswith("#include")]
+        rest = "\n".join(line for line in block.splitlines() if not line.startswith("#include"))
+        declared, brace, statements = rest.partition("};\n") if "struct " in rest else ("", "", rest)
+        outside.append(declared + brace)
+        inside.append(f"void part{number}([[maybe_unused]] at::Tensor x, [[maybe_unused]] at::Tensor target) {{ {{\n")
+        inside.append(statements + "\n} }\n")
+    source = tmp_path / "recipe.cpp"
+    source.write_text("\n".join([*includes, *outside, *inside]), encoding="utf-8")
+    root = Path(torch.__file__).parent / "include"
+    standard = "c++20" if torch.__version__ >= "2.14" else "c++17"
+    folders = ["-isystem", root, "-isystem", root / "torch/csrc/api/include", "-I", TESTS.parent / "csrc/torch/include"]
+    output_of(tool("c++"), "-fsyntax-only", "-Wall", "-Wextra", "-Werror", f"-std={standard}", *folders, source)
 
 
 def configured(tmp_path: Path, torch_root: Path) -> str:
