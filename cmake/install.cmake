@@ -2,8 +2,9 @@
 #
 #     --component pnn        the C library: include/pnn, lib/libpnn.so, lib/libpnn.a and find_package(pnn) -> pnn::pnn,
 #                            pnn::pnn_static
-#     --component torch_pnn  the operators for C++ programs: lib/ and find_package(torch_pnn) -> torch_pnn::torch_pnn
-#     --component python     the operators as the Python wheel carries them: torch_pnn/lib, torch_pnn/share/cmake
+#     --component torch_pnn  the operators for C++ programs: include/torch_pnn, lib/ and find_package(torch_pnn) ->
+#                            torch_pnn::torch_pnn
+#     --component python     the same as the Python wheel carries it, in torch_pnn/include, lib and share/cmake
 
 if(NOT PNN_INSTALL_PYTHON)
   set(installed pnn_static)
@@ -30,19 +31,23 @@ if(PNN_TORCH)
   endif()
   write_basic_package_version_file(${PROJECT_BINARY_DIR}/torch_pnnConfigVersion.cmake COMPATIBILITY SameMinorVersion)
 
-  function(install_operators component library_dir package_dir)
+  function(install_operators component include_dir library_dir package_dir)
     install(TARGETS ${operators} LIBRARY DESTINATION ${library_dir} COMPONENT ${component})
+    install(DIRECTORY csrc/torch/include/torch_pnn DESTINATION ${include_dir} COMPONENT ${component}
+      FILES_MATCHING PATTERN "*.h")
     set(TORCH_PNN_LIBRARY_DIR ${library_dir})
+    set(TORCH_PNN_INCLUDE_DIR ${include_dir})
     configure_package_config_file(
       cmake/torch_pnnConfig.cmake.in ${PROJECT_BINARY_DIR}/${component}/torch_pnnConfig.cmake
-      INSTALL_DESTINATION ${package_dir} PATH_VARS TORCH_PNN_LIBRARY_DIR)
+      INSTALL_DESTINATION ${package_dir} PATH_VARS TORCH_PNN_LIBRARY_DIR TORCH_PNN_INCLUDE_DIR)
     install(FILES ${PROJECT_BINARY_DIR}/${component}/torch_pnnConfig.cmake
                   ${PROJECT_BINARY_DIR}/torch_pnnConfigVersion.cmake
       DESTINATION ${package_dir} COMPONENT ${component})
   endfunction()
   if(NOT PNN_INSTALL_PYTHON)
-    install_operators(torch_pnn ${CMAKE_INSTALL_LIBDIR} ${CMAKE_INSTALL_LIBDIR}/cmake/torch_pnn)
+    install_operators(
+      torch_pnn ${CMAKE_INSTALL_INCLUDEDIR} ${CMAKE_INSTALL_LIBDIR} ${CMAKE_INSTALL_LIBDIR}/cmake/torch_pnn)
   else()
-    install_operators(python torch_pnn/lib torch_pnn/share/cmake/torch_pnn)
+    install_operators(python torch_pnn/include torch_pnn/lib torch_pnn/share/cmake/torch_pnn)
   endif()
 endif()

@@ -1,6 +1,7 @@
 # Each layer knows only those below it (run with cmake -DSOURCE_DIR=... -P):
 #   csrc/, but for csrc/torch: no header of PyTorch
 #   csrc/torch, but for auto*.cpp: of PyTorch only the stable ABI's headers
+#   csrc/torch/include, the header of C++ programs: nothing of ours
 #   csrc/torch: of libpnn only the public headers
 
 set(failures "")
@@ -23,7 +24,9 @@ foreach(file IN LISTS files)
     check_includes(${file} "" "[<\"](torch|ATen|c10|caffe2)/" "libpnn is usable without PyTorch")
   else()
     get_filename_component(name ${file} NAME)
-    if(NOT name MATCHES "^auto(grad|cast)")
+    if(file MATCHES "/csrc/torch/include/")
+      check_includes(${file} "" "[<\"](pnn/|torch_pnn/|[^/>]*[.]h\")" "a program has this header and LibTorch's alone")
+    elseif(NOT name MATCHES "^auto(grad|cast)")
       check_includes(${file}
         "[<\"]torch/(csrc/stable|headeronly|csrc/inductor/aoti_torch/c)/" "[<\"](torch|ATen|c10|caffe2)/"
         "outside autograd and autocast the shim keeps to the stable ABI")

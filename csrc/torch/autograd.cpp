@@ -228,9 +228,17 @@ struct PerturbNormConv2d : torch::autograd::Function<PerturbNormConv2d> {
 
 // ---- Autograd kernels ----
 
+// A nested tensor has no sizes, and what asks for them first is PyTorch's bookkeeping of gradients.
+void refuse_nested(const char* op, const Tensor& input) {
+  TORCH_CHECK(!input.is_nested(), "torch_pnn::", op,
+              ": input is a nested tensor, it should be a dense one: give the layer one image at a time, or pad them "
+              "with torch.nested.to_padded_tensor");
+}
+
 Tensor perturb_conv2d_autograd(const Tensor& input, const Tensor& weight, const OptionalTensor& bias,
                                const OptionalTensor& mask, const OptionalTensor& seed, int64_t masks, bool shared_masks,
                                Text noise, double level, Text activation, at::IntArrayRef stride, int64_t groups) {
+  refuse_nested("perturb_conv2d", input);
   const Options options = make_options(seed, masks, shared_masks, noise, level, activation, stride, groups);
   if (must_decompose(input, weight, bias, mask)) return decomposed::perturb_conv2d(input, weight, bias, mask, options);
   if (must_record(input, weight, bias, mask)) return PerturbConv2d::apply(input, weight, bias, mask, options);
@@ -255,6 +263,7 @@ NormOutputs perturb_norm_conv2d_autograd(const Tensor& input, const Tensor& weig
                                          const OptionalTensor& mask, const OptionalTensor& seed, bool training,
                                          double eps, int64_t masks, bool shared_masks, Text noise, double level,
                                          Text activation, at::IntArrayRef stride, int64_t groups) {
+  refuse_nested("perturb_norm_conv2d", input);
   const Options options = make_options(seed, masks, shared_masks, noise, level, activation, stride, groups);
   const Norm norm = {norm_weight, norm_bias, running_mean, running_var, training, eps};
   if (must_decompose(input, weight, bias, norm_weight, norm_bias, mask))
@@ -367,6 +376,19 @@ NormGradients perturb_norm_conv2d_backward_vmap(const Tensor& grad_output, const
 
 // ---- autocast: weight and bias take the device's autocast type, everything else stays as it is ----
 
+// The kernels take every floating-point input beside a 16-bit weight but the other 16-bit type: that one follows the
+// weight, as a convolution's input does.
+Tensor beside_weight(at::ScalarType dtype, const Tensor& input, at::DeviceType device) {
+  const bool other = at::isReducedFloatingType(input.scalar_type()) && input.scalar_type() != dtype;
+  return other ? at::autocast::cached_cast(dtype, input, device) : input;
+}
+
+// A mask in the type that the input had goes to float32, which every input takes and which changes none of its values.
+OptionalTensor beside_input(const OptionalTensor& mask, const Tensor& before, const Tensor& now) {
+  const bool other = mask && mask->scalar_type() == before.scalar_type() && before.scalar_type() != now.scalar_type();
+  return other ? OptionalTensor(mask->to(at::kFloat)) : mask;
+}
+
 template <at::DeviceType device>
 struct Autocast {
   static Tensor perturb_conv2d(const Tensor& input, const Tensor& weight, const OptionalTensor& bias,
@@ -374,8 +396,9 @@ struct Autocast {
                                Text noise, double level, Text activation, at::IntArrayRef stride, int64_t groups) {
     const c10::impl::ExcludeDispatchKeyGuard guard(at::autocast::get_autocast_dispatch_key_from_device_type(device));
     const at::ScalarType dtype = at::autocast::get_autocast_dtype(device);
-    return call_plain(input, at::autocast::cached_cast(dtype, weight, device),
-                      at::autocast::cached_cast(dtype, bias, device), mask,
+    const Tensor x = beside_weight(dtype, input, device);
+    return call_plain(x, at::autocast::cached_cast(dtype, weight, device),
+                      at::autocast::cached_cast(dtype, bias, device), beside_input(mask, input, x),
                       make_options(seed, masks, shared_masks, noise, level, activation, stride, groups));
   }
 
@@ -387,8 +410,9 @@ struct Autocast {
                                          Text activation, at::IntArrayRef stride, int64_t groups) {
     const c10::impl::ExcludeDispatchKeyGuard guard(at::autocast::get_autocast_dispatch_key_from_device_type(device));
     const at::ScalarType dtype = at::autocast::get_autocast_dtype(device);
-    return call_norm(input, at::autocast::cached_cast(dtype, weight, device),
-                     at::autocast::cached_cast(dtype, bias, device), mask,
+    const Tensor x = beside_weight(dtype, input, device);
+    return call_norm(x, at::autocast::cached_cast(dtype, weight, device),
+                     at::autocast::cached_cast(dtype, bias, device), beside_input(mask, input, x),
                      {norm_weight, norm_bias, running_mean, running_var, training, eps},
                      make_options(seed, masks, shared_masks, noise, level, activation, stride, groups));
   }

@@ -1,6 +1,9 @@
 // params.cpp - tensors become a pnn_params here and nowhere else.
 #include "params.h"
 
+#include <torch/headeronly/core/ScalarType.h>
+
+#include <cctype>
 #include <cstdlib>
 #include <cstring>
 
@@ -34,7 +37,8 @@ void check_dense_here(const char* op, const char* name, const Tensor& tensor) {
   int32_t layout = 0, device = 0;
   require(aoti_torch_get_layout(tensor.get(), &layout), op, "a tensor's layout");
   require(aoti_torch_get_device_type(tensor.get(), &device), op, "a tensor's device");
-  if (layout != aoti_torch_layout_strided()) fail(op, name, " is sparse or opaque, it should be dense (strided)");
+  if (layout != aoti_torch_layout_strided())
+    fail(op, name, " is sparse or opaque, it should be dense (strided): call to_dense() on it");
   int32_t index = Backend::device_index();
   if (device == Backend::device_type() && device != aoti_torch_device_type_cpu())
     require(aoti_torch_get_device_index(tensor.get(), &index), op, "a tensor's device");
@@ -120,7 +124,10 @@ std::string dtype_name(int32_t dtype) {
   };
   for (const auto& entry : names)
     if (entry.dtype == dtype) return entry.name;
-  return "unknown";
+  // The shim has no function for the rest. Their numbers are part of every saved file, so they stay as they are.
+  std::string name = torch::headeronly::toString(static_cast<torch::headeronly::ScalarType>(dtype));
+  for (char& letter : name) letter = static_cast<char>(std::tolower(static_cast<unsigned char>(letter)));
+  return name == "unknown_scalar" ? "unknown" : name;
 }
 
 int32_t dtype_of(const Tensor& tensor) {
@@ -137,8 +144,13 @@ pnn_tensor describe(const char* op, const char* name, const Tensor& tensor, size
   check_dense_here(op, name, tensor);
   pnn_tensor view = {};
   const int32_t dtype = dtype_of(tensor);
-  if (!pnn_dtype_of(dtype, &view.dtype))
-    fail(op, name, " has type ", dtype_name(dtype), ", it should be float32, float64, bfloat16 or float16");
+  if (!pnn_dtype_of(dtype, &view.dtype)) {
+    constexpr const char* wanted = "it should be float32, float64, bfloat16 or float16";
+    const std::string found = dtype_name(dtype);
+    if (found.rfind("qint", 0) == 0 || found.rfind("quint", 0) == 0)
+      fail(op, name, " is quantized (", found, "), ", wanted, ": call dequantize() on it");
+    fail(op, name, " has type ", found, ", ", wanted);
+  }
   const Numbers sizes = tensor.sizes();
   if (sizes.size() != dimensions)
     fail(op, name, " has size ", size_text(sizes), ", it should have ", dimensions,

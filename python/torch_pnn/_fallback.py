@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import threading
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -60,27 +60,45 @@ def _in_format_of(result: Tensor, input: Tensor) -> Tensor:
     ).copy_(result)
 
 
-def _check_tensors(name: str, tensors: Sequence[Any]) -> None:
+def _check_tensors(name: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
     """Refuses layouts and mixed devices, which the reference would fail on with a message about something else."""
-    given = [tensor for tensor in tensors if isinstance(tensor, Tensor)]
-    for tensor in given:
+    named = dict(zip(_argument_names(name), args)) | dict(kwargs)
+    given = {argument: value for argument, value in named.items() if isinstance(value, Tensor)}
+    first = next(iter(given))
+    for argument, tensor in given.items():
         if tensor.layout != torch.strided or tensor.is_quantized:
             kind = "quantized" if tensor.is_quantized else str(tensor.layout).removeprefix("torch.")
+            raise RuntimeError(f"torch_pnn::{name}: {argument} is {kind}, it should be dense (strided)")
+        if tensor.device != given[first].device:
             raise RuntimeError(
-                f"torch_pnn::{name}: a tensor of shape {list(tensor.shape)} is {kind}, it should be dense (strided)"
+                f"torch_pnn::{name}: {argument} is on {tensor.device}, it should be on {given[first].device} like "
+                f"{first}: move both to one device"
             )
-        if tensor.device != given[0].device:
-            raise RuntimeError(
-                f"torch_pnn::{name}: a tensor of shape {list(tensor.shape)} is on {tensor.device}, it should be on "
-                f"{given[0].device} like the first"
-            )
+
+
+def _argument_names(name: str) -> list[str]:
+    return [argument.name for argument in getattr(torch.ops.torch_pnn, name).default._schema.arguments]
+
+
+def _refuse_nested(name: str) -> Callable[..., Any]:
+    """A kernel for nested tensors, which PyTorch would refuse with a list of all backends."""
+
+    def kernel(*args: Any, **kwargs: Any) -> Any:
+        named = dict(zip(_argument_names(name), args)) | kwargs
+        nested = [argument for argument, value in named.items() if isinstance(value, Tensor) and value.is_nested]
+        raise RuntimeError(
+            f"torch_pnn::{name}: {nested[0]} is a nested tensor, it should be a dense one: give the layer one image at "
+            f"a time, or pad them with torch.nested.to_padded_tensor"
+        )
+
+    return kernel
 
 
 def _kernel(name: str, silent: str | None, once: _Once) -> Callable[..., Any]:
     def kernel(*args: Any, **kwargs: Any) -> Any:
         from . import reference
 
-        _check_tensors(name, [*args, *kwargs.values()])
+        _check_tensors(name, args, kwargs)
         device = args[0].device.type
         if device != silent:
             once.tell(device)
@@ -113,6 +131,8 @@ def register_kernels(library: torch.library.Library, *, with_cpu: bool) -> None:
     once = _Once()
     for name in _OPERATORS:
         library.impl(name, _kernel(name, "cpu" if with_cpu else None, once), "CompositeExplicitAutograd")
+        for key in ("NestedTensorCPU", "NestedTensorCUDA"):
+            library.impl(name, _refuse_nested(name), key)
     if with_cpu:
         library.impl("_isa_name", lambda: "none", "CompositeExplicitAutograd")
         library.impl("_library_version", lambda: "none", "CompositeExplicitAutograd")
@@ -202,7 +222,24 @@ def _norm_backward(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Tensor | Non
 
 
 def _autocast_kernel(name: str, device: str, key: str) -> Callable[..., Any]:
-    """Casts weight and bias, the arguments at 1 and 2, to the type that autocast has for the device; nothing else."""
+    """Casts weight and bias, the arguments at 1 and 2, to the type that autocast has for the device.
+
+    An input of the other 16-bit type follows, since no kernel takes it beside such a weight.
+    """
+    mask_at = _argument_names(name).index("mask")
+
+    def follow(arguments: list[Any], kwargs: dict[str, Any]) -> None:
+        input, dtype = arguments[0], torch.get_autocast_dtype(device)
+        if input.dtype not in (torch.bfloat16, torch.float16) or input.dtype == dtype or input.device.type != device:
+            return
+        arguments[0] = input.to(dtype)
+        mask = arguments[mask_at] if len(arguments) > mask_at else kwargs.get("mask")
+        if mask is None or mask.dtype != input.dtype:
+            return
+        if "mask" in kwargs:
+            kwargs["mask"] = mask.float()
+        else:
+            arguments[mask_at] = mask.float()
 
     def cast(tensor: Tensor | None) -> Tensor | None:
         if tensor is None or not tensor.is_floating_point() or tensor.dtype == torch.float64:
@@ -214,6 +251,7 @@ def _autocast_kernel(name: str, device: str, key: str) -> Callable[..., Any]:
         arguments[1:3] = [cast(tensor) for tensor in arguments[1:3]]
         if "bias" in kwargs:
             kwargs["bias"] = cast(kwargs["bias"])
+        follow(arguments, kwargs)
         with torch._C._ExcludeDispatchKeyGuard(torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, key))):
             return getattr(torch.ops.torch_pnn, name)(*arguments, **kwargs)
 

@@ -34,6 +34,7 @@ __all__ = ["LibraryStatus", "status"]
 NAMESPACE = "torch_pnn"
 OPS_FILE = "libtorch_pnn_ops.so"
 CUDA_FILE = "libtorch_pnn_cuda.so"
+OLDEST_TORCH = (2, 11)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,10 +74,27 @@ def library_directory() -> Path:
     return Path(named) if named else Path(__file__).parent / "lib"
 
 
+def _torch_minor() -> tuple[int, int] | None:
+    """The running PyTorch's version, for example (2, 13); None where its name starts otherwise."""
+    version = re.match(r"(\d+)\.(\d+)", torch.__version__)
+    return (int(version[1]), int(version[2])) if version else None
+
+
 def autograd_file() -> str:
     """The name of the autograd library for the running PyTorch, for example libtorch_pnn_autograd-2.13.so."""
-    version = re.match(r"(\d+)\.(\d+)", torch.__version__)
-    return f"libtorch_pnn_autograd-{version[1]}.{version[2]}.so" if version else "libtorch_pnn_autograd.so"
+    version = _torch_minor()
+    return f"libtorch_pnn_autograd-{version[0]}.{version[1]}.so" if version else "libtorch_pnn_autograd.so"
+
+
+def _check_torch_version() -> None:
+    """Refuses a PyTorch without the stable ABI that the operators are built for."""
+    version = _torch_minor()
+    if version is not None and version < OLDEST_TORCH:
+        oldest = ".".join(map(str, OLDEST_TORCH))
+        raise ImportError(
+            f"torch_pnn: PyTorch {torch.__version__} is too old, it should be {oldest} or newer: "
+            f"pip install --upgrade 'torch>={oldest}'"
+        )
 
 
 def schemas() -> list[str]:
@@ -175,6 +193,7 @@ class _Registry:
             warnings.warn(warning, RuntimeWarning, stacklevel=2)
 
 
+_check_torch_version()
 _registry = _Registry()
 _registry.register()
 

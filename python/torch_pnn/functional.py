@@ -37,10 +37,29 @@ _FLOATS = ("level", "eps", "momentum")
 _BOOLS = ("shared_masks", "training")
 
 
+def check_is_dense_tensor(name: str, value: Any) -> None:
+    """Refuses what is no tensor, and nested tensors, which fail on the first question for their size.
+
+    Raises:
+        TypeError: it is not a tensor.
+        ValueError: it is a nested tensor.
+    """
+    if isinstance(value, Tensor):
+        if value.is_nested:
+            raise ValueError(
+                f"{name} is a nested tensor, it should be a dense one: give the layer one image at a time, or pad them "
+                "with torch.nested.to_padded_tensor"
+            )
+    elif not hasattr(value, "dim"):  # what torch.fx traces with is no tensor, but acts as one
+        raise TypeError(f"{name} is {type(value).__name__}, it should be a tensor")
+
+
 def _check_types(arguments: dict[str, Any]) -> None:
     """Refuses arguments of the wrong Python type, in a sentence."""
     for name, value in arguments.items():
         found = type(value).__name__
+        if name in _TENSORS and isinstance(value, Tensor):
+            check_is_dense_tensor(name, value)
         if name in _TENSORS and not isinstance(value, Tensor) and (value is not None or name in _REQUIRED):
             optional = "" if name in _REQUIRED else " or None"
             raise TypeError(f"{name} is {found}, it should be a tensor{optional}")
@@ -71,19 +90,21 @@ def _check_types(arguments: dict[str, Any]) -> None:
 
 def _explained(error: Exception, arguments: dict[str, Any]) -> Exception:
     """What to raise in place of an operator's error: Python's own types where they fit, else the error itself."""
-    if isinstance(error, (torch.OutOfMemoryError, NotImplementedError)):
+    if isinstance(error, torch.OutOfMemoryError):
         return error
     try:
         _check_types(arguments)
     except (TypeError, ValueError) as found:
         return found
+    if isinstance(error, NotImplementedError):
+        return error
     operator, colon, sentence = str(error).partition(": ")
     if not colon or not operator.startswith("torch_pnn"):
         return error
     sentence = sentence.split("\nException raised from", 1)[0]
     if "out of memory" in sentence or "can't allocate memory" in sentence:
         return torch.OutOfMemoryError(sentence)
-    about_type = " has type " in sentence or sentence.startswith("dtype is ")
+    about_type = " has type " in sentence or " is quantized " in sentence or sentence.startswith("dtype is ")
     return TypeError(sentence) if about_type else ValueError(sentence)
 
 

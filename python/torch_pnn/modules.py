@@ -10,10 +10,11 @@ and padding - ceil(e/2) behind (a negative number crops), the layer runs on that
 clipped at the edge, are pooled. The output then has the size that `nn.Conv2d` gives.
 """
 
+import contextlib
 import math
 import struct
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -123,9 +124,49 @@ def _is_float32(value: int) -> bool:
     return int(struct.unpack("f", struct.pack("f", value))[0]) == value
 
 
+def _draw_seed() -> Tensor:
+    """A seed from PyTorch's default generator."""
+    return torch.randint(-(2**63), 2**63 - 1, (1,), dtype=torch.int64, device="cpu")
+
+
 def _check_dtype(dtype: torch.dtype | None) -> None:
     if dtype not in (None, torch.float32, torch.float64, torch.bfloat16, torch.float16):
         raise TypeError(f"dtype is {dtype!r}, it should be float32, float64, bfloat16 or float16")
+
+
+@contextlib.contextmanager
+def _silent_tracer() -> Iterator[None]:
+    """Without torch.jit.trace's warnings about our checks of sizes: what it records computes the same at any size."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", torch.jit.TracerWarning)
+        yield
+
+
+_FLOATING = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+
+
+def _check_convolved(name: str, value: Any, weight: Tensor) -> None:
+    """Refuses, in the operators' words, what PyTorch's convolutions fail on with words about something else."""
+    functional.check_is_dense_tensor(name, value)
+    if not isinstance(value, Tensor):
+        return
+    if value.is_quantized:
+        kind = str(value.dtype).removeprefix("torch.")
+        raise TypeError(
+            f"{name} is quantized ({kind}), it should be float32, float64, bfloat16 or float16: call dequantize() on it"
+        )
+    if value.dtype not in _FLOATING:
+        kind = str(value.dtype).removeprefix("torch.")
+        raise TypeError(f"{name} has type {kind}, it should be float32, float64, bfloat16 or float16")
+    if value.layout != torch.strided and not value.is_mkldnn:
+        raise ValueError(f"{name} is sparse or opaque, it should be dense (strided): call to_dense() on it")
+    if value.device != weight.device:
+        raise ValueError(
+            f"{name} is on {value.device} and weight on {weight.device}, they should be on the same device"
+        )
+    if value.dtype != weight.dtype and not torch.is_autocast_enabled(value.device.type):
+        found, own = (str(dtype).removeprefix("torch.") for dtype in (weight.dtype, value.dtype))
+        raise TypeError(f"weight has type {found}, it should be the input's {own}")
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -428,7 +469,7 @@ class PerturbConv2d(nn.Module):
         if self.weight.is_meta:
             return
         # Drawn in any case, so that a given seed or mask changes the masks and nothing else that is drawn.
-        drawn = torch.randint(-(2**63), 2**63 - 1, (1,), dtype=torch.int64, device="cpu")
+        drawn = _draw_seed()
         if self.mask_seed is not None:
             with torch.no_grad():
                 self.mask_seed.copy_(drawn)
@@ -437,6 +478,36 @@ class PerturbConv2d(nn.Module):
                 self._write_seed(self.seed)
             self._settle_seed()
             self._write_mask()
+
+    def _apply(self, fn: Callable[[Any], Any], recurse: bool = True) -> "PerturbConv2d":
+        """What `to`, `half`, `to_empty` and the like come down to; off the meta device, fixed values are made again.
+
+        `to_empty` leaves memory as it is. A weight that nobody set shows; a seed that is whatever lay there does not,
+        and `torch.nn.utils.skip_init` is made for callers who set the weight alone.
+        """
+        was_meta = self.mask_version.is_meta
+        super()._apply(fn, recurse)
+        if was_meta and not self.mask_version.is_meta:
+            self._restore_masks()
+        return self
+
+    def _restore_masks(self) -> None:
+        """Writes the generator's version, the given seed or one drawn now, and the masks of it where they are held."""
+        with torch.no_grad():
+            self.mask_version.fill_(MASK_VERSION)
+            if self.mask_seed is not None and self.seed is None:
+                self.mask_seed.copy_(_draw_seed())
+        if self.mask_seed is not None:
+            if self.seed is not None:
+                self._write_seed(self.seed)
+            self._write_mask()
+        elif self.mask is not None:
+            warnings.warn(
+                "torch_pnn: a layer's mask was given as a tensor and lost its values on the meta device: load a "
+                "state_dict, or copy the values into layer.mask",
+                RuntimeWarning,
+                stacklevel=4,
+            )
 
     def reseed(self, seed: int) -> None:
         """Gives the layer other masks: those of this seed.
@@ -608,6 +679,14 @@ class PerturbConv2d(nn.Module):
         if not torch.jit.is_scripting():
             if isinstance(input, fx.Proxy):
                 return _traced_as_leaf(self, input)
+            functional.check_is_dense_tensor("input", input)
+            if torch.jit.is_tracing():
+                with _silent_tracer():
+                    return self._checked_forward(input)
+        return self._checked_forward(input)
+
+    def _checked_forward(self, input: Tensor) -> Tensor:
+        """Checks sizes, pads, runs the operator and pools."""
         if input.dim() != 3 and input.dim() != 4:
             raise ValueError(
                 f"input has size {list(input.shape)}, it should be [B, {self.in_channels}, H, W] or "
@@ -949,6 +1028,14 @@ class LBConv2d(nn.Module):
         if not self.anchor_weight.is_meta:
             self._draw_anchors()
 
+    def _apply(self, fn: Callable[[Any], Any], recurse: bool = True) -> "LBConv2d":
+        """Draws the filters when the layer leaves the meta device, as `PerturbConv2d` does its masks."""
+        was_meta = self.anchor_weight.is_meta
+        super()._apply(fn, recurse)
+        if was_meta and not self.anchor_weight.is_meta:
+            self._draw_anchors()
+        return self
+
     def reseed(self, seed: int) -> None:
         """Gives the layer other filters: those of this seed.
 
@@ -1005,6 +1092,14 @@ class LBConv2d(nn.Module):
         if not torch.jit.is_scripting():
             if isinstance(input, fx.Proxy):
                 return _traced_as_leaf(self, input)
+            _check_convolved("input", input, self.weight)
+            if torch.jit.is_tracing():
+                with _silent_tracer():
+                    return self._checked_forward(input)
+        return self._checked_forward(input)
+
+    def _checked_forward(self, input: Tensor) -> Tensor:
+        """Checks the size and convolves twice."""
         if (input.dim() != 3 and input.dim() != 4) or input.shape[-3] != self.in_channels:
             raise ValueError(
                 f"input has size {list(input.shape)}, it should be [B, {self.in_channels}, H, W] or "

@@ -3,20 +3,16 @@
 from __future__ import annotations
 
 import copy
-import os
-import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+from cpp_support import build, output_of
 from operators_support import needs_derivatives
 
 import torch_pnn
 from torch_pnn import _library
-
-SOURCE = Path(__file__).resolve().parents[1] / "cpp_torchscript"
 
 pytestmark = [
     pytest.mark.slow,
@@ -26,46 +22,14 @@ pytestmark = [
 ]
 
 
-def tool(name: str) -> str:
-    beside = Path(sys.executable).parent / name
-    found = str(beside) if beside.exists() else shutil.which(name)
-    if found is None:
-        pytest.skip(f"{name} is not installed")
-    return found
-
-
-def output_of(*command: object) -> str:
-    # The program finds its libraries by itself, as a user's would.
-    environment = {n: v for n, v in os.environ.items() if n not in ("LD_LIBRARY_PATH", "LD_PRELOAD", "PYTHONPATH")}
-    done = subprocess.run([str(c) for c in command], capture_output=True, text=True, timeout=600, env=environment)
-    assert done.returncode == 0, (
-        f"{command[0]} failed ({done.returncode}):\n{done.stdout[-4000:]}\n{done.stderr[-4000:]}"
-    )
-    return done.stdout
-
-
 @pytest.fixture(scope="session")
 def program(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The program, built against the installed operators as a stranger would."""
-    folder = tmp_path_factory.mktemp("cpp_torchscript")
-    cmake = tool("cmake")
-    libraries = Path(_library.status().ops_path).resolve().parent
-    if (libraries.parent / "CMakeCache.txt").exists():  # a build tree: install the operators' package from it
-        output_of(cmake, "--install", libraries.parent, "--component", "torch_pnn", "--prefix", folder / "prefix")
-        where = f"-DCMAKE_PREFIX_PATH={folder / 'prefix'}"
-    else:  # the Python package carries it
-        where = f"-Dtorch_pnn_DIR={libraries.parent / 'share/cmake/torch_pnn'}"
-    output_of(
-        *(cmake, "-S", SOURCE, "-B", folder / "build", "-DCMAKE_BUILD_TYPE=Debug", where),
-        f"-DTORCH_PNN_TORCH_ROOT={Path(torch.__file__).parent}",
-    )
-    output_of(cmake, "--build", folder / "build")
-    return folder / "build" / "program"
+    return build("cpp_torchscript", tmp_path_factory.mktemp("cpp_torchscript")) / "program"
 
 
-def model_of(norm: bool) -> torch.nn.Module:
+def small(norm: bool) -> torch.nn.Module:
     """Two layers with stride, groups, several masks, with or without normalisation inside, and a linear end."""
-    torch.manual_seed(0)
     return torch.nn.Sequential(
         torch_pnn.PerturbConv2d(3, 8, 3, padding=1, masks=2, noise="waves", seed=5),
         torch_pnn.PerturbConv2d(8, 8, 3, padding=1, stride=2, groups=2, norm=norm, seed=6, downsample="subsample"),
@@ -75,10 +39,40 @@ def model_of(norm: bool) -> torch.nn.Module:
     )
 
 
-@pytest.mark.parametrize("norm", [False, True])
-def test_a_scripted_model_runs_and_trains_without_python(program: Path, tmp_path: Path, norm: bool) -> None:
-    model = model_of(norm)
-    torch.jit.script(model).save(str(tmp_path / "model.pt"))
+def mixed() -> torch.nn.Module:
+    """Pooling, borders, trained and held masks, and the LBC module."""
+    return torch.nn.Sequential(
+        torch_pnn.PerturbConv2d(3, 6, 3, 2, padding=2, padding_mode="reflect", activation="gelu", seed=5),
+        torch_pnn.PerturbConv2d(6, 6, 3, padding=1, masks=2, mask_size=(6, 5), train_masks=True, activation="silu"),
+        torch_pnn.LBConv2d(6, 4, seed=3, activation="tanh"),
+        torch.nn.Flatten(),
+    )
+
+
+MODELS = {
+    "plain": lambda: small(False),
+    "norm": lambda: small(True),
+    "mixed": mixed,
+    "network": lambda: torch_pnn.models.noise_resnet18(width=4, preset="juefeix2018"),
+}
+
+
+def scripted(model: torch.nn.Module, x: torch.Tensor) -> torch.jit.ScriptModule:
+    return torch.jit.script(copy.deepcopy(model))
+
+
+def traced(model: torch.nn.Module, x: torch.Tensor) -> torch.jit.ScriptModule:
+    return torch.jit.trace(copy.deepcopy(model).train(), x, check_trace=False)
+
+
+@pytest.mark.parametrize(
+    ("name", "way"),
+    [("plain", scripted), ("norm", scripted), ("mixed", scripted), ("network", scripted), ("plain", traced)],
+)
+def test_a_scripted_model_runs_and_trains_without_python(program: Path, tmp_path: Path, name: str, way) -> None:
+    torch.manual_seed(0)
+    model = MODELS[name]()
+    way(model, torch.randn(4, 3, 9, 8)).save(str(tmp_path / "model.pt"))
     data = {"input": torch.randn(4, 3, 9, 8), "rate": torch.tensor(0.1, dtype=torch.float64), "steps": torch.tensor(3)}
     with torch.no_grad():
         data["expected"] = copy.deepcopy(model).eval()(data["input"])

@@ -74,6 +74,7 @@ def test_wheel_carries_what_it_needs_and_nothing_else(wheel: Path) -> None:
     assert "torch_pnn/lib/libtorch_pnn_ops.so" in names
     assert any(name.startswith("torch_pnn/lib/libtorch_pnn_autograd-2.") for name in names)
     assert "torch_pnn/share/cmake/torch_pnn/torch_pnnConfig.cmake" in names
+    assert "torch_pnn/include/torch_pnn/torch_pnn.h" in names
     assert any(name.endswith(".dist-info/licenses/LICENSE") for name in names)
     allowed = ("torch_pnn/", "torch_pnn-")
     assert [name for name in names if not name.startswith(allowed) or "__pycache__" in name] == []

@@ -5,9 +5,25 @@ import io
 
 import pytest
 import torch
+from operators_support import needs_derivatives
+from plain_support import assert_same_step, reference_step, step
 from torch import nn
 
-from torch_pnn import LBConv2d, PerturbConv2d, _library
+from torch_pnn import (
+    LBConv2d,
+    PerturbBasicBlock,
+    PerturbBottleneck,
+    PerturbConv2d,
+    _library,
+    convert,
+    functional,
+    models,
+)
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning"),  # 2.13's words about TorchScript
+    pytest.mark.filterwarnings("ignore:`torch.jit:FutureWarning"),  # 2.14's
+]
 
 OPTIONS = [
     {},
@@ -27,6 +43,15 @@ OPTIONS = [
     {"seed": 2**64 - 1},
     {"norm": True},
     {"norm": True, "masks": 2, "stride": 2, "downsample": "subsample", "mask_size": (6, 7)},
+    {"norm": True, "noise": None, "groups": 2, "bias": False},
+    {"shared_masks": True, "masks": 3, "mask_size": (6, 7), "train_masks": True, "level": -0.5},
+    {"padding": -1, "kernel_size": 1},
+    {"padding": 2, "padding_mode": "circular", "kernel_size": (1, 3)},
+    {"padding": (0, 3), "padding_mode": "replicate", "dilation": (1, 2), "stride": (1, 3), "downsample": "avg"},
+    *(
+        {"activation": name}
+        for name in ("identity", "leaky_relu", "elu", "selu", "silu", "tanh", "sigmoid", "hardtanh")
+    ),
 ]
 
 
@@ -127,11 +152,156 @@ def test_scripting_leaves_the_layer_as_it_was():
     assert torch.equal(copy.deepcopy(layer)(x), scripted(x))
 
 
-def test_lbc_scripts_and_traces():
-    layer = LBConv2d(3, 4, stride=2, seed=2**64 - 1)
-    x = torch.randn(2, 3, 9, 9)
-    assert torch.equal(saved_and_loaded(torch.jit.script(copy.deepcopy(layer)))(x), layer(x))
-    assert torch.equal(torch.jit.trace(layer, x)(x), layer(x))
+def by_script(model, x):
+    return saved_and_loaded(torch.jit.script(copy.deepcopy(model)))
+
+
+def by_trace(model, x):
+    # A second run to check the trace would move running statistics once more.
+    return saved_and_loaded(torch.jit.trace(copy.deepcopy(model), x, check_trace=False))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("way", [by_script, by_trace])
+def test_layers_in_sixteen_bits_compute_the_same_bits(way, dtype):
+    layer = PerturbConv2d(4, 6, 3, 2, 1, norm=True, mask_size=(6, 7)).to(dtype).to(memory_format=torch.channels_last)
+    x = torch.randn(2, 4, 6, 7).to(dtype).contiguous(memory_format=torch.channels_last)
+    expected, found = step(copy.deepcopy(layer), x), step(way(layer, x), x)
+    assert torch.equal(found.output, expected.output) and found.output.dtype == dtype
+    assert found.output.is_contiguous(memory_format=torch.channels_last)
+    for name, gradient in expected.parameters.items():
+        assert torch.equal(found.parameters[name], gradient), name
+
+
+@needs_derivatives
+@pytest.mark.filterwarnings("error::torch.jit.TracerWarning")
+@pytest.mark.parametrize("way", [by_script, by_trace])
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+def test_layers_give_the_references_values_and_gradients(options, way):
+    layer = PerturbConv2d(**({"in_channels": 4, "out_channels": 6, "kernel_size": 3, "padding": 1} | options))
+    x = torch.randn(2, 4, 6, 7, dtype=torch.float64)
+    model = layer.double()
+    expected = reference_step(model, x)
+    assert_same_step(step(way(model, x), x), expected, rtol=1e-10, atol=1e-12, buffers=way is by_script)
+
+
+@pytest.mark.filterwarnings("error::torch.jit.TracerWarning")
+@pytest.mark.parametrize("way", [by_script, by_trace])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"stride": 2, "seed": 2**64 - 1},
+        {"kernel_size": (3, 1), "padding": "same", "dilation": 2, "bias": False},
+        {"padding": "valid", "anchors": 7, "sparsity": 0.9},
+        *({"activation": name} for name in ("identity", "leaky_relu", "elu", "selu", "gelu", "silu", "tanh")),
+        *({"activation": name} for name in ("sigmoid", "hardtanh")),
+    ],
+    ids=str,
+)
+def test_lbc_gives_the_references_values_and_gradients(options, way):
+    layer = LBConv2d(3, 4, **options).double()
+    x = torch.randn(2, 3, 9, 8, dtype=torch.float64)
+    expected = reference_step(layer, x)
+    found = step(way(layer, x), x)
+    assert_same_step(found, expected, rtol=1e-12, atol=1e-13)
+    assert torch.equal(by_trace(layer, x)(x[:1]), layer(x[:1]))
+
+
+MODELS = {
+    "basic block": lambda: PerturbBasicBlock(3, 6, stride=2, masks=2, seed=1),
+    "bottleneck": lambda: PerturbBottleneck(3, 2, stride=(1, 2), norm=True),
+    "lenet": lambda: models.lenet(in_channels=3, width=4, masks=2),
+    "cifarnet": lambda: models.cifarnet(width=4, layer="lbc"),
+    "noise_resnet18": lambda: models.noise_resnet18(width=4, preset="juefeix2018"),
+    "imagenet stem": lambda: models.noise_resnet18(width=2, noise="waves", stem="imagenet"),
+    "converted": lambda: convert(
+        nn.Sequential(nn.Conv2d(3, 6, 3), nn.ReLU(), nn.Conv2d(6, 4, 3, 2, 1), nn.ReLU(), nn.Conv2d(4, 4, 3, groups=2)),
+        seed=1,
+    ),
+}
+
+
+@pytest.mark.slow
+@needs_derivatives
+@pytest.mark.parametrize("way", [by_script, by_trace])
+@pytest.mark.parametrize("name", MODELS)
+def test_models_give_the_references_values_and_gradients(name, way):
+    model = MODELS[name]().double()
+    x = torch.randn(2, 3, 32, 32, dtype=torch.float64)
+    for training in (True, False):
+        model.train(training)
+        expected = reference_step(model, x)
+        found = step(way(model, x), x)
+        # Tracing runs the model once, which moves the running statistics of the trace.
+        assert_same_step(found, expected, rtol=1e-7, atol=1e-9, buffers=way is by_script)
+
+
+@pytest.mark.slow
+@needs_derivatives
+@pytest.mark.parametrize("name", MODELS)
+def test_frozen_models_give_the_references_values_and_input_gradients(name):
+    model = MODELS[name]().double().eval()
+    x = torch.randn(2, 3, 32, 32, dtype=torch.float64)
+    expected = reference_step(model, x)
+    frozen = saved_and_loaded(torch.jit.freeze(torch.jit.script(copy.deepcopy(model))))
+    assert not list(frozen.parameters())
+    input = x.clone().requires_grad_()
+    for _ in range(3):  # the profiling executor compiles its own graph after the first runs
+        y = frozen(input)
+        torch.testing.assert_close(y, expected.output, rtol=1e-9, atol=1e-10)
+    cotangent = torch.randn(y.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    (y * cotangent).sum().backward()
+    torch.testing.assert_close(input.grad, expected.input, rtol=1e-7, atol=1e-9)
+
+
+# In float32 the pass lays PyTorch's own convolutions out for oneDNN, whose opaque tensors no operator of ours takes.
+@pytest.mark.slow
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("way", [by_script, by_trace])
+def test_models_optimised_for_inference_compute_the_same(name, way):
+    model = MODELS[name]().eval()
+    x = torch.randn(2, 3, 32, 32)
+    optimised = torch.jit.optimize_for_inference(way(model, x))
+    expected = reference_step(model, x).output
+    with torch.no_grad():
+        for size in (x, x, x[:1], x):
+            y = optimised(size)
+            torch.testing.assert_close(y.double(), expected[: len(size)], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.slow
+@needs_derivatives
+def test_a_loaded_model_trains_as_the_eager_one():
+    eager = MODELS["noise_resnet18"]()
+    loaded = by_script(eager, None)
+    x, target = torch.randn(4, 3, 8, 8), torch.tensor([1, 2, 3, 4])
+    losses = []
+    for model in (eager, loaded):
+        optimiser = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
+        for _ in range(4):
+            optimiser.zero_grad()
+            loss = nn.functional.cross_entropy(model(x), target)
+            loss.backward()
+            optimiser.step()
+            losses.append(loss.item())
+    assert losses[:4] == losses[4:] and losses[3] < losses[0]
+    for name, value in eager.state_dict().items():
+        assert torch.equal(loaded.state_dict()[name], value), name
+
+
+def test_parts_of_a_script_may_be_ours():
+    """A script of somebody else's that calls the functional form, with an int and with a tensor as its seed."""
+
+    @torch.jit.script
+    def plain(x: torch.Tensor, weight: torch.Tensor, seed: torch.Tensor):
+        return torch.ops.torch_pnn.perturb_conv2d(x, weight, None, None, seed, 2, False, "waves", 0.1, "silu", [1, 2])
+
+    x, weight, seed = torch.randn(2, 3, 5, 6), torch.randn(4, 6, 1, 1), torch.tensor([7])
+    expected = functional.perturb_conv2d(
+        x, weight, seed=7, masks=2, noise="waves", level=0.1, activation="silu", stride=(1, 2)
+    )
+    assert torch.equal(plain(x, weight, seed), expected)
 
 
 @pytest.mark.parametrize(
