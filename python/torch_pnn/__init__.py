@@ -10,7 +10,7 @@ Example:
     torch.Size([1, 8, 16, 16])
 """
 
-from . import _library, functional, models, reference
+from . import _library, export, functional, models, reference
 from .blocks import PerturbBasicBlock, PerturbBottleneck
 from .convert import convert
 from .modules import LBConv2d, PerturbConv2d
@@ -22,6 +22,7 @@ __all__ = [
     "PerturbConv2d",
     "__version__",
     "convert",
+    "export",
     "functional",
     "models",
     "reference",
