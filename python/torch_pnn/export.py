@@ -16,6 +16,7 @@ Example:
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -235,7 +236,7 @@ def _put_mask(node: fx.Node, arguments: dict[str, Any], mask: fx.Node, grid: _ma
             mask = call(aten.index_select.default, mask, axis + 2, numbers)
         if "channels" in arguments:  # perturbation_mask
             dtype = arguments["dtype"]
-            result = mask if dtype in (None, torch.float32) else call(aten.to.dtype, mask, dtype)
+            result = call(aten.clone.default, mask) if dtype is None else call(aten.to.dtype, mask, dtype, False, True)
             node.replace_all_uses_with(result)
             graph.erase_node(node)
             return
@@ -254,11 +255,20 @@ def _rebuilt(
     for symbol, limit in limits.items():
         if symbol in ranges:
             ranges[symbol] = ValueRanges(ranges[symbol].lower, min(ranges[symbol].upper, limit))
+    results = program.graph.output_node().args[0]
+    assert isinstance(results, Sequence)
+    # The signature knows outputs by their names, and masks may be outputs themselves.
+    outputs = [
+        dataclasses.replace(spec, arg=TensorArgument(result.name))
+        if isinstance(spec.arg, TensorArgument) and isinstance(result, fx.Node)
+        else spec
+        for spec, result in zip(signature.output_specs, results)
+    ]
     program.graph.lint()
     return ExportedProgram(
         root=program.graph_module,
         graph=program.graph,
-        graph_signature=ExportGraphSignature([*specs, *signature.input_specs], signature.output_specs),
+        graph_signature=ExportGraphSignature([*specs, *signature.input_specs], outputs),
         state_dict=program.state_dict,
         range_constraints=ranges,
         module_call_graph=program.module_call_graph,
