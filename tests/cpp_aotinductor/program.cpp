@@ -1,5 +1,5 @@
-// program.cpp - loads an AOTInductor package and compares what it computes with what Python computed, at every size that
-// it is given. No Python is in the process.
+// program.cpp - loads an AOTInductor package and compares what it computes with what Python computed, at every size
+// that it is given. No Python is in the process.
 //
 //     program PACKAGE DATA
 //
