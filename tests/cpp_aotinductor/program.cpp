@@ -4,14 +4,15 @@
 //     program PACKAGE DATA
 //
 // DATA is a dictionary of tensors: input.<n> and expected.<n> for n = 0, 1, ..., and tolerance (0 = the same bits).
+#include <ATen/ATen.h>
 #include <dlfcn.h>
 #include <torch/csrc/inductor/aoti_package/model_package_loader.h>
 #include <torch/serialize.h>
-#include <torch/torch.h>
 
 #include <fstream>
 #include <iostream>
 #include <iterator>
+#include <sstream>
 
 namespace {
 
