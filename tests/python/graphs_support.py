@@ -85,7 +85,7 @@ def expected(model: nn.Sequential, x: Tensor) -> tuple[Tensor, dict[str, Tensor]
 
 
 def check_against_reference(run: Any, parameters: dict[str, Tensor], model: nn.Sequential, x: Tensor) -> None:
-    """Compares what `run` gives, a form of `model` with these parameters, with the reference in float64: y, gradients."""
+    """Compares values and gradients of `run`, a form of `model` with these parameters, with the float64 reference."""
     y, gradients = expected(model, x)
     leaf = x.clone().requires_grad_()
     for parameter in parameters.values():

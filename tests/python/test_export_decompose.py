@@ -134,6 +134,30 @@ def test_a_program_with_a_maximum_takes_the_smaller_of_both():
     assert {tuple(value.shape[2:]) for value in stored.values()} == {(20, 20), (10, 10)}
 
 
+@pytest.mark.slow
+def test_a_loaded_program_and_layers_in_branches_decompose():
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first = PerturbConv2d(3, 4, 3, padding=1, seed=1)
+            self.second = PerturbConv2d(3, 4, 3, padding=1, seed=2)
+            self.last = PerturbConv2d(4, 4, 3, padding=1, seed=3)
+
+        def forward(self, x):
+            y = torch.cond(x.sum() > 0, lambda x: self.first(x), lambda x: self.second(x), (x,))
+            return self.last(y)
+
+    model = Model()
+    program = torch.export.export(model, (torch.randn(2, 3, 8, 8),), dynamic_shapes=image_sizes())
+    program = saved_and_loaded(program)
+    for max_size in (None, 16):
+        plain = export.decompose(program, max_size=max_size)
+        assert not operators(plain.graph_module)
+        for sign in (1, -1):
+            x = sign * torch.rand(3, 3, 9, 16)
+            torch.testing.assert_close(plain.module()(x), model(x))
+
+
 def test_seeds_given_as_numbers_and_layers_without_gradients_are_found():
     class Model(nn.Module):
         def __init__(self):
