@@ -61,8 +61,11 @@ def use_functorch():
     )
 
 
+CALLS = [(options, True) for options in OPTIONS] + [(OPTIONS[1], False), (OPTIONS[7], False)]
+
+
 @pytest.mark.parametrize(
-    ("options", "dynamic"), [(options, True) for options in OPTIONS] + [(OPTIONS[1], False), (OPTIONS[7], False)]
+    ("options", "dynamic"), [pytest.param(*call, marks=[pytest.mark.slow] * (n > 1)) for n, call in enumerate(CALLS)]
 )
 def test_our_operators_are_in_both_graphs_and_right(options, dynamic):
     model = layers(**options)
