@@ -354,6 +354,24 @@ def networks(batch: int, width: int = 64) -> dict[str, Contestant]:
     return found
 
 
+def compiled_networks(batch: int, width: int = 32) -> dict[str, Contestant]:
+    """Inference and a training step of noise_resnet18 (preset juefeix2018), as it is and under torch.compile."""
+    found: dict[str, Contestant] = {}
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randn(batch, 3, 32, 32, generator=generator)
+    labels = torch.randint(10, (batch,), generator=generator)
+    network = models.noise_resnet18(width=width, preset="juefeix2018", seed=1)
+    torch._dynamo.reset()
+    for kind in ("eager", "compiled"):
+        evaluated, trained = copy.deepcopy(network).eval(), copy.deepcopy(network)
+        run, train = evaluated, trained
+        if kind == "compiled":
+            run, train = (torch.compile(member, dynamic=False, fullgraph=True) for member in (evaluated, trained))
+        found[f"inference, {kind}"] = Contestant(_bind(run, images))
+        found[f"step, {kind}"] = Contestant(training_step(train, images, labels), grad=True)
+    return found
+
+
 # ---- memory ----
 
 

@@ -23,6 +23,7 @@ from contestants import (
     MM,
     Case,
     Layer,
+    compiled_networks,
     empty_operator,
     kept_bytes,
     networks,
@@ -365,6 +366,19 @@ def _network(effort: Effort, quick: bool, cases: Sequence[Case]) -> Iterable[Lin
             yield Line("network", f"{layout} vs {title}", what, ratio, target if best else None, note)
 
 
+def _compiled_network(effort: Effort, quick: bool, cases: Sequence[Case]) -> Iterable[Line]:
+    batch = 32
+    del effort, cases
+    chosen = Effort(3, 0.0, 20.0, fewest=3) if quick else Effort(11, 0.0, 90.0, fewest=7)
+    times = alternate(compiled_networks(batch), chosen)
+    m = Measured(CASES[0], times)
+    for which in ("inference", "step"):
+        ours = f"{which}, compiled"
+        note = f"{1e3 * times.median(ours):.0f} ms, uncompiled {1e3 * times.median(f'{which}, eager'):.0f} ms"
+        what = f"noise_resnet18 of width 32, batch {batch}, 3x32x32"
+        yield Line("network-compiled", which, what, m.ratio(ours, f"{which}, eager"), 1.0, note)
+
+
 def _libpnn(effort: Effort, quick: bool, cases: Sequence[Case]) -> Iterable[Line]:
     del effort, cases
     program = _library.library_directory().parent / "benchmarks" / "bench_pnn"
@@ -455,6 +469,11 @@ ROWS: dict[str, Row] = {
         "training step of noise_resnet18 (juefeix2018), each in its better layout",
         "≤ 0.75 of plain PyTorch, ≤ 0.33 of 3x3 convolutions",
         alone=_network,
+    ),
+    "network-compiled": Row(
+        "noise_resnet18 (juefeix2018) under torch.compile vs the same network uncompiled, both with our operators",
+        "≤ 1.0, inference and training step",
+        alone=_compiled_network,
     ),
     "libpnn": Row("libpnn alone, by instruction set", "for information", alone=_libpnn),
 }

@@ -336,12 +336,13 @@ def _update_running_statistics(
     momentum: float,
 ) -> None:
     """Moves running statistics towards a batch's, in place: the variance with n/(n - 1), nothing where n is 0."""
+    # Detached and not under no_grad: torch.export keeps that as a region, and can't load a program with one.
     if pixels > 1:
-        with torch.no_grad():
-            if running_mean is not None:
-                running_mean.mul_(1.0 - momentum).add_(mean, alpha=momentum)
-            if running_var is not None:
-                running_var.mul_(1.0 - momentum).add_(variance, alpha=momentum * (pixels / (pixels - 1)))
+        if running_mean is not None:
+            running_mean.detach().mul_(1.0 - momentum).add_(mean.detach(), alpha=momentum)
+        if running_var is not None:
+            factor = momentum * (pixels / (pixels - 1))
+            running_var.detach().mul_(1.0 - momentum).add_(variance.detach(), alpha=factor)
 
 
 def _check_running(name: str, running: Any, weight: Any, groups: Any) -> None:

@@ -30,8 +30,8 @@ __all__ = ["ACTIVATIONS", "NOISES", "OPERATORS", "perturb_conv2d", "perturb_norm
 NOISES = ("uniform", "normal", "waves")
 """The kinds of masks that a seed gives."""
 
-_SELU_ALPHA = 1.6732632423543772848170429916717
-_SELU_SCALE = 1.0507009873554804934193349852946
+SELU_ALPHA = 1.6732632423543772848170429916717
+SELU_SCALE = 1.0507009873554804934193349852946
 
 
 def _gelu(u: Tensor) -> Tensor:
@@ -59,7 +59,7 @@ _ACTIVATION_GRADIENTS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "relu": lambda grad, u: torch.ops.aten.threshold_backward(grad, u, 0),
     "leaky_relu": lambda grad, u: torch.ops.aten.leaky_relu_backward(grad, u, 0.01, False),
     "elu": lambda grad, u: torch.ops.aten.elu_backward(grad, 1.0, 1.0, 1.0, False, u),
-    "selu": lambda grad, u: torch.ops.aten.elu_backward(grad, _SELU_ALPHA, _SELU_SCALE, 1.0, False, u),
+    "selu": lambda grad, u: torch.ops.aten.elu_backward(grad, SELU_ALPHA, SELU_SCALE, 1.0, False, u),
     "gelu": lambda grad, u: torch.ops.aten.gelu_backward(grad, u),
     "silu": lambda grad, u: torch.ops.aten.silu_backward(grad, u),
     "tanh": lambda grad, u: torch.ops.aten.tanh_backward(grad, torch.tanh(u)),
@@ -121,9 +121,19 @@ def _lattice(u: Tensor) -> Tensor:
     return (2 * u - 255).to(torch.float32) * 2.0**-8
 
 
-def _mask_values(key: Sequence[Tensor], maps: int, height: int, width: int, noise: str) -> Tensor:
-    """Values of the response maps 0 <= k < maps as a float32 tensor [maps, height, width]."""
-    device = key[0].device
+def mask_values(seed: Tensor, maps: int, height: int, width: int, noise: str) -> Tensor:
+    """Values of the response maps 0 <= k < maps as a float32 tensor [maps, height, width]; nothing is checked.
+
+    Args:
+        seed: an int64 tensor of one element.
+        maps: K, at least 1.
+        height: rows.
+        width: columns.
+        noise: "uniform", "normal" or "waves".
+    """
+    seed = seed.reshape(())
+    key = (seed & _WORD, (seed >> 32) & _WORD)
+    device = seed.device
     row = torch.arange(height, device=device).view(1, -1, 1)
     column = torch.arange(width, device=device).view(1, 1, -1)
     zero = torch.zeros((), dtype=torch.int64, device=device)
@@ -206,12 +216,10 @@ def perturbation_mask(
     seed = _as_seed(seed, None if device is None else torch.device(device))
     if device is not None:
         seed = seed.to(device)
-    seed = seed.reshape(())
-    key = (seed & _WORD, (seed >> 32) & _WORD)
     rows = 1 if shared_masks else channels
     if rows * masks == 0 or height == 0 or width == 0:
         return torch.empty((rows, masks, height, width), dtype=dtype, device=seed.device)
-    return _mask_values(key, rows * masks, height, width, noise).reshape(rows, masks, height, width).to(dtype)
+    return mask_values(seed, rows * masks, height, width, noise).reshape(rows, masks, height, width).to(dtype)
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -332,17 +340,17 @@ def _compute_dtype(input: Tensor) -> torch.dtype:
     return torch.float64 if input.dtype == torch.float64 else torch.float32
 
 
-def _wide_dtype(tensor: Tensor) -> torch.dtype:
+def wide_dtype(tensor: Tensor) -> torch.dtype:
     """The type of the per-channel algebra: float64 where the device has it."""
     return torch.float32 if tensor.device.type == "mps" else torch.float64
 
 
-def _rounded(operand: Tensor, dtype: torch.dtype) -> Tensor:
+def rounded(operand: Tensor, dtype: torch.dtype) -> Tensor:
     """An operand of the product, rounded once to the weight's type where that has 16 bits."""
     return operand.to(dtype).to(operand.dtype) if dtype in _SIXTEEN_BITS else operand
 
 
-def _scaled_weight(wide: Tensor, compute: torch.dtype, dtype: torch.dtype) -> Tensor:
+def scaled_weight(wide: Tensor, compute: torch.dtype, dtype: torch.dtype) -> Tensor:
     """V times the normalisation's scale as an operand of the product: in the type that computes, or rounded to 16 bits.
 
     Rounding goes to 16 bits at once, not to float32 first: float32 takes the odd one of two neighbours where it is not
@@ -357,7 +365,7 @@ def _scaled_weight(wide: Tensor, compute: torch.dtype, dtype: torch.dtype) -> Te
     to_odd = torch.where(
         near.isfinite() & even & (near.to(exact.dtype) != exact), beyond - near, torch.zeros_like(near)
     )
-    return _rounded(operand + to_odd, dtype)
+    return rounded(operand + to_odd, dtype)
 
 
 def _perturbed(
@@ -446,7 +454,7 @@ def _plain_forward(
 ) -> Tensor:
     masks = _check_layer(input, weight, bias, mask, seed, masks, shared_masks, noise, level, activation, stride, groups)
     u = _perturbed(input, mask, seed, masks, shared_masks, noise, level, stride)
-    a = _rounded(_maps(u, activation), weight.dtype)
+    a = rounded(_maps(u, activation), weight.dtype)
     y = _product(_matrix(weight, a.dtype), a, groups)
     if bias is not None:
         y = y + bias.to(y.dtype).view(-1, 1, 1)
@@ -455,7 +463,7 @@ def _plain_forward(
 
 def _moments(a: Tensor) -> tuple[Tensor, Tensor]:
     """Mean and biased variance of each map over batch and pixels, in the type of the per-channel algebra."""
-    wide = a.to(_wide_dtype(a))
+    wide = a.to(wide_dtype(a))
     if a.shape[0] * a.shape[2] * a.shape[3] == 0:
         return wide.new_zeros(a.shape[1]), wide.new_ones(a.shape[1])
     mean = wide.mean((0, 2, 3))
@@ -497,14 +505,14 @@ def _norm_forward(
         if running_mean is None or running_var is None:
             raise ValueError("running_mean or running_var is None, both should be given when training is False")
         mean, variance = running_mean.clone(), running_var.clone()
-        wide_variance = variance.to(_wide_dtype(a))
-    centred = _rounded(a - mean.view(-1, 1, 1), weight.dtype)
+        wide_variance = variance.to(wide_dtype(a))
+    centred = rounded(a - mean.view(-1, 1, 1), weight.dtype)
     scale = (wide_variance + eps).rsqrt()
     if norm_weight is not None:
         scale = scale * norm_weight.to(scale.dtype)
     v = _matrix(weight, scale.dtype)
     scaled = v * _group_columns(scale, weight.shape[0], groups)
-    y = _product(_scaled_weight(scaled, a.dtype, weight.dtype), centred, groups)
+    y = _product(scaled_weight(scaled, a.dtype, weight.dtype), centred, groups)
     offset = None if bias is None else bias.to(scale.dtype)
     if norm_bias is not None:
         shift = (v * _group_columns(norm_bias.to(scale.dtype), weight.shape[0], groups)).sum(1)
@@ -654,21 +662,26 @@ def _empty(like: Tensor) -> Tensor:
 
 def _gradient_to_pixels(grad: Tensor, input: Tensor, stride: tuple[int, int]) -> Tensor:
     """A gradient at the computed pixels spread over the input's pixels; 0 where none is computed."""
-    grad = grad.to(input.dtype)
-    if stride != (1, 1):
-        full = grad.new_zeros(input.shape)
-        full[:, :, :: stride[0], :: stride[1]] = grad
-        grad = full
+    return _spread(grad.to(input.dtype), input.shape, stride)
+
+
+def _spread(grad: Tensor, shape: Sequence[int], stride: tuple[int, int]) -> Tensor:
+    """Values at every stride-th pixel of the last two dimensions of `shape`, zeros elsewhere.
+
+    Written out of place, so that it may stand in a functional graph.
+    """
+    for dim, step in ((2, stride[0]), (3, stride[1])):
+        if step != 1:
+            size = [*grad.shape]
+            size[dim] = shape[dim]
+            grad = torch.slice_scatter(grad.new_zeros(size), grad, dim, step=step)
     return grad
 
 
 def _mask_gradient(grad_u: Tensor, mask: Tensor, level: float, stride: tuple[int, int]) -> Tensor:
     """The mask's gradient from du [B, C, M, H', W']: summed over the batch, and over channels that share masks."""
     grad = grad_u.sum((0, 1), keepdim=True).squeeze(0) if mask.shape[0] == 1 else grad_u.sum(0)
-    grad = grad * level
-    full = grad.new_zeros(mask.shape)
-    full[:, :, :: stride[0], :: stride[1]] = grad
-    return full.to(mask.dtype)
+    return _spread(grad * level, mask.shape, stride).to(mask.dtype)
 
 
 def _operator_perturb_conv2d(
@@ -727,7 +740,7 @@ def _operator_perturb_conv2d_backward(
         if output_mask[3] and mask is not None:
             grad_mask = _mask_gradient(grad_u, mask, level, pair)
     if output_mask[1]:
-        a = _rounded(_maps(u, activation), weight.dtype)
+        a = rounded(_maps(u, activation), weight.dtype)
         grad_weight = _correlation(grad, a, groups).reshape(weight.shape).to(weight.dtype)
     if output_mask[2]:
         grad_bias = grad.sum((0, 2, 3)).to(weight.dtype)
@@ -805,21 +818,21 @@ def _operator_perturb_norm_conv2d_backward(
     u = _perturbed(input, mask, seed, masks, shared_masks, noise, level, pair)
     a = _maps(u, activation)
     outputs, pixels = weight.shape[0], a.shape[0] * a.shape[2] * a.shape[3]
-    wide = _wide_dtype(a)
+    wide = wide_dtype(a)
     inverse = (variance.to(wide) + eps).rsqrt()
     scale = inverse if norm_weight is None else inverse * norm_weight.to(wide)
     v = _matrix(weight, wide)
     centred = a - mean.view(-1, 1, 1)
     grad = grad_output.to(a.dtype)
     grad_sum = grad.to(wide).sum((0, 2, 3))
-    correlation = _correlation(grad, _rounded(centred, weight.dtype), groups).to(wide)
+    correlation = _correlation(grad, rounded(centred, weight.dtype), groups).to(wide)
     s1 = _group_sums(v, grad_sum, groups)
     s2 = _group_sums(v, correlation, groups)
 
     grad_input, grad_weight, grad_bias = _empty(input), _empty(weight), _empty(weight)
     grad_norm_weight, grad_norm_bias, grad_mask = _empty(mean), _empty(mean), _empty(input)
     if output_mask[0] or output_mask[5]:
-        scaled = _scaled_weight(v * _group_columns(scale, outputs, groups), a.dtype, weight.dtype)
+        scaled = scaled_weight(v * _group_columns(scale, outputs, groups), a.dtype, weight.dtype)
         grad_a = _transposed_product(scaled, grad, groups)
         if training and pixels > 0:
             constant = (scale * s1 / pixels).to(a.dtype)

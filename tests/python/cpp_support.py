@@ -25,11 +25,16 @@ def tool(name: str) -> str:
     return found
 
 
+def run_program(*command: object) -> subprocess.CompletedProcess[str]:
+    """Runs a program that finds its libraries by itself, as a user's would."""
+    environment = {n: v for n, v in os.environ.items() if n not in ("LD_LIBRARY_PATH", "LD_PRELOAD", "PYTHONPATH")}
+    given = [str(part) for part in command]
+    return subprocess.run(given, capture_output=True, text=True, timeout=600, env=environment)
+
+
 def output_of(*command: object) -> str:
     """What a command prints; a failed one fails the test."""
-    # The program finds its libraries by itself, as a user's would.
-    environment = {n: v for n, v in os.environ.items() if n not in ("LD_LIBRARY_PATH", "LD_PRELOAD", "PYTHONPATH")}
-    done = subprocess.run([str(c) for c in command], capture_output=True, text=True, timeout=600, env=environment)
+    done = run_program(*command)
     assert done.returncode == 0, (
         f"{command[0]} failed ({done.returncode}):\n{done.stdout[-4000:]}\n{done.stderr[-4000:]}"
     )

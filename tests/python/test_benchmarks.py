@@ -162,6 +162,17 @@ def test_network_contestants():
     found["step, ours, channels_last"].repeat(1)
 
 
+def test_compiled_network_contestants():
+    found = contestants.compiled_networks(batch=2, width=4)
+    assert {name: contestant.grad for name, contestant in found.items()} == {
+        "inference, eager": False,
+        "step, eager": True,
+        "inference, compiled": False,
+        "step, compiled": True,
+    }
+    assert found["inference, eager"].call().shape == (2, 10)
+
+
 @pytest.mark.parametrize("text", ["", "1,2,3,4", "1,2,3,4,5,6", "1,2,0,4,5", "1,2,-3,4,5", "a,2,3,4,5", "1.5,2,3,4,5"])
 def test_bad_cases_are_refused(text):
     with pytest.raises(ValueError, match="five positive integers"):
@@ -268,7 +279,8 @@ def run_bench(*arguments, **environment):
 
 @pytest.mark.slow
 def test_whole_program(tmp_path):
-    wanted = [name for name in rows.ROWS if name not in ("network", "libpnn", "training-compiled", "overhead")]
+    long = ("network", "network-compiled", "libpnn", "training-compiled", "overhead")
+    wanted = [name for name in rows.ROWS if name not in long]
     chosen = [argument for name in wanted for argument in ("--row", name)]
     done = run_bench("--quick", "--rounds", 2, "--case", "8,4,6,5,1", *chosen, "--out", tmp_path / "new" / "folder")
     assert done.returncode == 0, done.stderr

@@ -5,10 +5,11 @@ import io
 
 import pytest
 import torch
+from graphs_support import check_against_reference, image_sizes, layers
 from torch import nn
 from torch.export import Dim
 
-from torch_pnn import PerturbConv2d
+from torch_pnn import PerturbConv2d, functional
 
 
 @pytest.fixture(autouse=True)
@@ -27,8 +28,8 @@ def operators(graph_module):
     return [str(node.target) for node in graph_module.graph.nodes if "torch_pnn" in str(node.target)]
 
 
-def exported_and_loaded(module, x, dynamic):
-    shapes = ({0: Dim("batch", min=1), 2: Dim("height", min=4), 3: Dim("width", min=4)},) if dynamic else None
+def exported_and_loaded(module, x, dynamic, least=4):
+    shapes = ({0: Dim("batch", min=1), 2: Dim("height", min=least), 3: Dim("width", min=least)},) if dynamic else None
     program = torch.export.export(module, (x,), dynamic_shapes=shapes)
     buffer = io.BytesIO()
     torch.export.save(program, buffer)
@@ -45,6 +46,29 @@ def test_exports_with_dynamic_sizes(options):
     for size in ((2, 3, 16, 16), (5, 3, 9, 21), (1, 3, 32, 7)):
         x = torch.randn(size)
         assert torch.equal(program.module()(x), module(x))
+
+
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("options", [{"norm": True}, {"masks": 3, "noise": "normal", "downsample": "avg"}])
+def test_loaded_programs_train_as_the_reference_does(options, training):
+    module = layers(**options).train(training)
+    program = exported_and_loaded(module, torch.randn(2, 3, 16, 16), True, least=8)
+    loaded = program.module()
+    if training:
+        eager, x = copy.deepcopy(module), torch.randn(3, 3, 12, 12)
+        assert torch.equal(loaded(x), eager(x))
+        for name, buffer in eager.named_buffers():
+            assert torch.equal(loaded.get_buffer(name), buffer), name
+    for size in ((5, 3, 9, 21), (1, 3, 32, 8)):
+        check_against_reference(loaded, dict(loaded.named_parameters()), module, torch.randn(size))
+
+
+def test_our_operators_are_exported_after_a_transform():
+    torch.func.grad(lambda x: functional.perturb_conv2d(x, torch.ones(1, 1, 1, 1), seed=1).sum())(
+        torch.ones(1, 1, 2, 2)
+    )
+    program = torch.export.export(layers(), (torch.randn(2, 3, 16, 16),), dynamic_shapes=image_sizes(8))
+    assert len(operators(program.graph_module)) == 2
 
 
 def test_exports_held_masks_at_their_size():
