@@ -2,7 +2,8 @@
 
 `PerturbConv2d` stands where an `nn.Conv2d` stood: fixed masks are added to the input, an activation follows, and a
 learnable 1x1 weight mixes the results (Juefei-Xu, Boddeti, Savvides, CVPR 2018). `functional` has the same as functions
-of tensors, `reference` the same in plain PyTorch, `models` whole networks; `convert` puts the layer into a model.
+of tensors, `reference` the same in plain PyTorch, `models` whole networks; `convert` puts the layer into a
+model and `restore` takes it out.
 
 Example:
     >>> import torch, torch_pnn
@@ -14,6 +15,7 @@ from . import _library, functional, models, reference
 from .blocks import PerturbBasicBlock, PerturbBottleneck
 from .convert import convert
 from .modules import LBConv2d, PerturbConv2d
+from .restore import restore
 
 __all__ = [
     "LBConv2d",
@@ -25,6 +27,7 @@ __all__ = [
     "functional",
     "models",
     "reference",
+    "restore",
 ]
 
 
