@@ -1,10 +1,10 @@
 """Finds code that takes a convolution's weight into its own hands, such as `F.conv2d(x, self.conv.weight)`.
 
-A perturbation layer's weight is [T, C/groups * M, 1, 1] and belongs behind its masks and its activation; code that reads
-it as a convolution's would compute something else, perhaps without an error. Two ways to see such code complement each
-other: `conversion.trace` watches a run of the model, which sees every read that happens in it; here the methods of the
-model's own classes are read as text, which needs no example and also sees branches that no run takes, but only where
-the path is spelt out, as in `self.conv.weight` or `self.blocks[0].weight`.
+A perturbation layer's weight is [T, C/groups * M, 1, 1] and belongs behind its masks and its activation; code that
+reads it as a convolution's would compute something else, perhaps without an error. Two ways to see such code complement
+each other: `conversion.trace` watches a run of the model, which sees every read that happens in it; here the methods of
+the model's own classes are read as text, which needs no example and also sees branches that no run takes, but only
+where the path is spelt out, as in `self.conv.weight` or `self.blocks[0].weight`.
 """
 
 from __future__ import annotations

@@ -118,6 +118,9 @@ def carry_back(layer: Any, original: Original) -> nn.Module:
         module.bias.requires_grad_(bias.requires_grad)
     for table in _HOOK_TABLES:
         setattr(module, table, getattr(layer, table))
+    for key, hook in list(module._forward_pre_hooks.items()):
+        if type(hook).__module__.startswith("torch.nn.utils."):  # it computes the layer's weight: pruning, weight_norm
+            del module._forward_pre_hooks[key]
     module._is_full_backward_hook = layer._is_full_backward_hook
     return module
 
