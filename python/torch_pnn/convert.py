@@ -189,9 +189,7 @@ def convert(
         if verdicts[name] is None:
             new = _replacement(name, module, seeds[name], merged_options, seen, on_meta=dry_run)
             plan[module] = new
-            row = replace(
-                row, converted=True, reason=type(new).__name__, parameters_after=count(new), seed=seeds[name]
-            )
+            row = replace(row, converted=True, reason=type(new).__name__, parameters_after=count(new), seed=seeds[name])
         rows.append(row)
     after = before + sum(row.parameters_after - row.parameters_before for row in rows)
     record = Conversion(tuple(rows), before, after, seed, preset, dict(merged_options), dry_run, keep_original)

@@ -86,9 +86,7 @@ def _paths(function: Callable[..., Any]) -> Iterator[tuple[str | int, ...]]:
         tree = ast.parse(textwrap.dedent(inspect.getsource(function)))
     except (OSError, TypeError, SyntaxError):  # made by exec, or in a file that is gone
         return
-    harmless = {
-        id(node.value) for node in ast.walk(tree) if isinstance(node, ast.Attribute) and node.attr in HARMLESS
-    }
+    harmless = {id(node.value) for node in ast.walk(tree) if isinstance(node, ast.Attribute) and node.attr in HARMLESS}
     for node in ast.walk(tree):
         if isinstance(node, ast.Attribute) and node.attr == "weight" and id(node) not in harmless:
             path = _path(node.value)
