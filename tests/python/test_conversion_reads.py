@@ -102,6 +102,25 @@ def test_uses_in_a_branch_that_no_run_takes(example):
     assert reason_of(InABranch(), example) == "its weight is read by InABranch.forward (self.blocks[0].weight)"
 
 
+class InAnInnerFunction(Net):
+    """As for `torch.utils.checkpoint`; the path goes through a ModuleDict."""
+
+    def __init__(self):
+        super().__init__()
+        self.table = nn.ModuleDict({"last": self.conv})
+
+    def forward(self, x):
+        def rest(x):
+            return F.conv2d(x, self.table["last"].weight, padding=1)
+
+        return rest(self.stem(x))
+
+
+def test_uses_in_an_inner_function_and_under_a_key():
+    reason = reason_of(InAnInnerFunction(), None)
+    assert reason == "its weight is read by InAnInnerFunction.forward (self.table['last'].weight)"
+
+
 class InAHelper(Net):
     def penalty(self):
         return self.conv.weight.abs().sum()

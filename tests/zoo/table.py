@@ -67,7 +67,7 @@ what to do about them:
 | depthwise convolution | mobile families, ConvNeXt | a predicate converts it, see above |
 | transposed convolution | decoders (monai UNet) | there is no perturbation layer that enlarges the image |
 | subclass … with a forward of its own | timm's `Conv2dSame`, `ScaledStdConv2d` | build the model without them |
-| its weight is read by `RepVggBlock._fuse_bn_tensor` | timm's RepVGG | a predicate converts it; don't `reparameterize` |
+| its weight is read by `RepVggBlock._fuse_bn_tensor` | RepVGG | a predicate; do not `reparameterize` then |
 """
 
 

@@ -14,12 +14,15 @@ import functools
 import inspect
 import textwrap
 from collections.abc import Callable, Iterator, Mapping
-from types import FunctionType
+from types import CodeType, FunctionType
 from typing import Any
 
 from torch import nn
 
 __all__ = ["HARMLESS", "read_in_code"]
+
+Path = tuple["str | tuple[Any]", ...]
+"""The way from `self` to a module: a name is an attribute, a tuple of one value an index or a key."""
 
 HARMLESS = frozenset(
     """
@@ -47,7 +50,7 @@ def read_in_code(model: nn.Module, names: Mapping[nn.Module, tuple[str, ...]]) -
             found: Any = module
             for step in path:
                 try:
-                    found = found[step] if isinstance(step, int) else getattr(found, step)
+                    found = found[step[0]] if isinstance(step, tuple) else getattr(found, step)
                 except Exception:  # a path that this instance doesn't have
                     found = None
                     break
@@ -55,14 +58,14 @@ def read_in_code(model: nn.Module, names: Mapping[nn.Module, tuple[str, ...]]) -
                 yield found, f"its weight is read by {kind.__name__}.{method} ({_spelt(path)}.weight)"
 
 
-def _spelt(path: tuple[str | int, ...]) -> str:
-    return "self" + "".join(f"[{step}]" if isinstance(step, int) else f".{step}" for step in path)
+def _spelt(path: Path) -> str:
+    return "self" + "".join(f"[{step[0]!r}]" if isinstance(step, tuple) else f".{step}" for step in path)
 
 
 @functools.cache
-def _reads_of(kind: Any) -> tuple[tuple[str, tuple[str | int, ...]], ...]:
+def _reads_of(kind: Any) -> tuple[tuple[str, Path], ...]:
     """(method, path) for each `self.path.weight` in the class's methods; those of PyTorch itself are not looked at."""
-    found: dict[tuple[str, tuple[str | int, ...]], None] = {}
+    found: dict[tuple[str, Path], None] = {}
     seen: set[str] = set()
     for base in kind.__mro__:
         if base is object or base.__module__.split(".")[0] == "torch":
@@ -72,16 +75,17 @@ def _reads_of(kind: Any) -> tuple[tuple[str, tuple[str | int, ...]], ...]:
                 continue
             seen.add(name)
             function = inspect.unwrap(method) if callable(method) else None
-            if isinstance(function, FunctionType) and "weight" in _names_in(function):
+            if isinstance(function, FunctionType) and "weight" in _names_in(function.__code__):
                 found.update(((name, path), None) for path in _paths(function))
     return tuple(found)
 
 
-def _names_in(function: FunctionType) -> tuple[str, ...]:
-    return function.__code__.co_names
+def _names_in(code: CodeType) -> set[str]:
+    """The names that the code and the functions inside it look up: a quick sieve before the text is read."""
+    return set(code.co_names).union(*(_names_in(inner) for inner in code.co_consts if isinstance(inner, CodeType)))
 
 
-def _paths(function: Callable[..., Any]) -> Iterator[tuple[str | int, ...]]:
+def _paths(function: Callable[..., Any]) -> Iterator[Path]:
     try:
         tree = ast.parse(textwrap.dedent(inspect.getsource(function)))
     except (OSError, TypeError, SyntaxError):  # made by exec, or in a file that is gone
@@ -94,14 +98,14 @@ def _paths(function: Callable[..., Any]) -> Iterator[tuple[str | int, ...]]:
                 yield path
 
 
-def _path(node: ast.expr) -> tuple[str | int, ...] | None:
+def _path(node: ast.expr) -> Path | None:
     """The steps of `self.a.b[0]`; () for `self`, None for anything else."""
     if isinstance(node, ast.Name):
         return () if node.id == "self" else None
     if isinstance(node, ast.Attribute):
         inner = _path(node.value)
         return None if inner is None else (*inner, node.attr)
-    if isinstance(node, ast.Subscript) and isinstance(node.slice, ast.Constant) and isinstance(node.slice.value, int):
+    if isinstance(node, ast.Subscript) and isinstance(node.slice, ast.Constant):
         inner = _path(node.value)
-        return None if inner is None else (*inner, node.slice.value)
+        return None if inner is None else (*inner, (node.slice.value,))
     return None
