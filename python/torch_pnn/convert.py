@@ -222,6 +222,7 @@ def _rehearsed(
 
 
 def check_model(model: Any) -> None:
+    """Refuses what is no `nn.Module` and what can't be changed."""
     if isinstance(model, torch.jit.ScriptModule):
         raise TypeError("model is a scripted module, which can't be changed any more; convert it first, then script it")
     if not isinstance(model, nn.Module):

@@ -274,6 +274,13 @@ def test_references_out_of_reach(kind):
     assert not model.conv._forward_pre_hooks and not model.conv._forward_hooks
 
 
+@pytest.mark.parametrize("kind", [ByLocalName, ByClass, InAPartial, InABoundMethod])
+def test_what_a_run_showed_is_remembered(kind):
+    once = convert(kind(), example_input=INPUT)
+    twice = convert(once)
+    assert type(twice.conv) is nn.Conv2d and twice.conversion == once.conversion
+
+
 Pair = namedtuple("Pair", "conv other")
 
 

@@ -36,8 +36,8 @@ INTRODUCTION = """\
 
 What `torch_pnn.convert(model, example_input=...)` does to one model of each family, with its defaults: one mask a
 channel; the stem, 1×1 and depthwise convolutions stay. Multiply-adds are those of convolutions, linear layers and
-attention for one image, ours counted at every pixel where the 1×1 product is computed; with the default
-`downsample="max"` a layer with a stride works before it pools, at full resolution, which `downsample="subsample"` saves.
+attention for one image, ours counted at every pixel where the 1×1 product is computed: with the default
+`downsample="max"` a layer with a stride works at full resolution and then pools, which `downsample="subsample"` saves.
 The last column says whether `torch.jit.script`, `torch.jit.trace` and `torch.export.export` take a small model of the
 family: ✓ before and after the conversion, – neither before nor after (nothing of the zoo is lost by the conversion).
 
@@ -98,8 +98,11 @@ def sizes_of(model: Model, predicate: Callable[[str, nn.Module], bool | None] | 
     """Converts the published model and counts; multiply-adds after are those before with each layer's exchanged."""
     device = "meta" if model.on_meta else "cpu"
     torch.manual_seed(0)
-    with torch.device(device):
-        net = model.whole().eval()
+    try:
+        with torch.device(device):
+            net = model.whole().eval()
+    except NotImplementedError:  # its constructor computes with tensors
+        net = model.whole().eval().to(device)
     arguments = model.arguments(model.images(1, (model.whole_size, model.whole_size), device))
     pnn = convert(net, seed=0, example_input=arguments, predicate=predicate)
     exchanged = [0, 0]

@@ -13,7 +13,7 @@ from ..modules import LBConv2d, PerturbConv2d
 from ..presets import PerturbMixConv2d
 from .reads import read_in_code
 from .record import Conversion
-from .trace import Trace
+from .trace import SEEN_IN_A_RUN, Trace
 
 __all__ = ["OWN_LAYERS", "Predicate", "convolutions", "count", "decide", "geometry"]
 
@@ -25,7 +25,7 @@ OWN_LAYERS = (PerturbConv2d, LBConv2d, PerturbMixConv2d)
 _STEM_TRACED = "stem: it reads the model's input"
 _STEM_GUESSED = "stem: the first convolution in registration order"
 _BY_PREDICATE = "left by the predicate"
-_CHOSEN = (_STEM_TRACED, _STEM_GUESSED, _BY_PREDICATE)
+_STAYS = (_STEM_TRACED, _STEM_GUESSED, _BY_PREDICATE, *SEEN_IN_A_RUN)  # reasons that a later conversion couldn't find
 _FLOATING = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
@@ -99,7 +99,7 @@ def decide(
             )
             if isinstance(first, OWN_LAYERS):
                 stem = {}
-    left_before = {} if previous is None else {row.name: row.reason for row in previous.left if row.reason in _CHOSEN}
+    left_before = {row.name: row.reason for row in (previous.left if previous else ()) if row.reason.startswith(_STAYS)}
     reads = dict(read_in_code(model, names))
     if trace is not None:
         reads.update((module, trace.reads[found[0]]) for module, found in names.items() if found[0] in trace.reads)

@@ -23,7 +23,14 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from .reads import HARMLESS
 from .swap import swap
 
-__all__ = ["Trace", "rehearse", "trace"]
+__all__ = ["SEEN_IN_A_RUN", "Trace", "rehearse", "trace"]
+
+_USED = "its weight is used outside its own forward"
+_SHARED = "a function or an object that a copy of the model shares with it calls this module"
+_OUT_OF_REACH = "a function or an object that convert can't change refers to this module and calls it"
+_NOT_CALLED = "the model doesn't call it any more when it is no nn.Conv2d"
+SEEN_IN_A_RUN = (_USED, _SHARED, _OUT_OF_REACH, _NOT_CALLED)
+"""How the reasons begin that only a run can give."""
 
 _MAY_STAND_BESIDE = frozenset(("to", "type_as", "copy_", "expand_as", "zeros_like"))
 
@@ -34,6 +41,8 @@ class Trace:
 
     Attributes:
         clone: The copy of the model that ran.
+        args: The example's positional arguments.
+        kwargs: Its keyword arguments.
         stem: Names of the convolutions that read the model's input.
         sizes: The padded sizes that each convolution reads, in the order of the calls.
         reads: For convolutions whose weight is used outside their own forward, the reason to leave them.
@@ -101,7 +110,7 @@ class _WeightReads(TorchFunctionMode):
                 name = self.weights.get(id(value)) if isinstance(value, torch.Tensor) else None
                 if name is None or name in self.running or (place > 0 and what in _MAY_STAND_BESIDE):
                     continue
-                self.found.setdefault(name, f"its weight is used outside its own forward (by {what})")
+                self.found.setdefault(name, f"{_USED} (by {what})")
         return func(*args, **kwargs)
 
 
@@ -167,7 +176,7 @@ def trace(model: nn.Module, example_input: Any, names: Mapping[nn.Module, tuple[
         running.pop()
 
     def astray(name: str, module: nn.Module, args: tuple[Any, ...]) -> None:
-        reads.found[name] = "a function or an object that a copy of the model shares with it calls this module"
+        reads.found[name] = _SHARED
 
     handles = []
     for original, found in names.items():
@@ -227,9 +236,9 @@ def rehearse(seen: Trace, replacements: Mapping[str, nn.Module]) -> dict[str, st
     reasons = {}
     for name in replacements:
         if ("old", name) in called:
-            reasons[name] = "a function or an object that convert can't change refers to this module and calls it"
+            reasons[name] = _OUT_OF_REACH
         elif name in seen.called and ("new", name) not in called:
-            reasons[name] = "the model doesn't call it any more when it is no nn.Conv2d"
+            reasons[name] = _NOT_CALLED
     return reasons
 
 
