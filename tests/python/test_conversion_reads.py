@@ -1,6 +1,7 @@
 """Models whose code looks at its convolutions: what stays right is converted, what would go wrong is left and named."""
 
 import functools
+import re
 from collections import OrderedDict, deque, namedtuple
 
 import pytest
@@ -205,6 +206,30 @@ def test_hooks_of_the_convolution_may_read_it():
     model.conv.register_forward_pre_hook(lambda m, args: m.weight.sum() and None)
     model.conv.register_forward_hook(lambda m, args, output: output + m.weight.sum())
     assert reason_of(model) is None
+
+
+class HeldAsParameter(Net):
+    def __init__(self):
+        super().__init__()
+        self.kernel = self.conv.weight
+
+    def forward(self, x):
+        return F.conv2d(self.stem(x), self.kernel, padding=1)
+
+
+class HeldInAList(Net):
+    def __init__(self):
+        super().__init__()
+        self.kernels = [("first", {"kernel": self.conv.weight})]
+        self.kernels.append(self.kernels)
+
+    def forward(self, x):
+        return F.conv2d(self.stem(x), self.kernels[0][1]["kernel"], padding=1)
+
+
+@pytest.mark.parametrize("kind, holder", [(HeldAsParameter, r"\(the model\), conv"), (HeldInAList, "conv, kernels")])
+def test_weights_that_init_code_laid_by(kind, holder):
+    assert re.fullmatch(f"its parameters are shared by {holder}", reason_of(kind(), None))
 
 
 # Code that asks for the class, or holds the convolution elsewhere

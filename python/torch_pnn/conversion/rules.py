@@ -13,6 +13,7 @@ from ..modules import LBConv2d, PerturbConv2d
 from ..presets import PerturbMixConv2d
 from .reads import read_in_code
 from .record import Conversion
+from .swap import INTERNAL
 from .trace import SEEN_IN_A_RUN, Trace
 
 __all__ = ["OWN_LAYERS", "Predicate", "convolutions", "count", "decide", "geometry"]
@@ -84,11 +85,7 @@ def decide(
     previous: Conversion | None,
 ) -> dict[str, str | None]:
     """For each convolution, by its first name, the reason why it is left, or None where it is converted."""
-    owners: dict[int, list[str]] = {}
-    for owner_name, owner in model.named_modules():
-        for parameter in owner._parameters.values():
-            if parameter is not None:
-                owners.setdefault(id(parameter), []).append(owner_name)
+    owners = _owners(model)
     if trace is not None:
         stem = {module: _STEM_TRACED for module, found in names.items() if found[0] in trace.stem}
     else:
@@ -117,6 +114,27 @@ def decide(
             reason = _BY_PREDICATE
         reasons[name] = reason
     return reasons
+
+
+def _owners(model: nn.Module) -> dict[int, list[str]]:
+    """Which modules have a parameter, by its id; and which of their attributes hold it, in lists or dicts too."""
+    owners: dict[int, list[str]] = {}
+
+    def note(value: Any, place: str, seen: set[int]) -> None:
+        if isinstance(value, nn.Parameter):
+            owners.setdefault(id(value), []).append(place)
+        elif isinstance(value, (list, tuple, dict)) and id(value) not in seen:
+            seen.add(id(value))
+            for item in value.values() if isinstance(value, dict) else value:
+                note(item, place, seen)
+
+    for name, module in model.named_modules():
+        for parameter in module._parameters.values():
+            note(parameter, name or "(the model)", set())
+        for key, value in module.__dict__.items():
+            if key not in INTERNAL:
+                note(value, f"{name}.{key}" if name else key, set())
+    return owners
 
 
 def _fixed_reason(module: Any) -> str | None:

@@ -18,7 +18,7 @@ from torch import nn
 from ..modules import PerturbConv2d
 from ..presets import PerturbMixConv2d
 
-__all__ = ["Original", "carry_back", "carry_over", "original_of", "remember", "swap"]
+__all__ = ["INTERNAL", "Original", "carry_back", "carry_over", "original_of", "remember", "swap"]
 
 _HOOK_TABLES = (
     "_forward_hooks",
@@ -29,7 +29,7 @@ _HOOK_TABLES = (
     "_backward_hooks",
     "_backward_pre_hooks",
 )
-_INTERNAL = frozenset(nn.Module().__dict__)
+INTERNAL = frozenset(nn.Module().__dict__)  # the attributes of every module, which nn.Module keeps for itself
 _ORIGINAL = "_original"
 _DRAWN = ("weight", "bias")  # the parameters that a convolution's reset_parameters draws
 
@@ -185,7 +185,7 @@ def swap(model: nn.Module, plan: Mapping[nn.Module, nn.Module]) -> nn.Module:
             if child is not None and child in plan:
                 module._modules[key] = plan[child]
         for key, value in list(module.__dict__.items()):
-            if key in _INTERNAL:
+            if key in INTERNAL:
                 continue
             changed = swapped(value)
             if changed is not value:
