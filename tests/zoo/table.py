@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
-from zoo_models import ZOO, Model, call
+from zoo_models import ZOO, Model, call, positional_and_keyword
 
 from torch_pnn.convert import Conversion, convert
 
@@ -67,7 +67,7 @@ what to do about them:
 | depthwise convolution | mobile families, ConvNeXt | a predicate converts it, see above |
 | transposed convolution | decoders (monai UNet) | there is no perturbation layer that enlarges the image |
 | subclass … with a forward of its own | timm's `Conv2dSame`, `ScaledStdConv2d` | build the model without them |
-| its weight is read by `RepVggBlock._fuse_bn_tensor` | RepVGG | a predicate; do not `reparameterize` then |
+| its weight is read by other code | timm's RepVGG, to fuse layers | a predicate, if you never call that code |
 """
 
 
@@ -140,8 +140,7 @@ def transformations(model: Model) -> str:
     net = model.small().eval()
     arguments = model.arguments(model.images(2))
     pnn = convert(net, seed=0, example_input=arguments)
-    args = arguments if isinstance(arguments, tuple) else () if isinstance(arguments, dict) else (arguments,)
-    kwargs = arguments if isinstance(arguments, dict) else {}
+    args, kwargs = positional_and_keyword(arguments)
     example = {"example_kwarg_inputs": kwargs} if kwargs else {"example_inputs": args}
 
     def marks(net: nn.Module) -> list[bool]:
@@ -157,7 +156,14 @@ def transformations(model: Model) -> str:
 
 def reasons(record: Conversion) -> str:
     """Why convolutions were left, in short, with their numbers."""
-    short = Counter(row.reason.split(":")[0].split(" (")[0].rsplit(".", 1)[-1] for row in record.left)
+    short: Counter[str] = Counter()
+    for row in record.left:
+        word = row.reason.split(":")[0].split(" (")[0]
+        if word.startswith("subclass"):
+            word = word.rsplit(".", 1)[-1]
+        elif word.startswith("its weight is read"):
+            word = "whose weight other code reads"
+        short[word] += 1
     return ", ".join(f"{count} {word}" for word, count in short.most_common()) or "none"
 
 

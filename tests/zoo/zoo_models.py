@@ -59,11 +59,17 @@ class Model:
         return torch.randn(batch, self.channels, height, width, device=device)
 
 
+def positional_and_keyword(arguments: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """What `Model.arguments` returns as positional arguments and keywords."""
+    if isinstance(arguments, Mapping):
+        return (), dict(arguments)
+    return (arguments if isinstance(arguments, tuple) else (arguments,)), {}
+
+
 def call(model: nn.Module, arguments: Any) -> Any:
     """Calls a model with what `Model.arguments` returns."""
-    if isinstance(arguments, Mapping):
-        return model(**arguments)
-    return model(*arguments) if isinstance(arguments, tuple) else model(arguments)
+    args, kwargs = positional_and_keyword(arguments)
+    return model(*args, **kwargs)
 
 
 # torchvision
@@ -257,16 +263,25 @@ def small_pyramid() -> nn.Module:
     )
 
 
+FEW_PROPOSALS = {
+    "rpn_pre_nms_top_n_train": 100,
+    "rpn_pre_nms_top_n_test": 50,
+    "rpn_post_nms_top_n_train": 20,
+    "rpn_post_nms_top_n_test": 10,
+    "box_detections_per_img": 5,
+}
+
+
 def small_faster_rcnn() -> nn.Module:
     from torchvision.models import detection
 
-    return detection.FasterRCNN(small_pyramid(), num_classes=3, min_size=64, max_size=96, box_detections_per_img=5)
+    return detection.FasterRCNN(small_pyramid(), num_classes=3, min_size=64, max_size=96, **FEW_PROPOSALS)
 
 
 def small_mask_rcnn() -> nn.Module:
     from torchvision.models import detection
 
-    return detection.MaskRCNN(small_pyramid(), num_classes=3, min_size=64, max_size=96, box_detections_per_img=5)
+    return detection.MaskRCNN(small_pyramid(), num_classes=3, min_size=64, max_size=96, **FEW_PROPOSALS)
 
 
 def small_retinanet() -> nn.Module:
@@ -338,7 +353,7 @@ TIMM = (
     timm_family("nf_resnet26"),
     timm_family("cspresnet50", whole_size=256),
     timm_family("repvgg_a0"),
-    timm_family("hrnet_w18_small", script=False),
+    timm_family("hrnet_w18_small", script=False, other_sizes=((64, 32),)),  # it adds maps that are halved five times
     timm_family("convnextv2_atto"),
 )
 
@@ -365,7 +380,7 @@ def hugging_family(kind: str, **options: Any) -> Model:
     """TorchScript can't read their configuration objects."""
     whole = hugging(kind)
     small = hugging(kind, num_labels=4, **options)
-    return Model("transformers", kind, small, whole, arguments=pixels, script=False, trace=False)
+    return Model("transformers", kind, small, whole, arguments=pixels, script=False)
 
 
 TRANSFORMERS = (
