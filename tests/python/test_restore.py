@@ -4,6 +4,7 @@ import copy
 import io
 import pickle
 import warnings
+from collections import OrderedDict
 
 import pytest
 import torch
@@ -214,20 +215,33 @@ def test_a_model_on_meta():
     assert all(p.is_meta for p in back.parameters())
 
 
-def test_hooks_go_there_and_back():
+@pytest.mark.parametrize("keep", [False, True])
+@pytest.mark.filterwarnings("ignore:.*fresh weights")
+def test_hooks_go_there_and_back(keep):
     net = small_net()
     calls = []
     handles = [net[3].register_forward_hook(lambda m, i, o: calls.append(("early", type(m))))]
-    convert(net, inplace=True, keep_original=True)
+    convert(net, inplace=True, keep_original=keep)
     handles.append(net[3].register_forward_pre_hook(lambda m, i: calls.append(("late", type(m)))))
-    restore(net, inplace=True)
     handles.append(net[3].register_full_backward_hook(lambda m, gi, go: calls.append(("backward", type(m)))))
+    restore(net, inplace=True)
     net(torch.randn(2, 3, 8, 8)).sum().backward()
     assert calls == [("late", nn.Conv2d), ("early", nn.Conv2d), ("backward", nn.Conv2d)]
     for handle in handles:
         handle.remove()
     net(torch.randn(2, 3, 8, 8)).sum().backward()
     assert len(calls) == 3
+
+
+@pytest.mark.parametrize("keep", [False, True])
+@pytest.mark.filterwarnings("ignore:.*fresh weights")
+def test_hooks_that_were_cleared_meanwhile_stay_away(keep):
+    """By the common way of clearing them, which puts another table in the old one's place."""
+    net = small_net()
+    net[3].register_forward_hook(lambda m, i, o: pytest.fail("called"))
+    convert(net, inplace=True, keep_original=keep)
+    net[3]._forward_hooks = OrderedDict()
+    restore(net, inplace=True)(torch.randn(2, 3, 8, 8))
 
 
 @pytest.mark.parametrize("keep", [False, True])

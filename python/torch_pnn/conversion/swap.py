@@ -63,10 +63,8 @@ def remember(new: nn.Module, old: nn.Module, keep: bool) -> None:
 
 
 def _emptied(module: nn.Module) -> nn.Module:
-    """A copy of the module without its weights and hooks; the module itself, which the caller may hold, stays whole."""
+    """A copy of the module without its weights; the module itself, which the caller may hold, stays whole."""
     empty = copy.copy(module)
-    fresh = nn.Module().__dict__
-    empty.__dict__.update({table: fresh[table] for table in _HOOK_TABLES})
     empty._buffers, empty._modules = dict(module._buffers), dict(module._modules)
     empty._parameters = dict(module._parameters)
     for name in _DRAWN:
