@@ -20,13 +20,14 @@ void perturb_conv2d(StableIValue* stack, uint64_t, uint64_t) {
   arguments.integers();
   arguments.integer();
 
-  const int64_t sizes[] = {input.size(0), weight.size(0), input.size(2), input.size(3)};
+  const torch_pnn::Numbers x = input.sizes();
+  const int64_t sizes[] = {x[0], weight.sizes()[0], x[2], x[3]};
   const int64_t strides[] = {sizes[1] * sizes[2] * sizes[3], sizes[2] * sizes[3], sizes[3], 1};
   AtenTensorHandle handle = nullptr;
   if (aoti_torch_empty_strided(4, sizes, strides, aoti_torch_dtype_float32(), aoti_torch_device_type_cpu(), 0,
                                &handle) != 0)
     torch_pnn::fail("empty", "out of memory");
-  stack[0] = torch::stable::detail::from(Tensor(handle));
+  stack[0] = torch::stable::detail::from(handle);
 }
 
 }  // namespace

@@ -111,6 +111,17 @@ class Measured:
         share = self.case.flops / (2 * MM**3)
         return compare(seconds[ours], [(share, seconds["mm"]), (1.0, seconds["copy"])])
 
+    def floor_alone(self, which: str, *others: str) -> str:
+        """What the floor itself would score against the better of `others`, as a note: no layer can do better.
+
+        Training has three products, and moves x and y once more each, and the input's gradient.
+        """
+        case, products = self.case, 3 if which == "training" else 1
+        moved = (3 * case.channels + 2 * case.outputs) / (case.channels + case.outputs) if products > 1 else 1.0
+        product = products * case.flops / (2 * MM**3) * self.times.median("mm")
+        floor = max(product, moved * self.times.median("copy"))
+        return f"the floor alone: {floor / self.times.median(self.times.better(*others)):.2f}"
+
     @property
     def compute_bound(self) -> bool:
         """Whether the floor is the product's."""
@@ -153,9 +164,11 @@ def _mean(row: str, what: str, ratios: Sequence[tuple[Measured, Ratio]], target:
 def _against_1x1(row: str, which: str, mean_target: float) -> Callable[[list[Measured]], Iterable[Line]]:
     def lines(measured: list[Measured]) -> Iterable[Line]:
         for layout in LAYOUTS:
-            ratios = [(m, m.ratio(f"{which}, ours, {layout}", *both_layouts(f"{which}, 1x1"))) for m in measured]
+            others = both_layouts(f"{which}, 1x1")
+            ratios = [(m, m.ratio(f"{which}, ours, {layout}", *others)) for m in measured]
             for m, ratio in ratios:
-                yield Line(row, layout, str(m.case), ratio, 1.15, "odd size" if m.odd else "")
+                note = m.floor_alone(which, *others) + (", odd size" if m.odd else "")
+                yield Line(row, layout, str(m.case), ratio, 1.15, note)
             yield from _mean(row, layout, ratios, mean_target)
 
     return lines
@@ -179,7 +192,8 @@ def _against_plain(row: str, other: str) -> Callable[[list[Measured]], Iterable[
             ours = m.times.better(*both_layouts("training, ours"))
             ratios.append((m, m.ratio(ours, *both_layouts(f"training, {other}"))))
         for m, ratio in ratios:
-            yield Line(row, what, str(m.case), ratio, targets.get(m.case.masks))
+            note = m.floor_alone("training", *both_layouts(f"training, {other}"))
+            yield Line(row, what, str(m.case), ratio, targets.get(m.case.masks), note)
         yield from _mean(row, what, ratios, 0.6)
 
     return lines

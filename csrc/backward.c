@@ -36,7 +36,7 @@ static sums_scratch sums_take(const pnn_sums *s, pnn_arena *arena) {
   t.totals = pnn_arena_take(arena, OUTPUT_BLOCK, p->real_size);
   if (!s->products) return t;
   t.maps = pnn_arena_take(arena, round_up(s->block, kernels->dot_columns) * PNN_CHUNK, p->real_size);
-  t.mask = pnn_arena_take(arena, pnn_mask_rows(p, s->block) * s->chunks.pixels, p->real_size);
+  t.mask = pnn_arena_take(arena, pnn_mask_rows(p, s->block) * pnn_mask_ld(p, s->chunks.pixels), p->real_size);
   if (p->masks > 1) t.channels = pnn_arena_take(arena, pnn_response_channels(p, s->block) * PNN_CHUNK, p->real_size);
   if (p->pairs) {
     t.map_pairs = pnn_arena_take(arena, round_up(s->block, kernels->dot_columns) * PNN_CHUNK, 2);
@@ -49,32 +49,49 @@ static void add_reals(const pnn_problem *p, void *to, const void *from, int64_t 
   p->kernels->accumulate(to, from, count);
 }
 
+/* What the first tiles that use a panel make on the way; NULL where the panels are full already. */
+typedef struct sums_source {
+  const char *gradient;     /* of the block's first output */
+  const pnn_source *source; /* of the first response map */
+} sums_source;
+
 /* G[t0.., k0..] += outputs * maps' over one chunk, tile by tile. */
 static void sums_products(const pnn_sums *s, const sums_scratch *t, int64_t columns, char *into, int64_t outputs,
-                          int64_t maps) {
+                          int64_t maps, const sums_source *from, pnn_ahead *ahead) {
   const pnn_problem *p = s->problem;
   const pnn_kernels *kernels = p->kernels;
-  const int64_t size = p->real_size, ld = p->group_maps;
+  const int64_t size = p->real_size, ld = p->group_maps, rounds = columns / (p->pairs ? 2 : 1) / PNN_LANES;
+  pnn_ahead_spread(ahead, (outputs + kernels->dot_rows - 1) / kernels->dot_rows *
+                              ((maps + kernels->dot_columns - 1) / kernels->dot_columns));
   for (int64_t near = 0, next; near < outputs; near = next) {
     next = PNN_MIN(near + NEAR_OUTPUTS, outputs);
     for (int64_t j = 0; j < maps; j += kernels->dot_columns)
       for (int64_t i = near; i < next; i += kernels->dot_rows) {
-        char *out = into + (i * ld + j) * size;
-        if (p->pairs)
+        char *const out = into + (i * ld + j) * size, *const a = t->outputs + i * PNN_CHUNK * size;
+        char *const b = t->maps + j * PNN_CHUNK * size;
+        const pnn_ahead_run run = pnn_ahead_take(ahead, rounds, a);
+        const char *gradient = from->gradient && j == 0 ? from->gradient + i * p->grad_output.channel * size : NULL;
+        if (p->pairs) {
           kernels->dot_pairs(columns / 2, t->output_pairs + i * PNN_CHUNK * 2, PNN_CHUNK / 2,
-                             t->map_pairs + j * PNN_CHUNK * 2, PNN_CHUNK / 2, outputs - i, maps - j, out, ld);
-        else
-          kernels->dot(columns, t->outputs + i * PNN_CHUNK * size, PNN_CHUNK, t->maps + j * PNN_CHUNK * size, PNN_CHUNK,
-                       outputs - i, maps - j, out, ld);
+                             t->map_pairs + j * PNN_CHUNK * 2, PNN_CHUNK / 2, outputs - i, maps - j, out, ld, &run);
+        } else if (gradient || (from->source && i == 0)) {
+          pnn_source source;
+          if (from->source && i == 0) source = pnn_source_at(p, from->source, j);
+          kernels->respond_dot[p->activation](columns, a, PNN_CHUNK, gradient, p->grad_output.channel, b, PNN_CHUNK,
+                                              from->source && i == 0 ? &source : NULL, out, ld, &run);
+        } else {
+          kernels->dot(columns, a, PNN_CHUNK, b, PNN_CHUNK, outputs - i, maps - j, out, ld, &run);
+        }
       }
   }
 }
 
-pnn_sums_place pnn_sums_locate(const pnn_sums *s, int64_t item) {
+pnn_sums_place pnn_sums_locate(const pnn_sums *s, int64_t item, int64_t part) {
   const pnn_problem *p = s->problem;
   const int64_t cut = item % s->output_cuts, map_block = item / s->output_cuts % s->map_blocks;
-  const int64_t group = item / s->output_cuts / s->map_blocks / s->chunks.parts;
-  pnn_sums_place at = {.part = item / s->output_cuts / s->map_blocks % s->chunks.parts, .k = map_block * s->block};
+  const int64_t runs = s->chunks.parts / s->part_run, run = item / s->output_cuts / s->map_blocks;
+  const int64_t group = run / runs;
+  pnn_sums_place at = {.part = run % runs * s->part_run + part, .k = map_block * s->block};
   at.k0 = group * p->group_maps + at.k;
   at.maps = s->products ? PNN_MIN(s->block, p->group_maps - at.k) : 0;
   at.first = group * p->group_outputs + cut * s->output_rows;
@@ -84,26 +101,36 @@ pnn_sums_place pnn_sums_locate(const pnn_sums *s, int64_t item) {
   return at;
 }
 
-pnn_ahead pnn_sums_ahead(const pnn_sums *s, const pnn_sums_place *at, int64_t chunk, int64_t end,
-                         const pnn_view *view) {
+pnn_ahead pnn_sums_ahead(const pnn_sums *s, const pnn_sums_place *at, int64_t chunk, int64_t end, int64_t output,
+                         int64_t outputs) {
   const pnn_problem *p = s->problem;
-  pnn_range range = {0, 1};
-  int64_t first = 0, count = 0;
-  if (at->maps && chunk < end) count = pnn_chunk_locate(p, &s->chunks, chunk, &range, &first);
-  const int64_t channel = at->k0 / p->masks;
-  return pnn_ahead_make(p, &range, first, count, view, channel, (at->k0 + at->maps - 1) / p->masks - channel + 1);
+  pnn_ahead ahead = {.streams = 0};
+  if (!at->maps) return ahead;
+  pnn_range range;
+  int64_t first, count = pnn_chunk_locate(p, &s->chunks, chunk, &range, &first);
+  pnn_ahead_add(p, &ahead, &range, first, count, &p->grad_output, output + outputs,
+                PNN_MIN(outputs, at->end - output - outputs), false);
+  if (++chunk < end) {
+    /* This block's share of the next chunk's input: of its pixels, or of its channels. */
+    const int64_t shares = (at->end - at->first + outputs - 1) / outputs, i = (output - at->first) / outputs;
+    int64_t channel = at->k0 / p->masks, channels = (at->k0 + at->maps - 1) / p->masks - channel + 1;
+    int64_t *from = s->rows ? &first : &channel, *extent = s->rows ? &count : &channels;
+    count = pnn_chunk_locate(p, &s->chunks, chunk, &range, &first);
+    const int64_t share = (*extent + shares - 1) / shares;
+    *from += i * share;
+    *extent = PNN_MIN(share, *extent - i * share);
+    pnn_ahead_add(p, &ahead, &range, first, count, &p->input, channel, channels, false);
+  }
+  return ahead;
 }
 
-static void sums_item(void *sums_, int32_t worker, int64_t item) {
-  const pnn_sums *s = sums_;
+/* One part's chunks. `masked` remembers whose masks the scratch holds; its pixel is -1 at first. */
+static void sums_part(const pnn_sums *s, const pnn_sums_place at, const sums_scratch t, pnn_range *masked) {
   const pnn_problem *p = s->problem;
   const int64_t size = p->real_size;
-  const pnn_sums_place at = pnn_sums_locate(s, item);
-  pnn_arena own = {.base = s->scratch + worker * s->scratch_bytes};
-  const sums_scratch t = sums_take(s, &own);
   const pnn_response response = {.problem = p,
                                  .mask = t.mask,
-                                 .mask_ld = s->chunks.pixels,
+                                 .mask_ld = pnn_mask_ld(p, s->chunks.pixels),
                                  .mask_k0 = at.k0,
                                  .mean = s->mean,
                                  .channels = t.channels};
@@ -112,42 +139,63 @@ static void sums_item(void *sums_, int32_t worker, int64_t item) {
     const int64_t rows = round_up(at.maps, p->kernels->dot_columns);
     memset(t.maps + at.maps * PNN_CHUNK * size, 0, (size_t)((rows - at.maps) * PNN_CHUNK * size));
   }
+  const bool exact = p->product_type == PNN_FLOAT32 || p->product_type == PNN_FLOAT64;
+  const bool fused = at.maps && exact && p->kernels->respond_dot[p->activation];
   pnn_columns columns;
-  pnn_range range, made = {.pixel = -1};
+  pnn_range range;
   int64_t chunk, end;
   for (pnn_chunks_part(&s->chunks, at.part, &chunk, &end); chunk < end; chunk++) {
     int64_t first;
     const int64_t count = pnn_chunk_locate(p, &s->chunks, chunk, &range, &first);
-    if (range.pixel != made.pixel) {
-      made = range;
-      if (at.maps) pnn_mask_panel(p, at.k0, at.maps, &made, t.mask, s->chunks.pixels);
+    if (range.pixel != masked->pixel) {
+      *masked = range;
+      if (at.maps) pnn_mask_panel(p, at.k0, at.maps, masked, t.mask, pnn_mask_ld(p, s->chunks.pixels));
     }
-    pnn_columns_set(&columns, &made, first, count);
-    if (at.maps) {
+    pnn_columns_set(&columns, masked, first, count);
+    /* Whole tiles of a chunk within one image are read where they stand, by the first products that use them. */
+    const bool whole = fused && columns.columns == columns.padded && at.maps % p->kernels->dot_columns == 0;
+    pnn_source source;
+    const bool made = !whole || !pnn_response_source(&response, &columns, at.k0, 0, columns.columns, &source);
+    if (at.maps && made) {
       pnn_response_operand(&response, &columns, at.k0, at.maps, t.maps, PNN_CHUNK);
       if (p->pairs)
         p->kernels->pair_columns(t.map_pairs, PNN_CHUNK / 2, t.maps, PNN_CHUNK,
                                  round_up(at.maps, p->kernels->dot_columns), columns.padded);
     }
-    pnn_ahead x = pnn_sums_ahead(s, &at, chunk + 1, end, &p->input);
-    const int64_t steps = (at.end - at.first + OUTPUT_BLOCK - 1) / OUTPUT_BLOCK;
     for (int64_t o = at.first; o < at.end; o += OUTPUT_BLOCK) {
-      pnn_ahead_step(&x, steps, false);
-      pnn_ahead gradient = pnn_ahead_make(p, &made, first, count, &p->grad_output, o + OUTPUT_BLOCK,
-                                          PNN_MIN(OUTPUT_BLOCK, at.end - o - OUTPUT_BLOCK));
-      pnn_ahead_step(&gradient, 1, false);
       const int64_t rows = PNN_MIN(OUTPUT_BLOCK, at.end - o), padded = round_up(rows, p->kernels->dot_rows);
-      pnn_columns_load(p, &columns, &p->grad_output, o, rows, t.outputs, PNN_CHUNK);
-      memset(t.outputs + rows * PNN_CHUNK * size, 0, (size_t)((padded - rows) * PNN_CHUNK * size));
+      sums_source from = {.source = !made && o == at.first ? &source : NULL};
+      if (whole && rows == padded)
+        from.gradient = pnn_columns_place(p, &columns, &p->grad_output, o, 0, columns.columns);
+      if (!from.gradient) {
+        pnn_columns_load(p, &columns, &p->grad_output, o, rows, t.outputs, PNN_CHUNK);
+        memset(t.outputs + rows * PNN_CHUNK * size, 0, (size_t)((padded - rows) * PNN_CHUNK * size));
+      }
       if (at.maps && p->pairs)
         p->kernels->pair_columns(t.output_pairs, PNN_CHUNK / 2, t.outputs, PNN_CHUNK, padded, columns.padded);
-      if (at.maps) sums_products(s, &t, columns.padded, at.products + (o * p->group_maps + at.k) * size, rows, at.maps);
+      if (from.source && rows != padded) { /* a tile of fewer outputs makes no panels */
+        pnn_response_operand(&response, &columns, at.k0, at.maps, t.maps, PNN_CHUNK);
+        from.source = NULL;
+      }
+      if (at.maps) {
+        pnn_ahead ahead = pnn_sums_ahead(s, &at, chunk, end, o, OUTPUT_BLOCK);
+        sums_products(s, &t, columns.padded, at.products + (o * p->group_maps + at.k) * size, rows, at.maps, &from,
+                      &ahead);
+      }
       if (at.totals) {
         p->kernels->sum(columns.padded, t.outputs, PNN_CHUNK, rows, t.totals);
         add_reals(p, at.totals + o * size, t.totals, rows);
       }
     }
   }
+}
+
+static void sums_item(void *sums_, int32_t worker, int64_t item) {
+  const pnn_sums *s = sums_;
+  pnn_arena own = {.base = s->scratch + worker * s->scratch_bytes};
+  const sums_scratch t = sums_take(s, &own);
+  pnn_range masked = {.pixel = -1};
+  for (int64_t part = 0; part < s->part_run; part++) sums_part(s, pnn_sums_locate(s, item, part), t, &masked);
 }
 
 /* The parts' tree, left in part 0, for the outputs [t, t + count). */
@@ -178,6 +226,11 @@ static pnn_sums sums_prepare(const pnn_problem *p, const pnn_host *host, bool pr
   /* Outputs are split only where parts and maps leave threads idle: each split computes the response maps again. */
   const int64_t wanted = 2 * (int64_t)(host ? host->threads : 1);
   const int64_t have = p->groups * s.chunks.parts * s.map_blocks;
+  /* Parts over the same pixels share the making of their masks where that leaves enough items to deal out evenly. */
+  s.part_run = 1;
+  while (s.part_run * 2 <= s.chunks.parts && s.chunks.parts % (s.part_run * 2) == 0 &&
+         have / (s.part_run * 2) >= 4 * wanted)
+    s.part_run *= 2;
   s.output_cuts = PNN_MAX(1, PNN_MIN((wanted + have - 1) / have, p->group_outputs / OUTPUT_BLOCK));
   s.output_rows = round_up((p->group_outputs + s.output_cuts - 1) / s.output_cuts, OUTPUT_BLOCK);
   s.outputs_part = pnn_arena_take(arena, s.chunks.parts * p->outputs, p->real_size);
@@ -190,7 +243,7 @@ static pnn_sums sums_prepare(const pnn_problem *p, const pnn_host *host, bool pr
 }
 
 static int64_t sums_items(const pnn_sums *s) {
-  return s->chunks.count ? s->problem->groups * s->chunks.parts * s->map_blocks * s->output_cuts : 0;
+  return s->chunks.count ? s->problem->groups * (s->chunks.parts / s->part_run) * s->map_blocks * s->output_cuts : 0;
 }
 
 static void sums_scratch_prepare(pnn_sums *s, const pnn_host *host, pnn_arena *arena) {
@@ -240,9 +293,10 @@ static inputs_scratch inputs_take(const pnn_inputs *in, pnn_arena *arena) {
   s.d = pnn_arena_take(arena, in->packing.block_tiles * in->packing.tile * PNN_PANEL, size);
   s.u = pnn_arena_take(arena, in->block * PNN_PANEL, size);
   if (in->affine && in->steps) s.c = pnn_arena_take(arena, in->block * PNN_PANEL, size);
-  s.mask = pnn_arena_take(arena, pnn_mask_rows(p, p->group_maps) * in->deal.pixels, size);
+  s.mask = pnn_arena_take(arena, pnn_mask_rows(p, p->group_maps) * pnn_mask_ld(p, in->deal.pixels), size);
   if (p->masks > 1) s.channels = pnn_arena_take(arena, pnn_response_channels(p, in->block) * PNN_PANEL, size);
-  if (in->masks) s.mask_gradient = pnn_arena_take(arena, pnn_mask_rows(p, p->maps) * in->deal.pixels, size);
+  if (in->masks)
+    s.mask_gradient = pnn_arena_take(arena, pnn_mask_rows(p, p->maps) * pnn_mask_ld(p, in->deal.pixels), size);
   return s;
 }
 
@@ -264,27 +318,29 @@ pnn_norm_terms pnn_inputs_norm_terms(const pnn_inputs *in, int64_t k0) {
   return terms;
 }
 
-/* From da to the gradient of the block's channels in one go. */
-static void inputs_block(const pnn_inputs *in, const inputs_scratch *s, const pnn_columns *columns, int64_t k,
-                         int64_t k0, int64_t maps) {
+/* From da to the gradient of the block's channels in one go, for columns that begin at `first` of the panels. */
+static void inputs_block(const pnn_inputs *in, const inputs_scratch *s, const pnn_columns *columns, int64_t first,
+                         int64_t k, int64_t k0, int64_t maps) {
   const pnn_problem *p = in->problem;
   const pnn_view *x = &p->input, *dx = &p->grad_input;
   const int64_t size = p->real_size, channel = k0 / p->masks, channels = maps / p->masks;
   const bool read = in_place(p, x), write = in_place(p, dx);
+  char *const d_panel = s->d + first * size, *const u_panel = s->u + first * size;
   const pnn_norm_terms norm = pnn_inputs_norm_terms(in, k0);
-  if (!read) pnn_columns_load(p, columns, x, channel, channels, s->u, PNN_PANEL);
-  const char *mask = p->noise == PNN_NOISE_NONE ? NULL : s->mask + (p->shared ? 0 : k * in->deal.pixels) * size;
+  if (!read) pnn_columns_load(p, columns, x, channel, channels, u_panel, PNN_PANEL);
+  const char *mask =
+      p->noise == PNN_NOISE_NONE ? NULL : s->mask + (p->shared ? 0 : k * pnn_mask_ld(p, in->deal.pixels)) * size;
   for (int64_t i = 0; i < columns->segments; i++) {
     const pnn_segment *g = &columns->segment[i];
-    char *d = s->d + g->column * size, *from = s->u + g->column * size, *to = d;
+    char *d = d_panel + g->column * size, *from = u_panel + g->column * size, *to = d;
     if (read) from = x->data + (g->image * x->batch + channel * x->channel + g->pixel) * size;
     if (write) to = dx->data + (g->image * dx->batch + channel * dx->channel + g->pixel) * size;
     const char *n = mask ? mask + (g->pixel - columns->range->pixel) * size : NULL;
     const int64_t to_ld = write ? dx->channel : PNN_PANEL, from_ld = read ? x->channel : PNN_PANEL;
-    p->kernels->respond_grad[p->activation](to, to_ld, d, PNN_PANEL, from, from_ld, n, in->deal.pixels,
+    p->kernels->respond_grad[p->activation](to, to_ld, d, PNN_PANEL, from, from_ld, n, pnn_mask_ld(p, in->deal.pixels),
                                             in->affine ? &norm : NULL, channels, g->columns, p->masks, p->shared);
   }
-  if (!write) pnn_columns_store(p, columns, dx, channel, channels, s->d, PNN_PANEL);
+  if (!write) pnn_columns_store(p, columns, dx, channel, channels, d_panel, PNN_PANEL);
 }
 
 /* The same in steps, where d is wanted for the gradient of the masks too, or c has to be rounded on the way. */
@@ -305,7 +361,8 @@ static void inputs_block_in_steps(const pnn_inputs *in, const inputs_scratch *s,
       const int64_t row = p->shared ? (k0 + r) % p->masks : k0 + r;
       for (int64_t i = 0; i < columns->segments; i++) {
         const pnn_segment *g = &columns->segment[i];
-        add_reals(p, s->mask_gradient + (row * in->deal.pixels + g->pixel - columns->range->pixel) * size,
+        add_reals(p,
+                  s->mask_gradient + (row * pnn_mask_ld(p, in->deal.pixels) + g->pixel - columns->range->pixel) * size,
                   s->d + (r * PNN_PANEL + g->column) * size, g->columns);
       }
     }
@@ -318,53 +375,121 @@ static void inputs_block_in_steps(const pnn_inputs *in, const inputs_scratch *s,
   pnn_columns_store(p, columns, &p->grad_input, k0 / p->masks, channels, s->d, p->masks * PNN_PANEL);
 }
 
-/* One tile of da, from the gradient's columns from j on. */
-static void inputs_product(const pnn_problem *p, const inputs_scratch *s, const void *a, int64_t j, char *to) {
-  if (p->pairs)
-    p->kernels->product_pairs((p->group_outputs + 1) / 2, a, s->pairs + j * 4, PNN_PANEL, to, PNN_PANEL, zero_start);
-  else
-    p->kernels->product(p->group_outputs, a, s->gradient + j * p->real_size, PNN_PANEL, to, PNN_PANEL, zero_start);
+/* The tiles of a panel's columns, and where they go. */
+typedef struct inputs_tile {
+  const char *gradient; /* where the tensor holds the group's first output of these columns, or NULL */
+  bool fused;           /* from the products to the input's gradient in one kernel */
+} inputs_tile;
+
+/* Finds what can be read and written where it stands, and loads the rest of the gradient's panel. */
+static void inputs_tiles(const pnn_inputs *in, const inputs_scratch *s, const pnn_columns *columns, int64_t column,
+                         int64_t group, inputs_tile *tiles) {
+  const pnn_problem *p = in->problem;
+  const int64_t tile = p->kernels->tile_columns, t = group * p->group_outputs, channel = group * p->group_channels;
+  const bool fused = p->masks == 1 && !in->steps && !p->pairs && p->kernels->product_respond_grad[p->activation] &&
+                     (p->product_type == PNN_FLOAT32 || p->product_type == PNN_FLOAT64);
+  for (int64_t j = 0, next; j < columns->columns; j = next) {
+    for (next = j; next < columns->columns; next += tile) {
+      inputs_tile *at = &tiles[next / tile];
+      at->fused = fused && pnn_columns_place(p, columns, &p->input, channel, next, tile) &&
+                  pnn_columns_place(p, columns, &p->grad_input, channel, next, tile);
+      at->gradient = p->pairs || !p->group_maps ? NULL : pnn_columns_place(p, columns, &p->grad_output, t, next, tile);
+      if (at->gradient) break;
+    }
+    if (next > j) {
+      pnn_columns part;
+      pnn_columns_part(&part, columns, column, j, PNN_MIN(next, columns->columns));
+      pnn_columns_load(p, &part, &p->grad_output, t, p->group_outputs, s->gradient + j * p->real_size, PNN_PANEL);
+    }
+    next += tile;
+  }
+  if (p->pairs) p->kernels->pair_rows(s->pairs, s->gradient, PNN_PANEL, p->group_outputs, columns->padded);
+}
+
+/* One tile of da, from the gradient's columns from j on; `gradient` NULL: they are in the panel already. */
+static void inputs_product(const pnn_problem *p, const inputs_scratch *s, const void *a, const char *gradient,
+                           int64_t j, char *to, pnn_ahead *ahead) {
+  char *const panel = s->gradient + j * p->real_size;
+  if (p->pairs) {
+    p->kernels->product_pairs((p->group_outputs + 1) / 2, a, s->pairs + j * 4, PNN_PANEL, to, PNN_PANEL, zero_start,
+                              ahead);
+  } else if (gradient) {
+    const pnn_source source = {.x = gradient, .ldx = p->grad_output.channel, .masks = 1};
+    p->kernels->respond_product[PNN_ACTIVATION_IDENTITY](p->group_outputs, a, panel, PNN_PANEL, to, PNN_PANEL,
+                                                         zero_start, &source, ahead);
+  } else {
+    p->kernels->product(p->group_outputs, a, panel, PNN_PANEL, to, PNN_PANEL, zero_start, ahead);
+  }
+}
+
+/* The response maps k0, ... of a tile, to the end. */
+static void inputs_fused(const pnn_inputs *in, const inputs_scratch *s, const pnn_response *response,
+                         const pnn_columns *columns, const void *a, const char *gradient, int64_t j, int64_t k0,
+                         int64_t maps, pnn_ahead *ahead) {
+  const pnn_problem *p = in->problem;
+  const int64_t tile = p->kernels->tile_columns;
+  pnn_source source;
+  pnn_response_source(response, columns, k0, j, tile, &source);
+  char *dx = pnn_columns_place(p, columns, &p->grad_input, k0, j, tile); /* one mask a channel */
+  const pnn_norm_terms norm = pnn_inputs_norm_terms(in, k0);
+  p->kernels->product_respond_grad[p->activation](p->group_outputs, a, gradient, p->grad_output.channel,
+                                                  s->gradient + j * p->real_size, PNN_PANEL, dx, p->grad_input.channel,
+                                                  maps, &source, in->affine ? &norm : NULL, ahead);
 }
 
 static void inputs_group(const pnn_inputs *in, const inputs_scratch *s, int64_t group, const pnn_range *range,
                          int64_t column, int64_t end) {
   const pnn_problem *p = in->problem;
   const pnn_kernels *kernels = p->kernels;
-  const int64_t size = p->real_size, k_first = group * p->group_maps;
+  const int64_t size = p->real_size, k_first = group * p->group_maps, width = kernels->tile_columns;
   const pnn_response response = {.problem = p,
                                  .mask = s->mask,
-                                 .mask_ld = in->deal.pixels,
+                                 .mask_ld = pnn_mask_ld(p, in->deal.pixels),
                                  .mask_k0 = k_first,
                                  .mean = in->mean,
                                  .channels = s->channels};
-  pnn_mask_panel(p, k_first, p->group_maps, range, s->mask, in->deal.pixels);
+  pnn_mask_panel(p, k_first, p->group_maps, range, s->mask, pnn_mask_ld(p, in->deal.pixels));
   pnn_columns columns;
+  inputs_tile tiles[PNN_PANEL / 4];
   for (; column < end; column += PNN_PANEL) {
     pnn_columns_set(&columns, range, column, PNN_MIN(PNN_PANEL, end - column));
-    pnn_columns_load(p, &columns, &p->grad_output, group * p->group_outputs, p->group_outputs, s->gradient, PNN_PANEL);
-    if (p->pairs) kernels->pair_rows(s->pairs, s->gradient, PNN_PANEL, p->group_outputs, columns.padded);
+    inputs_tiles(in, s, &columns, column, group, tiles);
     const int64_t next = column + PNN_PANEL, count = PNN_MIN(PNN_PANEL, end - next);
-    const int64_t steps = in->packing.blocks * in->packing.block_tiles;
-    pnn_ahead x = pnn_ahead_make(p, range, next, count, &p->input, group * p->group_channels, p->group_channels);
-    pnn_ahead dx = pnn_ahead_make(p, range, column, columns.columns, &p->grad_input, group * p->group_channels,
-                                  p->grad_input.data ? p->group_channels : 0);
-    pnn_ahead gradient =
-        pnn_ahead_make(p, range, next, count, &p->grad_output, group * p->group_outputs, p->group_outputs);
+    const int64_t tile_steps = p->group_outputs / (p->pairs ? 2 : 1) / PNN_AHEAD_DEPTH + 1;
+    pnn_ahead ahead = {.streams = 0};
+    if (p->grad_input.data)
+      pnn_ahead_add(p, &ahead, range, column, columns.columns, &p->grad_input, group * p->group_channels,
+                    p->group_channels, true);
+    pnn_ahead_add(p, &ahead, range, next, count, &p->grad_output, group * p->group_outputs, p->group_outputs, false);
+    pnn_ahead_add(p, &ahead, range, next, count, &p->input, group * p->group_channels, p->group_channels, false);
+    pnn_ahead_spread(&ahead, in->packing.blocks * in->packing.block_tiles * (columns.padded / width) * tile_steps);
     for (int64_t block = 0; block < in->packing.blocks; block++) {
       const int64_t k = block * in->block, maps = PNN_MIN(in->block, p->group_maps - k);
-      const int64_t tiles = (maps + kernels->tile_rows - 1) / kernels->tile_rows;
-      for (int64_t tile = 0; tile < tiles; tile++) {
-        pnn_ahead_step(&x, steps, false);
-        pnn_ahead_step(&gradient, steps, false);
-        pnn_ahead_step(&dx, steps, true);
-        const void *a = pnn_packing_tile(p, &in->packing, in->packed, group, block, tile, 0);
-        for (int64_t j = 0; j < columns.columns; j += kernels->tile_columns)
-          inputs_product(p, s, a, j, s->d + (tile * kernels->tile_rows * PNN_PANEL + j) * size);
+      for (int64_t i = 0; i < maps; i += kernels->tile_rows) {
+        const void *a = pnn_packing_tile(p, &in->packing, in->packed, group, block, i / kernels->tile_rows, 0);
+        for (int64_t j = 0; j < columns.columns; j += width) {
+          const inputs_tile *at = &tiles[j / width];
+          const char *gradient = block == 0 && i == 0 ? at->gradient : NULL;
+          if (at->fused)
+            inputs_fused(in, s, &response, &columns, a, gradient, j, k_first + k + i,
+                         PNN_MIN(kernels->tile_rows, maps - i), &ahead);
+          else
+            inputs_product(p, s, a, gradient, j, s->d + (i * PNN_PANEL + j) * size, &ahead);
+        }
       }
-      if (in->steps)
+      if (in->steps) {
         inputs_block_in_steps(in, s, &response, &columns, k_first + k, maps);
-      else
-        inputs_block(in, s, &columns, k, k_first + k, maps);
+        continue;
+      }
+      for (int64_t j = 0, rest; j < columns.columns; j = rest) {
+        for (rest = j; rest < columns.columns && !tiles[rest / width].fused; rest += width) continue;
+        if (rest > j) {
+          pnn_columns part;
+          pnn_columns_part(&part, &columns, column, j, PNN_MIN(rest, columns.columns));
+          inputs_block(in, s, &part, j, k, k_first + k, maps);
+        }
+        rest += width;
+      }
     }
   }
 }
@@ -382,9 +507,9 @@ static void inputs_item(void *inputs_, int32_t worker, int64_t item) {
     if (column < end) inputs_group(in, &s, item / pieces, &range, column, end);
     return;
   }
-  memset(s.mask_gradient, 0, (size_t)(pnn_mask_rows(p, p->maps) * in->deal.pixels * p->real_size));
+  memset(s.mask_gradient, 0, (size_t)(pnn_mask_rows(p, p->maps) * pnn_mask_ld(p, in->deal.pixels) * p->real_size));
   for (int64_t group = 0; group < p->groups; group++) inputs_group(in, &s, group, &range, column, end);
-  pnn_mask_grad_store(p, &range, s.mask_gradient, in->deal.pixels);
+  pnn_mask_grad_store(p, &range, s.mask_gradient, pnn_mask_ld(p, in->deal.pixels));
 }
 
 /* `spare` (or NULL) offers spare_bytes that the packed weights may take. */

@@ -157,6 +157,8 @@ static forward_scratch forward_take(const pnn_forward_state *f, pnn_arena *arena
 
 void pnn_rows_forward_scratch(const pnn_forward_state *state, pnn_arena *arena) { forward_take(state, arena); }
 
+#define ROWS_MADE 16 /* pixels at a time; no fewer than a tile has */
+
 void pnn_rows_forward_item(void *state, int32_t worker, int64_t item) {
   const pnn_forward_state *f = state;
   const pnn_problem *p = f->problem;
@@ -175,24 +177,31 @@ void pnn_rows_forward_item(void *state, int32_t worker, int64_t item) {
   for (; column < end; column += PNN_PANEL) {
     pnn_columns_set(&columns, &range, column, PNN_MIN(PNN_PANEL, end - column));
     const int64_t count = pixel_runs(p, &columns, &p->output, runs), step = pixel_step(p, &p->output);
-    const int64_t next = column + PNN_PANEL;
-    pnn_ahead ahead = pnn_ahead_make(p, &range, next, PNN_MIN(PNN_PANEL, end - next), &p->input,
-                                     group * p->group_channels, p->group_channels);
-    const int64_t steps = f->packing.block_tiles * ((p->group_maps + f->block - 1) / PNN_MAX(f->block, 1));
+    const int64_t next = column + PNN_PANEL, ahead_count = PNN_MIN(PNN_PANEL, end - next);
+    pnn_ahead ahead = {.streams = 0};
+    pnn_ahead_add(p, &ahead, &range, next, ahead_count, &p->input, group * p->group_channels, p->group_channels, false);
+    pnn_ahead_add(p, &ahead, &range, next, ahead_count, &p->output, group * p->group_outputs, p->group_outputs, true);
+    pnn_ahead_spread(&ahead, f->packing.block_tiles * (columns.columns / kernels->tile_rows + 1) *
+                                 (p->group_maps / PNN_AHEAD_DEPTH + 1));
     for (int64_t k = 0; k < p->group_maps || k == 0; k += PNN_MAX(f->block, 1)) {
       const int64_t depth = PNN_MIN(f->block, p->group_maps - k);
-      respond(p, &s.masks, k_first, &columns, k_first + k, depth, f->mean, s.panel, s.ld);
+      int64_t made = 0; /* pixels of the panel, a few ahead of the first tile of outputs, which finds them in cache */
       for (int64_t t = 0; t < p->group_outputs; t += tile) {
         const void *b = pnn_packing_tile(p, &f->packing, f->packed, group, 0, t / tile, k);
         const char *start = from_map(p, f->bias, group * f->sum_rows + t);
-        pnn_ahead_step(&ahead, steps, false);
         for (int64_t r = 0; r < count; r++)
           for (int64_t i = 0; i < runs[r].columns; i += kernels->tile_rows) {
             const int64_t offset = runs[r].offset + i * step + group * p->group_outputs + t;
+            if (made < PNN_MIN(runs[r].column + i + kernels->tile_rows, columns.columns)) {
+              pnn_columns part;
+              pnn_columns_part(&part, &columns, column, made, PNN_MIN(made + ROWS_MADE, columns.columns));
+              respond(p, &s.masks, k_first, &part, k_first + k, depth, f->mean, s.panel + made * s.ld * size, s.ld);
+              made += part.columns;
+            }
             kernels->product_rows(k ? PNN_PRODUCT_CONTINUE : PNN_PRODUCT_START,
                                   PNN_MIN(kernels->tile_rows, runs[r].columns - i), PNN_MIN(tile, p->group_outputs - t),
                                   depth, s.panel + (runs[r].column + i) * s.ld * size, s.ld, 1, b, tile,
-                                  p->output.data + offset * size, step, start);
+                                  p->output.data + offset * size, step, start, &ahead);
           }
       }
     }
@@ -232,53 +241,57 @@ static void gradient_tiles(const pnn_problem *p, const pixel_run *runs, int64_t 
                               g->data + (runs[r].offset + t) * size, pixel_step(p, g), runs[r].columns, rows);
 }
 
-void pnn_rows_sums_item(void *sums, int32_t worker, int64_t item) {
-  const pnn_sums *s = sums;
+/* One part's chunks. `made` remembers whose masks the scratch holds; its pixel is -1 at first. */
+static void sums_part(const pnn_sums *s, const pnn_sums_place at, const sums_scratch t, pnn_range *made) {
   const pnn_problem *p = s->problem;
   const pnn_kernels *kernels = p->kernels;
   const int64_t size = p->real_size, tile = kernels->tile_rows;
-  const pnn_sums_place at = pnn_sums_locate(s, item);
-  pnn_arena own = {.base = s->scratch + worker * s->scratch_bytes};
-  const sums_scratch t = sums_take(s, &own);
   pnn_sums_begin(s, &at);
   pnn_columns columns;
   pixel_run runs[PNN_CHUNK];
-  pnn_range range, made = {.pixel = -1};
+  pnn_range range;
   int64_t chunk, end;
   for (pnn_chunks_part(&s->chunks, at.part, &chunk, &end); chunk < end; chunk++) {
     int64_t first;
     const int64_t count = pnn_chunk_locate(p, &s->chunks, chunk, &range, &first);
-    if (range.pixel != made.pixel) {
-      made = range;
-      if (at.maps) masks_make(p, &t.masks, at.k0, at.maps, &made);
+    if (range.pixel != made->pixel) {
+      *made = range;
+      if (at.maps) masks_make(p, &t.masks, at.k0, at.maps, made);
     }
-    pnn_columns_set(&columns, &made, first, count);
+    pnn_columns_set(&columns, made, first, count);
     if (at.maps) {
       respond(p, &t.masks, at.k0, &columns, at.k0, at.maps, s->mean, t.maps, t.ld);
     }
     const int64_t run_count = pixel_runs(p, &columns, &p->grad_output, runs);
-    pnn_ahead x = pnn_sums_ahead(s, &at, chunk + 1, end, &p->input);
-    const int64_t packed = GRADIENT_TILES * tile, steps = (at.end - at.first + packed - 1) / packed;
+    const int64_t packed = GRADIENT_TILES * tile;
+    pnn_ahead ahead = {.streams = 0};
     for (int64_t o = at.first; o < at.end; o += tile) {
       const int64_t rows = PNN_MIN(tile, at.end - o), number = (o - at.first) / tile % GRADIENT_TILES;
       const char *outputs = t.outputs + number * PNN_CHUNK * tile * size;
       if (number == 0) {
-        pnn_ahead_step(&x, steps, false);
         gradient_tiles(p, runs, run_count, o, PNN_MIN(packed, at.end - o), t.outputs);
-        pnn_ahead g =
-            pnn_ahead_make(p, &made, first, count, &p->grad_output, o + packed, PNN_MIN(packed, at.end - o - packed));
-        pnn_ahead_step(&g, 1, false);
+        ahead = pnn_sums_ahead(s, &at, chunk, end, o, packed);
+        pnn_ahead_spread(&ahead,
+                         GRADIENT_TILES * (at.maps / kernels->tile_columns + 1) * (count / PNN_AHEAD_DEPTH + 1));
       }
       for (int64_t j = 0; j < at.maps; j += kernels->tile_columns)
         kernels->product_rows(PNN_PRODUCT_ADD, rows, PNN_MIN(kernels->tile_columns, at.maps - j), count, outputs, 1,
                               tile, t.maps + j * size, t.ld, at.products + (o * p->group_maps + at.k + j) * size,
-                              p->group_maps, NULL);
+                              p->group_maps, NULL, &ahead);
       if (!at.totals) continue;
       memset(t.totals, 0, (size_t)(tile * size));
       kernels->sum_columns(count, outputs, t.totals);
       kernels->accumulate(at.totals + o * size, t.totals, rows);
     }
   }
+}
+
+void pnn_rows_sums_item(void *sums, int32_t worker, int64_t item) {
+  const pnn_sums *s = sums;
+  pnn_arena own = {.base = s->scratch + worker * s->scratch_bytes};
+  const sums_scratch t = sums_take(s, &own);
+  pnn_range made = {.pixel = -1};
+  for (int64_t part = 0; part < s->part_run; part++) sums_part(s, pnn_sums_locate(s, item, part), t, &made);
 }
 
 /* ---- backward: input ---- */
@@ -342,25 +355,24 @@ void pnn_rows_inputs_item(void *inputs, int32_t worker, int64_t item) {
     const int64_t gradients = pixel_runs(p, &columns, &p->grad_output, gradient);
     const int64_t outs = pixel_runs(p, &columns, &p->grad_input, out);
     const int64_t next = column + PNN_PANEL, count = PNN_MIN(PNN_PANEL, end - next);
-    const int64_t steps = in->packing.blocks * in->packing.block_tiles;
-    pnn_ahead x = pnn_ahead_make(p, &range, next, count, &p->input, group * p->group_channels, p->group_channels);
-    pnn_ahead dx = pnn_ahead_make(p, &range, column, columns.columns, &p->grad_input, group * p->group_channels,
-                                  p->group_channels);
-    pnn_ahead g = pnn_ahead_make(p, &range, next, count, &p->grad_output, group * p->group_outputs, p->group_outputs);
+    pnn_ahead ahead = {.streams = 0};
+    pnn_ahead_add(p, &ahead, &range, column, columns.columns, &p->grad_input, group * p->group_channels,
+                  p->group_channels, true);
+    pnn_ahead_add(p, &ahead, &range, next, count, &p->grad_output, group * p->group_outputs, p->group_outputs, false);
+    pnn_ahead_add(p, &ahead, &range, next, count, &p->input, group * p->group_channels, p->group_channels, false);
+    pnn_ahead_spread(&ahead, in->packing.blocks * in->packing.block_tiles * (columns.columns / kernels->tile_rows + 1) *
+                                 (p->group_outputs / PNN_AHEAD_DEPTH + 1));
     for (int64_t block = 0; block < in->packing.blocks; block++) {
       const int64_t k = block * in->block, k0 = k_first + k, maps = PNN_MIN(in->block, p->group_maps - k);
       for (int64_t j = 0; j < maps; j += tile) {
         const void *b = pnn_packing_tile(p, &in->packing, in->packed, group, block, j / tile, 0);
-        pnn_ahead_step(&x, steps, false);
-        pnn_ahead_step(&g, steps, false);
-        pnn_ahead_step(&dx, steps, true);
         for (int64_t r = 0; r < gradients; r++)
           for (int64_t i = 0; i < gradient[r].columns; i += kernels->tile_rows) {
             const int64_t offset = gradient[r].offset + i * gradient_step + group * p->group_outputs;
             kernels->product_rows(PNN_PRODUCT_START, PNN_MIN(kernels->tile_rows, gradient[r].columns - i),
                                   PNN_MIN(tile, maps - j), p->group_outputs, p->grad_output.data + offset * size,
                                   gradient_step, 1, b, tile, s.d + ((gradient[r].column + i) * s.ld + j) * size, s.ld,
-                                  NULL);
+                                  NULL, &ahead);
           }
       }
       inputs_epilogue(in, &s, &columns, outs, out, k_first, k0, maps);

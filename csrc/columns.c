@@ -89,33 +89,42 @@ void pnn_columns_store(const pnn_problem *problem, const pnn_columns *columns, c
   move_all(&m, columns);
 }
 
-pnn_ahead pnn_ahead_make(const pnn_problem *problem, const pnn_range *range, int64_t column, int64_t count,
-                         const pnn_view *view, int64_t channel, int64_t channels) {
-  pnn_ahead ahead = {NULL, 0, 0, 0, 0};
+char *pnn_columns_place(const pnn_problem *problem, const pnn_columns *columns, const pnn_view *view, int64_t channel,
+                        int64_t column, int64_t count) {
   const pnn_view *v = view;
-  const bool pixels_joined = problem->out_height == 1 || v->row == problem->out_width * v->column;
-  if (count <= 0 || channels <= 0 || !pixels_joined || (v->column != 1 && v->channel != 1)) return ahead;
-  const int64_t image = column / range->pixels, pixel = column % range->pixels;
-  const int64_t run = PNN_MIN(count, range->pixels - pixel);
-  ahead.data = v->data + (image * v->batch + channel * v->channel + (range->pixel + pixel) * v->column) * v->element;
-  ahead.stride = (v->column == 1 ? v->channel : v->column) * v->element;
-  ahead.rows = v->column == 1 ? channels : run;
-  ahead.bytes = (v->column == 1 ? run : channels) * v->element;
-  return ahead;
+  const bool joined = problem->out_height == 1 || v->row == problem->out_width * v->column;
+  if (v->element != problem->real_size || v->column != 1 || !joined) return NULL;
+  for (int64_t i = 0; i < columns->segments; i++) {
+    const pnn_segment *s = &columns->segment[i];
+    if (column >= s->column + s->columns) continue;
+    if (column + count > s->column + s->columns) return NULL;
+    return v->data + (s->image * v->batch + channel * v->channel + s->pixel + column - s->column) * v->element;
+  }
+  return NULL;
 }
 
-void pnn_ahead_step(pnn_ahead *ahead, int64_t steps, bool write) {
-  const int64_t end = PNN_MIN(ahead->done + (ahead->rows + steps - 1) / steps, ahead->rows);
-  for (; ahead->done < end; ahead->done++) {
-    const char *row = ahead->data + ahead->done * ahead->stride;
-    for (int64_t i = 0; i < ahead->bytes + 63; i += 64) {
-      const char *line = row + PNN_MIN(i, ahead->bytes - 1);
-      if (write)
-        __builtin_prefetch(line, 1, 2);
-      else
-        __builtin_prefetch(line, 0, 2);
-    }
-  }
+void pnn_columns_part(pnn_columns *part, const pnn_columns *columns, int64_t first, int64_t column, int64_t end) {
+  pnn_columns_set(part, columns->range, first + column, end - column);
+  part->padded = (end == columns->columns ? columns->padded : end) - column;
+}
+
+void pnn_ahead_add(const pnn_problem *problem, pnn_ahead *ahead, const pnn_range *range, int64_t column, int64_t count,
+                   const pnn_view *view, int64_t channel, int64_t channels, bool write) {
+  const pnn_view *v = view;
+  const bool pixels_joined = problem->out_height == 1 || v->row == problem->out_width * v->column;
+  if (count <= 0 || channels <= 0 || !pixels_joined || (v->column != 1 && v->channel != 1)) return;
+  const int64_t image = column / range->pixels, pixel = column % range->pixels;
+  const int64_t run = PNN_MIN(count, range->pixels - pixel);
+  const bool pixels = v->column == 1;
+  ahead->stream[ahead->streams++] = (pnn_ahead_stream){
+      .data = v->data + (image * v->batch + channel * v->channel + (range->pixel + pixel) * v->column) * v->element,
+      .stride = (pixels ? v->channel : v->column) * v->element,
+      .bytes = (pixels ? run : channels) * v->element,
+      .rows = pixels ? channels : run,
+      .write = write};
+  pnn_ahead_stream *s = &ahead->stream[ahead->streams - 1];
+  if (s->stride == s->bytes)
+    *s = (pnn_ahead_stream){.data = s->data, .bytes = s->rows * s->bytes, .rows = 1, .write = write};
 }
 
 /* A range's masks should stay in the second-level cache beside the panels. */
@@ -137,7 +146,9 @@ pnn_deal pnn_deal_columns(const pnn_problem *problem, const pnn_host *host, int6
   pnn_deal deal = {.ranges = ceil_div(pixels, most)};
   deal.pixels = deal.ranges ? PNN_MIN(ceil_div(ceil_div(pixels, deal.ranges), PNN_PANEL) * PNN_PANEL, pixels) : 0;
   deal.ranges = deal.pixels ? ceil_div(pixels, deal.pixels) : 0;
-  deal.cuts = whole_batch || !deal.ranges ? 1 : ceil_div(wanted, deal.ranges);
+  /* No piece without columns: it would wake a thread for nothing. */
+  const int64_t panels = PNN_MAX(ceil_div(deal.pixels * images, PNN_PANEL), 1);
+  deal.cuts = whole_batch || !deal.ranges ? 1 : PNN_MIN(ceil_div(wanted, deal.ranges), panels);
   deal.columns = ceil_div(ceil_div(deal.pixels * images, deal.cuts), PNN_PANEL) * PNN_PANEL;
   return deal;
 }

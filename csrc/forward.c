@@ -3,7 +3,8 @@
  *
  * Per piece of columns: make the masks of its pixels once; then, 64 columns at a time, fill a panel of response maps
  * [up to 256 maps][64] in cache and multiply every tile of packed weights with it; sums wait in [T/G][64] between two
- * blocks of maps, so that each output stays one chain in ascending k, started at the bias.
+ * blocks of maps, so that each output stays one chain in ascending k, started at the bias. With more than 256 maps and
+ * outputs that whole tiles fit, the blocks of maps are the outer loop and the sums wait in the output itself.
  */
 #include <string.h>
 
@@ -21,26 +22,10 @@ static worker_scratch scratch_take(const pnn_forward_state *f, pnn_arena *arena)
   s.panel = pnn_arena_take(arena, f->block * PNN_PANEL, p->real_size);
   s.pairs = p->pairs ? pnn_arena_take(arena, (f->block + 1) / 2 * PNN_PANEL, 4) : NULL;
   s.sums = pnn_arena_take(arena, f->sum_rows * PNN_PANEL, p->real_size);
-  s.mask = pnn_arena_take(arena, pnn_mask_rows(p, p->group_maps) * f->deal.pixels, p->real_size);
+  s.mask = pnn_arena_take(arena, pnn_mask_rows(p, f->slab) * pnn_mask_ld(p, f->deal.pixels), p->real_size);
   s.channels =
       p->masks == 1 ? NULL : pnn_arena_take(arena, pnn_response_channels(p, f->block) * PNN_PANEL, p->real_size);
   return s;
-}
-
-/* Where the output's columns [j, j + tile_columns) of the panel stand, if they are contiguous and of the type that is
- * computed in: then whole tiles are written where they belong. NULL otherwise. */
-static char *output_place(const pnn_problem *p, const pnn_columns *columns, int64_t group, int64_t j) {
-  const pnn_view *v = &p->output;
-  const bool joined = p->out_height == 1 || v->row == p->out_width * v->column;
-  if (v->element != p->real_size || v->column != 1 || !joined) return NULL;
-  for (int64_t i = 0; i < columns->segments; i++) {
-    const pnn_segment *s = &columns->segment[i];
-    if (j >= s->column + s->columns) continue;
-    if (j + p->kernels->tile_columns > s->column + s->columns) return NULL;
-    const int64_t pixel = s->pixel + j - s->column;
-    return v->data + (s->image * v->batch + group * p->group_outputs * v->channel + pixel) * v->element;
-  }
-  return NULL;
 }
 
 /* Columns [j, j + count) of the panel, outputs from `row` of the group on: what the tiles left in `sums`. */
@@ -53,64 +38,121 @@ static void output_rest(const pnn_problem *p, const pnn_range *range, int64_t co
                     sums + (row * PNN_PANEL + j) * p->real_size, PNN_PANEL);
 }
 
+/* Makes the response maps [k0, k0 + depth) of the panel, which begins at `column` of the range, but for the tiles whose
+ * source it fills in: their first product makes them. */
+static void prologue(const pnn_forward_state *f, const pnn_response *response, const pnn_columns *columns,
+                     int64_t column, int64_t k0, int64_t depth, const worker_scratch *s, pnn_source *source) {
+  const pnn_problem *p = f->problem;
+  const pnn_kernels *kernels = p->kernels;
+  const int64_t tile = kernels->tile_columns;
+  const bool exact = p->product_type == PNN_FLOAT32 || p->product_type == PNN_FLOAT64;
+  const bool fused = exact && kernels->respond_product[p->activation] && p->group_outputs;
+  for (int64_t j = 0, next; j < columns->columns; j = next) {
+    next = j;
+    while (next < columns->columns) { /* up to a tile that makes its own */
+      if (fused && pnn_response_source(response, columns, k0, next, tile, &source[next / tile])) break;
+      source[next / tile].x = NULL;
+      next += tile;
+    }
+    if (next > j) {
+      pnn_columns part;
+      pnn_columns_part(&part, columns, column, j, PNN_MIN(next, columns->columns));
+      pnn_response_operand(response, &part, k0, depth, s->panel + j * p->real_size, PNN_PANEL);
+    }
+    next += tile;
+  }
+  if (p->pairs) kernels->pair_rows(s->pairs, s->panel, PNN_PANEL, depth, columns->padded);
+}
+
+/* One panel of the piece [begin, end), from `column` of the range on, and the response maps [first, last) of the group.
+ */
+static void forward_panel(const pnn_forward_state *f, const worker_scratch *s, const pnn_response *response,
+                          int64_t group, const pnn_range *range, int64_t begin, int64_t column, int64_t end,
+                          int64_t first, int64_t last) {
+  const pnn_problem *p = f->problem;
+  const pnn_kernels *kernels = p->kernels;
+  const int64_t size = p->real_size, k_group = group * p->group_maps, channel = (k_group + first) / p->masks;
+  pnn_columns columns;
+  pnn_columns_set(&columns, range, column, PNN_MIN(PNN_PANEL, end - column));
+  char *place[PNN_PANEL / 4]; /* of each tile's columns, or NULL; no tile has fewer than four */
+  for (int64_t j = 0; j < columns.columns; j += kernels->tile_columns)
+    place[j / kernels->tile_columns] =
+        pnn_columns_place(p, &columns, &p->output, group * p->group_outputs, j, kernels->tile_columns);
+  const int64_t whole_rows = p->group_outputs / kernels->tile_rows * kernels->tile_rows;
+  const int64_t next = column + PNN_PANEL, count = PNN_MIN(PNN_PANEL, end - next);
+  pnn_ahead ahead = {.streams = 0};
+  if (first < last)
+    pnn_ahead_add(p, &ahead, range, next, count, &p->input, channel, (k_group + last - 1) / p->masks - channel + 1,
+                  false);
+  pnn_ahead_add(p, &ahead, range, next, count, &p->output, group * p->group_outputs, p->group_outputs, true);
+  pnn_mask_ahead(p, &ahead, k_group + last, PNN_MIN(f->slab, p->group_maps - last), range, (column - begin) / PNN_PANEL,
+                 (end - begin + PNN_PANEL - 1) / PNN_PANEL);
+  pnn_ahead_spread(&ahead, f->packing.block_tiles * (columns.padded / kernels->tile_columns) *
+                               ((last - first) / (p->pairs ? 2 : 1) / PNN_AHEAD_DEPTH + 1));
+  for (int64_t k = first; k < last || k == 0; k += PNN_MAX(f->block, 1)) {
+    const int64_t depth = PNN_MIN(f->block, last - k);
+    pnn_source source[PNN_PANEL / 4]; /* of a tile's response maps, where its first product makes them */
+    prologue(f, response, &columns, column, k_group + k, depth, s, source);
+    for (int64_t tile = 0; tile < f->packing.block_tiles; tile++) {
+      const void *a = pnn_packing_tile(p, &f->packing, f->packed, group, 0, tile, k);
+      const int64_t row = tile * kernels->tile_rows;
+      const char *start = k ? NULL : (const char *)f->bias + (group * f->sum_rows + row) * size;
+      for (int64_t j = 0; j < columns.columns; j += kernels->tile_columns) {
+        char *const at = place[j / kernels->tile_columns];
+        const bool here = at && row < whole_rows;
+        char *c = here ? at + row * p->output.channel * size : s->sums + (row * PNN_PANEL + j) * size;
+        const int64_t ldc = here ? p->output.channel : PNN_PANEL;
+        const pnn_source *from = &source[j / kernels->tile_columns];
+        if (p->pairs)
+          kernels->product_pairs((depth + 1) / 2, a, s->pairs + j * 4, PNN_PANEL, c, PNN_PANEL, start, &ahead);
+        else if (tile == 0 && from->x)
+          kernels->respond_product[p->activation](depth, a, s->panel + j * size, PNN_PANEL, c, ldc, start, from,
+                                                  &ahead);
+        else
+          kernels->product(depth, a, s->panel + j * size, PNN_PANEL, c, ldc, start, &ahead);
+      }
+    }
+  }
+  /* Neighbouring tiles that wait in `sums` go out together. */
+  for (int64_t j = 0, rest; j < columns.columns; j = rest) {
+    const bool here = place[j / kernels->tile_columns];
+    for (rest = j + kernels->tile_columns; rest < columns.columns; rest += kernels->tile_columns)
+      if ((place[rest / kernels->tile_columns] != NULL) != here) break;
+    rest = PNN_MIN(rest, columns.columns);
+    output_rest(p, range, column, j, rest - j, group, here ? whole_rows : 0, s->sums);
+  }
+}
+
 static void forward_item(void *forward_, int32_t worker, int64_t item) {
   const pnn_forward_state *f = forward_;
   const pnn_problem *p = f->problem;
-  const pnn_kernels *kernels = p->kernels;
-  const int64_t pieces = f->deal.ranges * f->deal.cuts, group = item / pieces, size = p->real_size;
+  const int64_t pieces = f->deal.ranges * f->deal.cuts, group = item / pieces;
   pnn_range range;
-  int64_t column, end;
-  pnn_deal_piece(p, &f->deal, item % pieces, &range, &column, &end);
-  if (column == end) return;
+  int64_t begin, end;
+  pnn_deal_piece(p, &f->deal, item % pieces, &range, &begin, &end);
+  if (begin == end) return;
   pnn_arena own = {.base = f->scratch + worker * f->scratch_bytes};
   const worker_scratch s = scratch_take(f, &own);
-  const int64_t k_first = group * p->group_maps;
-  const pnn_response response = {.problem = p,
-                                 .mask = s.mask,
-                                 .mask_ld = f->deal.pixels,
-                                 .mask_k0 = k_first,
-                                 .mean = f->mean,
-                                 .channels = s.channels};
-  pnn_mask_panel(p, k_first, p->group_maps, &range, s.mask, f->deal.pixels);
-  pnn_columns columns;
-  for (; column < end; column += PNN_PANEL) {
-    pnn_columns_set(&columns, &range, column, PNN_MIN(PNN_PANEL, end - column));
-    char *place[PNN_PANEL / 4]; /* of each tile's columns, or NULL; no tile has fewer than four */
-    for (int64_t j = 0; j < columns.columns; j += kernels->tile_columns)
-      place[j / kernels->tile_columns] = output_place(p, &columns, group, j);
-    const int64_t whole_rows = p->group_outputs / kernels->tile_rows * kernels->tile_rows;
-    pnn_ahead ahead = pnn_ahead_make(p, &range, column + PNN_PANEL, PNN_MIN(PNN_PANEL, end - column - PNN_PANEL),
-                                     &p->input, group * p->group_channels, p->group_channels);
-    const int64_t steps = f->packing.block_tiles * ((p->group_maps + f->block - 1) / PNN_MAX(f->block, 1));
-    for (int64_t k = 0; k < p->group_maps || k == 0; k += PNN_MAX(f->block, 1)) {
-      const int64_t depth = PNN_MIN(f->block, p->group_maps - k);
-      pnn_response_operand(&response, &columns, k_first + k, depth, s.panel, PNN_PANEL);
-      if (p->pairs) kernels->pair_rows(s.pairs, s.panel, PNN_PANEL, depth, columns.padded);
-      for (int64_t tile = 0; tile < f->packing.block_tiles; tile++) {
-        const void *a = pnn_packing_tile(p, &f->packing, f->packed, group, 0, tile, k);
-        const int64_t row = tile * kernels->tile_rows;
-        pnn_ahead_step(&ahead, steps, false);
-        const char *start = k ? NULL : (const char *)f->bias + (group * f->sum_rows + row) * size;
-        for (int64_t j = 0; j < columns.columns; j += kernels->tile_columns) {
-          char *const at = place[j / kernels->tile_columns];
-          const bool here = at && row < whole_rows;
-          char *c = here ? at + row * p->output.channel * size : s.sums + (row * PNN_PANEL + j) * size;
-          if (p->pairs)
-            kernels->product_pairs((depth + 1) / 2, a, s.pairs + j * 4, PNN_PANEL, c, PNN_PANEL, start);
-          else
-            kernels->product(depth, a, s.panel + j * size, PNN_PANEL, c, here ? p->output.channel : PNN_PANEL, start);
-        }
-      }
-    }
-    /* Neighbouring tiles that wait in `sums` go out together. */
-    for (int64_t j = 0, next; j < columns.columns; j = next) {
-      const bool here = place[j / kernels->tile_columns];
-      for (next = j + kernels->tile_columns; next < columns.columns; next += kernels->tile_columns)
-        if ((place[next / kernels->tile_columns] != NULL) != here) break;
-      next = PNN_MIN(next, columns.columns);
-      output_rest(p, &range, column, j, next - j, group, here ? whole_rows : 0, s.sums);
-    }
+  for (int64_t k = 0; k < p->group_maps || k == 0; k += PNN_MAX(f->slab, 1)) {
+    const int64_t last = PNN_MIN(k + f->slab, p->group_maps), k0 = group * p->group_maps + k;
+    const pnn_response response = {.problem = p,
+                                   .mask = s.mask,
+                                   .mask_ld = pnn_mask_ld(p, f->deal.pixels),
+                                   .mask_k0 = k0,
+                                   .mean = f->mean,
+                                   .channels = s.channels};
+    pnn_mask_panel(p, k0, last - k, &range, s.mask, response.mask_ld);
+    for (int64_t column = begin; column < end; column += PNN_PANEL)
+      forward_panel(f, &s, &response, group, &range, begin, column, end, k, last);
   }
+}
+
+/* Whether every tile of every output is written where it belongs: then sums can wait there for as long as one likes. */
+static bool outputs_wait(const pnn_problem *p) {
+  const pnn_view *v = &p->output;
+  const bool joined = p->out_height == 1 || v->row == p->out_width * v->column;
+  return !p->pairs && v->element == p->real_size && v->column == 1 && joined &&
+         p->pixels % p->kernels->tile_columns == 0 && p->group_outputs % p->kernels->tile_rows == 0;
 }
 
 typedef struct start_job {
@@ -149,7 +191,15 @@ void pnn_forward_pass(const pnn_problem *problem, const pnn_host *host, pnn_aren
   const bool rows = pnn_rows_fit(p, &p->output, NULL);
   pnn_forward_state f = {.problem = p, .block = PNN_MIN(p->group_maps, MAPS)};
   f.packing = pnn_packing_forward(p, rows ? p->kernels->tile_columns : p->kernels->tile_rows);
-  f.deal = pnn_deal_columns(p, host, pnn_mask_rows(p, p->group_maps), p->groups, false);
+  /* With many maps a piece's masks would fill the second-level cache for a few pixels. Where the sums can wait in the
+   * output, the maps are the outermost loop: masks and weights of one panel's maps serve the whole piece. */
+  f.slab = f.block;
+  f.deal = pnn_deal_columns(p, host, pnn_mask_rows(p, f.slab), p->groups, true);
+  if (rows || p->group_maps == f.block || p->shared || !outputs_wait(p) ||
+      p->groups * f.deal.ranges < 2 * (host ? host->threads : 1)) {
+    f.slab = p->group_maps;
+    f.deal = pnn_deal_columns(p, host, pnn_mask_rows(p, f.slab), p->groups, false);
+  }
   f.sum_rows = f.packing.block_tiles * f.packing.tile;
   const int64_t items = p->group_outputs ? p->groups * f.deal.ranges * f.deal.cuts : 0;
 

@@ -139,26 +139,25 @@ typedef struct pnn_columns {
 /* The columns [first, first + count) of the range. */
 void pnn_columns_set(pnn_columns *columns, const pnn_range *range, int64_t first, int64_t count);
 
+/* The columns [column, end) of a panel whose first is `first` of the range; `end` is the panel's or a multiple of a
+ * tile's. */
+void pnn_columns_part(pnn_columns *part, const pnn_columns *columns, int64_t first, int64_t column, int64_t end);
+
+/* Where the view's columns [column, column + count) stand for `channel`, if they are next to each other and of the type
+ * that is computed in: there whole tiles are read and written where they belong. NULL otherwise. */
+char *pnn_columns_place(const pnn_problem *problem, const pnn_columns *columns, const pnn_view *view, int64_t channel,
+                        int64_t column, int64_t count);
+
 /* panel[r][column] = view at channel + r, for `rows` channels; padding becomes zero. */
 void pnn_columns_load(const pnn_problem *problem, const pnn_columns *columns, const pnn_view *view, int64_t channel,
                       int64_t rows, void *panel, int64_t ld);
 void pnn_columns_store(const pnn_problem *problem, const pnn_columns *columns, const pnn_view *view, int64_t channel,
                        int64_t rows, const void *panel, int64_t ld);
 
-/* What the next panel will read, asked for while the products of this one run: a panel takes short pieces of many rows,
- * which the processor's own prefetchers don't foresee. */
-typedef struct pnn_ahead {
-  const char *data;
-  int64_t stride, bytes; /* of a row */
-  int64_t rows, done;
-} pnn_ahead;
-
-/* The first run of the panel at `column` of the range, `count` columns, for `channels` channels from `channel` on; or
- * nothing, where there are none or the view has other strides. */
-pnn_ahead pnn_ahead_make(const pnn_problem *problem, const pnn_range *range, int64_t column, int64_t count,
-                         const pnn_view *view, int64_t channel, int64_t channels);
-/* Asks for the share of one step out of `steps`; `write`: to be written. */
-void pnn_ahead_step(pnn_ahead *ahead, int64_t steps, bool write);
+/* Adds to what is asked for ahead (kernels/ahead.h) the first run of the panel at `column` of the range, `count`
+ * columns, for `channels` channels from `channel` on; nothing where there are none or the view has other strides. */
+void pnn_ahead_add(const pnn_problem *problem, pnn_ahead *ahead, const pnn_range *range, int64_t column, int64_t count,
+                   const pnn_view *view, int64_t channel, int64_t channels, bool write);
 
 /* How the columns are dealt out to the workers: ranges of up to `pixels` pixels, each cut into `cuts` pieces of
  * `columns` columns. Only speed depends on it. */
@@ -179,9 +178,14 @@ void pnn_deal_piece(const pnn_problem *problem, const pnn_deal *deal, int64_t i,
 void pnn_recipe_read(pnn_problem *problem);
 /* Rows of a mask panel for `rows` response maps: as many, M where the masks are shared, 0 without noise. */
 int64_t pnn_mask_rows(const pnn_problem *problem, int64_t rows);
+/* Reals from row to row of a mask panel for `pixels` pixels. */
+int64_t pnn_mask_ld(const pnn_problem *problem, int64_t pixels);
 /* panel[r][p] = fl(fl(level) * N) of response map k0 + r (of mask r where shared) at the range's pixels. */
 void pnn_mask_panel(const pnn_problem *problem, int64_t k0, int64_t rows, const pnn_range *range, void *panel,
                     int64_t ld);
+/* Adds to what is asked for ahead a share of the mask tensor's rows that pnn_mask_panel will read. */
+void pnn_mask_ahead(const pnn_problem *problem, pnn_ahead *ahead, int64_t k0, int64_t rows, const pnn_range *range,
+                    int64_t share, int64_t shares);
 /* Writes level * panel to the range's pixels of grad_mask; the panel holds all maps (masks where shared). */
 void pnn_mask_grad_store(const pnn_problem *problem, const pnn_range *range, void *panel, int64_t ld);
 
@@ -208,6 +212,14 @@ void pnn_response_activated(const pnn_response *response, const pnn_columns *col
  * pairs' own rounding where there are pairs). */
 void pnn_response_operand(const pnn_response *response, const pnn_columns *columns, int64_t k0, int64_t rows, void *a,
                           int64_t ld);
+
+/* Where the kernels find the response maps from k0 on of the panel's columns [column, column + count); false unless the
+ * input has a place for them (pnn_columns_place). */
+bool pnn_response_source(const pnn_response *response, const pnn_columns *columns, int64_t k0, int64_t column,
+                         int64_t count, pnn_source *source);
+
+/* The same from `rows` response maps further on. */
+pnn_source pnn_source_at(const pnn_problem *problem, const pnn_source *source, int64_t rows);
 
 /* ---- weights and per-map algebra (weights.c) ---- */
 

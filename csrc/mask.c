@@ -18,6 +18,12 @@ int64_t pnn_mask_rows(const pnn_problem *problem, int64_t rows) {
   return problem->shared ? problem->masks : rows;
 }
 
+int64_t pnn_mask_ld(const pnn_problem *problem, int64_t pixels) {
+  /* An odd number of cache lines, so that the rows of images of 2^n pixels don't all fall into the same few sets. */
+  const int64_t line = 64 / problem->real_size, lines = (pixels + line - 1) / line;
+  return (lines < 16 ? lines : lines | 1) * line;
+}
+
 /* Moves one image row's piece between a mask tensor and a panel, for the maps [first, first + rows). In a mask's view
  * `batch` is the step from map to map of a channel; where all maps stand at one step they move in one call. */
 static void move_rows(const pnn_problem *problem, const pnn_view *v, bool to_panel, int64_t first, int64_t rows,
@@ -58,6 +64,20 @@ void pnn_mask_panel(const pnn_problem *problem, int64_t k0, int64_t rows, const 
     }
     pixel += count;
   }
+}
+
+void pnn_mask_ahead(const pnn_problem *problem, pnn_ahead *ahead, int64_t k0, int64_t rows, const pnn_range *range,
+                    int64_t share, int64_t shares) {
+  const pnn_view *v = &problem->mask;
+  const int64_t step = problem->masks == 1 ? v->channel : v->batch, each = (rows + shares - 1) / shares;
+  const int64_t first = PNN_MIN(share * each, rows), count = PNN_MIN(each, rows - first);
+  const bool joined = v->column == 1 && v->row == problem->out_width && v->channel == problem->masks * step;
+  if (problem->noise != PNN_NOISE_TENSOR || problem->shared || !joined || count <= 0) return;
+  ahead->stream[ahead->streams++] =
+      (pnn_ahead_stream){.data = v->data + ((k0 + first) * step + range->pixel) * v->element,
+                         .stride = step * v->element,
+                         .bytes = range->pixels * v->element,
+                         .rows = count};
 }
 
 void pnn_mask_grad_store(const pnn_problem *problem, const pnn_range *range, void *panel, int64_t ld) {

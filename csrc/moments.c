@@ -19,7 +19,7 @@ typedef struct moments_scratch {
 static moments_scratch scratch_take(const pnn_problem *p, const pnn_moments_plan *plan, pnn_arena *arena) {
   moments_scratch s = {NULL, NULL, NULL};
   s.panel = pnn_arena_take(arena, plan->block * PNN_CHUNK, p->real_size);
-  s.mask = pnn_arena_take(arena, pnn_mask_rows(p, plan->block) * plan->chunks.pixels, p->real_size);
+  s.mask = pnn_arena_take(arena, pnn_mask_rows(p, plan->block) * pnn_mask_ld(p, plan->chunks.pixels), p->real_size);
   if (p->masks > 1) s.channels = pnn_arena_take(arena, pnn_response_channels(p, plan->block) * PNN_CHUNK, p->real_size);
   return s;
 }
@@ -75,15 +75,18 @@ static int64_t part_columns(const pnn_problem *problem, const pnn_chunks *chunks
 static void moments_chunk(const pnn_problem *p, const pnn_moments_plan *plan, pnn_arena scratch, int64_t k0,
                           int64_t rows, int64_t chunk, pnn_range *made, double *mean, double *m2) {
   const moments_scratch s = scratch_take(p, plan, &scratch);
-  const pnn_response response = {
-      .problem = p, .mask = s.mask, .mask_ld = plan->chunks.pixels, .mask_k0 = k0, .channels = s.channels};
+  const pnn_response response = {.problem = p,
+                                 .mask = s.mask,
+                                 .mask_ld = pnn_mask_ld(p, plan->chunks.pixels),
+                                 .mask_k0 = k0,
+                                 .channels = s.channels};
   pnn_columns columns;
   pnn_range range;
   int64_t first;
   const int64_t count = pnn_chunk_locate(p, &plan->chunks, chunk, &range, &first);
   if (range.pixel != made->pixel) {
     *made = range;
-    pnn_mask_panel(p, k0, rows, made, s.mask, plan->chunks.pixels);
+    pnn_mask_panel(p, k0, rows, made, s.mask, pnn_mask_ld(p, plan->chunks.pixels));
   }
   pnn_columns_set(&columns, made, first, count);
   pnn_response_activated(&response, &columns, k0, rows, s.panel, PNN_CHUNK);

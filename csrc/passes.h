@@ -20,6 +20,7 @@ typedef struct pnn_forward_state {
   pnn_deal deal;
   pnn_packing packing;
   int64_t block;    /* response maps in a panel */
+  int64_t slab;     /* response maps whose masks are there at a time: all of a group, or a panel's */
   int64_t sum_rows; /* outputs of a group, in whole tiles */
   void *packed;
   void *bias;       /* where the sums start: [G][sum_rows] */
@@ -35,6 +36,7 @@ typedef struct pnn_sums {
   pnn_chunks chunks;
   int64_t block, map_blocks;        /* response maps of an item, and how many such blocks a group has */
   int64_t output_cuts, output_rows; /* outputs of an item */
+  int64_t part_run;                 /* parts of an item */
   bool products;                    /* G is wanted, not h alone */
   bool rows;                        /* channels-last form */
   const void *mean;
@@ -43,19 +45,20 @@ typedef struct pnn_sums {
   int64_t scratch_bytes;
 } pnn_sums;
 
-/* What an item number stands for. */
+/* What part `part` of an item stands for. */
 typedef struct pnn_sums_place {
   int64_t part, k0, k, maps; /* response maps [k0, k0 + maps), number k in their group; maps = 0: h alone */
   int64_t first, end;        /* outputs */
   char *products, *totals;   /* this part's G and h; totals NULL where another item sums them */
 } pnn_sums_place;
 
-pnn_sums_place pnn_sums_locate(const pnn_sums *sums, int64_t item);
+pnn_sums_place pnn_sums_locate(const pnn_sums *sums, int64_t item, int64_t part);
 /* Sets what the item sums up to 0. */
 void pnn_sums_begin(const pnn_sums *sums, const pnn_sums_place *at);
-/* The input's part of an item's next chunk, or nothing where chunk = end. */
-pnn_ahead pnn_sums_ahead(const pnn_sums *sums, const pnn_sums_place *at, int64_t chunk, int64_t end,
-                         const pnn_view *view);
+/* What the item reads next, while the products of the outputs [output, output + outputs) with `chunk` run: the gradient
+ * of the outputs behind them, and a share of the next chunk's input. */
+pnn_ahead pnn_sums_ahead(const pnn_sums *sums, const pnn_sums_place *at, int64_t chunk, int64_t end, int64_t output,
+                         int64_t outputs);
 
 /* ---- backward: input and masks ---- */
 

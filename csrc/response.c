@@ -32,7 +32,7 @@ static void respond(const pnn_response *response, const pnn_columns *columns, in
   const bool in_place = v->element == size && (v->column == 1 || width == 1);
   /* Where the width is 1 its stride says nothing (it is 0): the rows themselves must be neighbours. */
   const bool rows_join = p->out_height == 1 || v->row == (width == 1 ? 1 : width * v->column);
-  char *x = NULL;
+  char *x = panel;
   if (!in_place) {
     /* With one mask a channel its row is loaded to where its response goes. */
     x = p->masks == 1 ? panel : response->channels;
@@ -44,17 +44,19 @@ static void respond(const pnn_response *response, const pnn_columns *columns, in
       const int64_t pixel = s->pixel + done, row = pixel / width, from = pixel % width;
       count = in_place && !rows_join ? PNN_MIN(width - from, s->columns - done) : s->columns - done;
       const int64_t column = s->column + done;
-      const char *source;
-      int64_t source_ld = ld;
+      pnn_source source = {.x = x + column * size,
+                           .ldx = ld,
+                           .mask = mask ? mask + (pixel - columns->range->pixel) * size : NULL,
+                           .ldm = response->mask_ld,
+                           .mean = mean,
+                           .k0 = k0,
+                           .masks = p->masks,
+                           .shared = p->shared};
       if (in_place) {
-        source = v->data + (s->image * v->batch + channel * v->channel + row * v->row + from * v->column) * size;
-        source_ld = v->channel;
-      } else {
-        source = x + column * size;
+        source.x = v->data + (s->image * v->batch + channel * v->channel + row * v->row + from * v->column) * size;
+        source.ldx = v->channel;
       }
-      p->kernels->respond[activation](panel + column * size, ld, source, source_ld,
-                                      mask ? mask + (pixel - columns->range->pixel) * size : NULL, response->mask_ld,
-                                      mean, rows, count, k0, p->masks, p->shared);
+      p->kernels->respond[activation](panel + column * size, ld, &source, rows, count);
     }
   }
 }
@@ -80,4 +82,38 @@ void pnn_response_operand(const pnn_response *response, const pnn_columns *colum
   zero_padding(p, columns, rows, a, ld);
   if ((p->product_type == PNN_BFLOAT16 && !p->pairs) || p->product_type == PNN_FLOAT16)
     p->kernels->round16(p->product_type, a, ld, rows, columns->padded);
+}
+
+bool pnn_response_source(const pnn_response *response, const pnn_columns *columns, int64_t k0, int64_t column,
+                         int64_t count, pnn_source *source) {
+  const pnn_problem *p = response->problem;
+  const int64_t size = p->real_size;
+  const char *x = pnn_columns_place(p, columns, &p->input, k0 / p->masks, column, count), *mask = NULL;
+  if (!x) return false;
+  if (p->noise != PNN_NOISE_NONE) {
+    int64_t i = 0;
+    while (columns->segment[i].column + columns->segment[i].columns <= column) i++;
+    const int64_t pixel = columns->segment[i].pixel + column - columns->segment[i].column - columns->range->pixel;
+    const int64_t row = p->shared ? 0 : k0 - response->mask_k0;
+    mask = (const char *)response->mask + (row * response->mask_ld + pixel) * size;
+  }
+  *source = (pnn_source){.x = x,
+                         .ldx = p->input.channel,
+                         .mask = mask,
+                         .ldm = response->mask_ld,
+                         .mean = response->mean ? (const char *)response->mean + k0 * size : NULL,
+                         .k0 = k0,
+                         .masks = p->masks,
+                         .shared = p->shared};
+  return true;
+}
+
+pnn_source pnn_source_at(const pnn_problem *problem, const pnn_source *source, int64_t rows) {
+  const int64_t size = problem->real_size, channel = source->k0 / source->masks;
+  pnn_source at = *source;
+  at.k0 += rows;
+  at.x = (const char *)at.x + (at.k0 / at.masks - channel) * at.ldx * size;
+  if (at.mask && !at.shared) at.mask = (const char *)at.mask + rows * at.ldm * size;
+  if (at.mean) at.mean = (const char *)at.mean + rows * size;
+  return at;
 }

@@ -414,7 +414,7 @@ def tier_operators(machine: Machine) -> tuple[Counts, str]:
 
 
 def tier_zoo(machine: Machine) -> tuple[Counts, str]:
-    """Other people's models and tools (requirements/zoo.txt) with our layer inside, on a build of the operators alone."""
+    """Other people's models and tools (requirements/zoo.txt) with our layer inside; builds the operators alone."""
     machine.build_tree(
         "dev", machine.build, [f"-DPython_EXECUTABLE={machine.python}", "-DPNN_TESTS=OFF", "-DPNN_SHARED=OFF"]
     )

@@ -233,13 +233,9 @@ DEFINE_STORE(store_float, float, float)
 
 /* ---- products ---- */
 
-static void product(int64_t depth, const void *a_, const void *b_, int64_t ldb, void *c_, int64_t ldc,
-                    const void *start_) {
-  const real *restrict a = a_;
-  const real *restrict b = b_;
-  const real *start = start_;
-  real *restrict c = c_;
-  vr sum[TILE_ROWS][TILE_VECTORS];
+/* The sums of a tile, in registers from tile_begin to tile_end. */
+static inline __attribute__((always_inline)) void tile_begin(vr sum[TILE_ROWS][TILE_VECTORS], const real *c,
+                                                             int64_t ldc, const real *start) {
   if (start) {
 #pragma GCC unroll 8
     for (int i = 0; i < TILE_ROWS; i++)
@@ -251,21 +247,46 @@ static void product(int64_t depth, const void *a_, const void *b_, int64_t ldb, 
 #pragma GCC unroll 2
       for (int v = 0; v < TILE_VECTORS; v++) sum[i][v] = vr_load(c + i * ldc + v * VR);
   }
-  for (int64_t k = 0; k < depth; k++, a += TILE_ROWS, b += ldb) {
-    vr bv[TILE_VECTORS];
-#pragma GCC unroll 2
-    for (int v = 0; v < TILE_VECTORS; v++) bv[v] = vr_load(b + v * VR);
+}
+
+static inline __attribute__((always_inline)) void tile_step(vr sum[TILE_ROWS][TILE_VECTORS], const real *a,
+                                                            const vr b[TILE_VECTORS]) {
 #pragma GCC unroll 8
-    for (int i = 0; i < TILE_ROWS; i++) {
-      const vr av = vr_set1(a[i]);
+  for (int i = 0; i < TILE_ROWS; i++) {
+    const vr av = vr_set1(a[i]);
 #pragma GCC unroll 2
-      for (int v = 0; v < TILE_VECTORS; v++) sum[i][v] = vr_fma(av, bv[v], sum[i][v]);
-    }
+    for (int v = 0; v < TILE_VECTORS; v++) sum[i][v] = vr_fma(av, b[v], sum[i][v]);
   }
+}
+
+static inline __attribute__((always_inline)) void tile_products(int64_t depth, vr sum[TILE_ROWS][TILE_VECTORS],
+                                                                const real *restrict a, const real *restrict b,
+                                                                int64_t ldb, pnn_ahead *ahead) {
+  for (int64_t left = depth; left > 0; left -= PNN_AHEAD_DEPTH, pnn_ahead_step(ahead))
+    for (int64_t k = 0; k < left && k < PNN_AHEAD_DEPTH; k++, a += TILE_ROWS, b += ldb) {
+      vr bv[TILE_VECTORS];
+#pragma GCC unroll 2
+      for (int v = 0; v < TILE_VECTORS; v++) bv[v] = vr_load(b + v * VR);
+      tile_step(sum, a, bv);
+    }
+}
+
+static inline __attribute__((always_inline)) void tile_end(vr sum[TILE_ROWS][TILE_VECTORS], real *c, int64_t ldc) {
 #pragma GCC unroll 8
   for (int i = 0; i < TILE_ROWS; i++)
 #pragma GCC unroll 2
     for (int v = 0; v < TILE_VECTORS; v++) vr_store(c + i * ldc + v * VR, sum[i][v]);
+}
+
+static void product(int64_t depth, const void *a_, const void *b_, int64_t ldb, void *c_, int64_t ldc,
+                    const void *start, pnn_ahead *ahead) {
+  const real *restrict a = a_;
+  const real *restrict b = b_;
+  real *restrict c = c_;
+  vr sum[TILE_ROWS][TILE_VECTORS];
+  tile_begin(sum, c, ldc, start);
+  tile_products(depth, sum, a, b, ldb, ahead);
+  tile_end(sum, c, ldc);
 }
 
 /* The tree over PNN_LANES partial sums: (i, i+8), (i, i+4), (i, i+2), (0, 1). */
@@ -315,28 +336,42 @@ static inline void add_tile(vr sum[DOT_ROWS * DOT_COLUMNS][LANE_VECTORS], int64_
     for (int64_t j = 0; j < width && j < DOT_COLUMNS; j++) out[i * ldo + j] += tile[i * DOT_COLUMNS + j];
 }
 
-static void dot(int64_t columns, const void *a_, int64_t lda, const void *b_, int64_t ldb, int64_t rows, int64_t width,
-                void *out, int64_t ldo) {
-  const real *restrict a = a_;
-  const real *restrict b = b_;
-  vr sum[DOT_ROWS * DOT_COLUMNS][LANE_VECTORS];
+/* Adds 16 columns' products to dot's sums. */
+static inline __attribute__((always_inline)) void dot_step(vr sum[DOT_ROWS * DOT_COLUMNS][LANE_VECTORS], int v,
+                                                           const vr av[DOT_ROWS], const vr bv[DOT_COLUMNS]) {
+#pragma GCC unroll 4
+  for (int i = 0; i < DOT_ROWS; i++)
+#pragma GCC unroll 4
+    for (int j = 0; j < DOT_COLUMNS; j++)
+      sum[i * DOT_COLUMNS + j][v] = vr_fma(av[i], bv[j], sum[i * DOT_COLUMNS + j][v]);
+}
+
+static inline __attribute__((always_inline)) void dot_begin(vr sum[DOT_ROWS * DOT_COLUMNS][LANE_VECTORS]) {
 #pragma GCC unroll 16
   for (int i = 0; i < DOT_ROWS * DOT_COLUMNS; i++)
 #pragma GCC unroll 8
     for (int v = 0; v < LANE_VECTORS; v++) sum[i][v] = vr_set1(0);
+}
+
+static void dot(int64_t columns, const void *a_, int64_t lda, const void *b_, int64_t ldb, int64_t rows, int64_t width,
+                void *out, int64_t ldo, const pnn_ahead_run *ahead) {
+  const real *restrict a = a_;
+  const real *restrict b = b_;
+  vr sum[DOT_ROWS * DOT_COLUMNS][LANE_VECTORS];
+  dot_begin(sum);
+  const char *line = ahead->data;
+  const int64_t line_step = ahead->step;
   for (int64_t p = 0; p < columns; p += PNN_LANES) {
+    __builtin_prefetch(line, 0, 2);
+    line += line_step;
 #pragma GCC unroll 8
     for (int v = 0; v < LANE_VECTORS; v++) {
-      vr bv[DOT_COLUMNS];
+      vr av[DOT_ROWS], bv[DOT_COLUMNS];
 #pragma GCC unroll 4
       for (int j = 0; j < DOT_COLUMNS; j++) bv[j] = vr_load(b + j * ldb + p + v * VR);
 #pragma GCC unroll 4
-      for (int i = 0; i < DOT_ROWS; i++) {
-        const vr av = vr_load(a + i * lda + p + v * VR);
-#pragma GCC unroll 4
-        for (int j = 0; j < DOT_COLUMNS; j++)
-          sum[i * DOT_COLUMNS + j][v] = vr_fma(av, bv[j], sum[i * DOT_COLUMNS + j][v]);
-      }
+      for (int i = 0; i < DOT_ROWS; i++) av[i] = vr_load(a + i * lda + p + v * VR);
+      dot_step(sum, v, av, bv);
     }
   }
   add_tile(sum, rows, width, out, ldo);
@@ -350,7 +385,7 @@ static void dot(int64_t columns, const void *a_, int64_t lda, const void *b_, in
 
 /* VDPBF16PS adds two products to a float, rounding to nearest, with denormals as zero. */
 PAIRS_TARGET static void product_pairs(int64_t depth, const void *a_, const void *b_, int64_t ldb, void *c_,
-                                       int64_t ldc, const void *start_) {
+                                       int64_t ldc, const void *start_, pnn_ahead *ahead) {
   const int32_t *restrict a = a_;
   const int32_t *restrict b = b_;
   const float *start = start_;
@@ -361,17 +396,18 @@ PAIRS_TARGET static void product_pairs(int64_t depth, const void *a_, const void
 #pragma GCC unroll 2
     for (int v = 0; v < TILE_VECTORS; v++)
       sum[i][v] = start ? _mm512_set1_ps(start[i]) : _mm512_loadu_ps(c + i * ldc + v * VR);
-  for (int64_t k = 0; k < depth; k++, a += TILE_ROWS, b += ldb) {
-    __m512i bv[TILE_VECTORS];
+  for (int64_t left = depth; left > 0; left -= PNN_AHEAD_DEPTH, pnn_ahead_step(ahead))
+    for (int64_t k = 0; k < left && k < PNN_AHEAD_DEPTH; k++, a += TILE_ROWS, b += ldb) {
+      __m512i bv[TILE_VECTORS];
 #pragma GCC unroll 2
-    for (int v = 0; v < TILE_VECTORS; v++) bv[v] = _mm512_loadu_si512(b + v * VR);
+      for (int v = 0; v < TILE_VECTORS; v++) bv[v] = _mm512_loadu_si512(b + v * VR);
 #pragma GCC unroll 8
-    for (int i = 0; i < TILE_ROWS; i++) {
-      const __m512i av = _mm512_set1_epi32(a[i]);
+      for (int i = 0; i < TILE_ROWS; i++) {
+        const __m512i av = _mm512_set1_epi32(a[i]);
 #pragma GCC unroll 2
-      for (int v = 0; v < TILE_VECTORS; v++) sum[i][v] = _mm512_dpbf16_ps(sum[i][v], (__m512bh)av, (__m512bh)bv[v]);
+        for (int v = 0; v < TILE_VECTORS; v++) sum[i][v] = _mm512_dpbf16_ps(sum[i][v], (__m512bh)av, (__m512bh)bv[v]);
+      }
     }
-  }
 #pragma GCC unroll 8
   for (int i = 0; i < TILE_ROWS; i++)
 #pragma GCC unroll 2
@@ -379,7 +415,7 @@ PAIRS_TARGET static void product_pairs(int64_t depth, const void *a_, const void
 }
 
 PAIRS_TARGET static void dot_pairs(int64_t columns, const void *a_, int64_t lda, const void *b_, int64_t ldb,
-                                   int64_t rows, int64_t width, void *out, int64_t ldo) {
+                                   int64_t rows, int64_t width, void *out, int64_t ldo, const pnn_ahead_run *ahead) {
   const int32_t *restrict a = a_;
   const int32_t *restrict b = b_;
   __m512 sum[DOT_ROWS][DOT_COLUMNS];
@@ -387,7 +423,11 @@ PAIRS_TARGET static void dot_pairs(int64_t columns, const void *a_, int64_t lda,
   for (int i = 0; i < DOT_ROWS; i++)
 #pragma GCC unroll 4
     for (int j = 0; j < DOT_COLUMNS; j++) sum[i][j] = _mm512_setzero_ps();
+  const char *line = ahead->data;
+  const int64_t line_step = ahead->step;
   for (int64_t p = 0; p < columns; p += VR) {
+    __builtin_prefetch(line, 0, 2);
+    line += line_step;
     __m512i bv[DOT_COLUMNS];
 #pragma GCC unroll 4
     for (int j = 0; j < DOT_COLUMNS; j++) bv[j] = _mm512_loadu_si512(b + j * ldb + p);
@@ -457,16 +497,16 @@ static inline void store_some(real *p, vr v, int64_t n) {
 }
 
 #define DEFINE_ACTIVATION(suffix, name)                                                                                \
-  static void respond_##name(void *a_, int64_t lda, const void *x_, int64_t ldx, const void *mask_, int64_t ldm,       \
-                             const void *mean_, int64_t rows, int64_t columns, int64_t k0, int64_t masks,              \
-                             int32_t shared) {                                                                         \
-    const int64_t whole = columns / VR * VR, rest = columns - whole;                                                   \
-    int64_t m = k0 % masks, channel = 0;                                                                               \
+  static void respond_##name(void *a_, int64_t lda, const pnn_source *source, int64_t rows, int64_t columns) {         \
+    const int64_t whole = columns / VR * VR, rest = columns - whole, ldx = source->ldx, ldm = source->ldm;             \
+    const int64_t masks = source->masks;                                                                               \
+    int64_t m = source->k0 % masks, channel = 0;                                                                       \
     for (int64_t r = 0; r < rows; r++) {                                                                               \
       real *a = (real *)a_ + r * lda;                                                                                  \
-      const real *x = (const real *)x_ + channel * ldx;                                                                \
-      const real *mask = mask_ ? (const real *)mask_ + (shared ? m : r) * ldm : NULL;                                  \
-      const vr mean = vr_set1(mean_ ? ((const real *)mean_)[r] : 0); /* a - 0 is a, to the bit */                      \
+      const real *x = (const real *)source->x + channel * ldx;                                                         \
+      const real *mask = source->mask ? (const real *)source->mask + (source->shared ? m : r) * ldm : NULL;            \
+      /* a - 0 is a, to the bit */                                                                                     \
+      const vr mean = vr_set1(source->mean ? ((const real *)source->mean)[r] : 0);                                     \
       if (mask) {                                                                                                      \
         for (int64_t j = 0; j < whole; j += VR)                                                                        \
           vr_store(a + j, PNN_ACTIVATE(name)(vr_load(x + j) + vr_load(mask + j)) - mean);                              \
@@ -534,6 +574,175 @@ static inline void store_some(real *p, vr v, int64_t n) {
 #endif
 PNN_ACTIVATION_LIST(DEFINE_ACTIVATION)
 
+/* `product` whose panel is made on the way. */
+static inline __attribute__((always_inline)) void respond_product(int64_t depth, const real *restrict a,
+                                                                  real *restrict b, int64_t ldb, real *restrict c,
+                                                                  int64_t ldc, const real *start,
+                                                                  const pnn_source *source, pnn_ahead *ahead,
+                                                                  vr (*activate)(vr), bool masked, bool centred) {
+  const int64_t masks = source->masks, ldm = source->ldm, ldx = source->ldx;
+  const int64_t mask_back = source->shared ? masks * ldm : 0;
+  int64_t m = source->k0 % masks;
+  const real *x = source->x, *mask = source->mask, *mean = source->mean;
+  if (masked && source->shared) mask += m * ldm;
+  vr sum[TILE_ROWS][TILE_VECTORS];
+  tile_begin(sum, c, ldc, start);
+  for (int64_t left = depth; left > 0; left -= PNN_AHEAD_DEPTH, pnn_ahead_step(ahead))
+    for (int64_t k = 0; k < left && k < PNN_AHEAD_DEPTH; k++, a += TILE_ROWS, b += ldb) {
+      vr bv[TILE_VECTORS];
+#pragma GCC unroll 2
+      for (int v = 0; v < TILE_VECTORS; v++) {
+        bv[v] = vr_load(x + v * VR);
+        if (masked) bv[v] += vr_load(mask + v * VR);
+        bv[v] = activate(bv[v]);
+        if (centred) bv[v] -= vr_set1(*mean);
+        vr_store(b + v * VR, bv[v]);
+      }
+      tile_step(sum, a, bv);
+      if (masked) mask += ldm;
+      if (centred) mean++;
+      if (++m == masks) {
+        m = 0;
+        x += ldx;
+        if (masked) mask -= mask_back;
+      }
+    }
+  tile_end(sum, c, ldc);
+}
+
+/* The sums of a tile through the activation to the gradient of the input, one mask a channel; g NULL: b holds the panel
+ * already. */
+static inline __attribute__((always_inline)) void product_respond_grad(
+    int64_t depth, const real *restrict a, const real *restrict g, int64_t ldg, real *restrict b, int64_t ldb,
+    real *restrict dx, int64_t ldo, int64_t rows, const pnn_source *source, const pnn_norm_terms *norm,
+    pnn_ahead *ahead, vr (*activate)(vr), vr (*activate_grad)(vr, vr)) {
+  const real *x = source->x, *mask = source->mask;
+  const int64_t ldx = source->ldx, ldm = source->shared ? 0 : source->ldm;
+  for (int64_t i = 0; i < rows; i++)
+    for (int v = 0; v < TILE_VECTORS; v++) {
+      __builtin_prefetch(x + i * ldx + v * VR);
+      if (mask) __builtin_prefetch(mask + i * ldm + v * VR);
+    }
+  vr sum[TILE_ROWS][TILE_VECTORS];
+#pragma GCC unroll 8
+  for (int i = 0; i < TILE_ROWS; i++)
+#pragma GCC unroll 2
+    for (int v = 0; v < TILE_VECTORS; v++) sum[i][v] = vr_set1(0);
+  if (g) {
+    for (int64_t left = depth; left > 0; left -= PNN_AHEAD_DEPTH, pnn_ahead_step(ahead))
+      for (int64_t k = 0; k < left && k < PNN_AHEAD_DEPTH; k++, a += TILE_ROWS, b += ldb, g += ldg) {
+        vr bv[TILE_VECTORS];
+#pragma GCC unroll 2
+        for (int v = 0; v < TILE_VECTORS; v++) {
+          bv[v] = vr_load(g + v * VR);
+          vr_store(b + v * VR, bv[v]);
+        }
+        tile_step(sum, a, bv);
+      }
+  } else {
+    tile_products(depth, sum, a, b, ldb, ahead);
+  }
+  const real *mean = norm ? norm->mean : NULL, *offset = norm ? norm->offset : NULL, *slope = norm ? norm->slope : NULL;
+#pragma GCC unroll 8
+  for (int i = 0; i < TILE_ROWS; i++) {
+    if (i >= rows) continue;
+#pragma GCC unroll 2
+    for (int v = 0; v < TILE_VECTORS; v++) {
+      vr u = vr_load(x + i * ldx + v * VR), da = sum[i][v];
+      if (mask) u += vr_load(mask + i * ldm + v * VR);
+      if (norm) da = vr_fma(vr_set1(slope[i]), activate(u) - vr_set1(mean[i]), da + vr_set1(offset[i]));
+      vr_store(dx + i * ldo + v * VR, activate_grad(u, da));
+    }
+  }
+}
+
+/* `dot` whose panels are made on the way: a copied from g, b from its source, where these are not NULL. */
+static inline __attribute__((always_inline)) void respond_dot(int64_t columns, real *restrict a, int64_t lda,
+                                                              const real *g, int64_t ldg, real *restrict b, int64_t ldb,
+                                                              const pnn_source *source, real *out, int64_t ldo,
+                                                              const pnn_ahead_run *ahead, vr (*activate)(vr)) {
+  vr sum[DOT_ROWS * DOT_COLUMNS][LANE_VECTORS];
+  dot_begin(sum);
+  const real *x[DOT_COLUMNS], *mask[DOT_COLUMNS];
+  vr mean[DOT_COLUMNS];
+  const bool masked = source && source->mask;
+  int64_t m = source ? source->k0 % source->masks : 0, channel = 0;
+  for (int j = 0; j < DOT_COLUMNS; j++) {
+    if (!source) continue;
+    x[j] = (const real *)source->x + channel * source->ldx;
+    mask[j] = masked ? (const real *)source->mask + (source->shared ? m : j) * source->ldm : NULL;
+    mean[j] = vr_set1(source->mean ? ((const real *)source->mean)[j] : 0);
+    if (++m == source->masks) m = 0, channel++;
+  }
+  const char *line = ahead->data;
+  const int64_t line_step = ahead->step;
+  for (int64_t p = 0; p < columns; p += PNN_LANES) {
+    __builtin_prefetch(line, 0, 2);
+    line += line_step;
+#pragma GCC unroll 8
+    for (int v = 0; v < LANE_VECTORS; v++) {
+      const int64_t at = p + v * VR;
+      vr av[DOT_ROWS], bv[DOT_COLUMNS];
+#pragma GCC unroll 4
+      for (int j = 0; j < DOT_COLUMNS; j++) {
+        if (source) {
+          bv[j] = vr_load(x[j] + at);
+          if (masked) bv[j] += vr_load(mask[j] + at);
+          bv[j] = activate(bv[j]) - mean[j];
+          vr_store(b + j * ldb + at, bv[j]);
+        } else {
+          bv[j] = vr_load(b + j * ldb + at);
+        }
+      }
+#pragma GCC unroll 4
+      for (int i = 0; i < DOT_ROWS; i++) {
+        av[i] = vr_load(g ? g + i * ldg + at : a + i * lda + at);
+        if (g) vr_store(a + i * lda + at, av[i]);
+      }
+      dot_step(sum, v, av, bv);
+    }
+  }
+  add_tile(sum, DOT_ROWS, DOT_COLUMNS, out, ldo);
+}
+
+/* Activations of a few instructions, which leave the registers to the sums. The portable kernels gain nothing from it
+ * (and GCC 12 fails on their selections of doubles here). */
+#if defined(PNN_ISA_PORTABLE)
+#define CHEAP_ACTIVATIONS(X) X(IDENTITY, identity)
+#else
+#define CHEAP_ACTIVATIONS(X) X(IDENTITY, identity) X(RELU, relu) X(LEAKY_RELU, leaky_relu) X(HARDTANH, hardtanh)
+#endif
+
+#define DEFINE_RESPOND_PRODUCT(suffix, name)                                                                          \
+  static void respond_product_##name(int64_t depth, const void *a, void *b, int64_t ldb, void *c, int64_t ldc,        \
+                                     const void *start, const pnn_source *source, pnn_ahead *ahead) {                 \
+    if (source->mask && source->mean)                                                                                 \
+      respond_product(depth, a, b, ldb, c, ldc, start, source, ahead, PNN_ACTIVATE(name), true, true);                \
+    else if (source->mask)                                                                                            \
+      respond_product(depth, a, b, ldb, c, ldc, start, source, ahead, PNN_ACTIVATE(name), true, false);               \
+    else if (source->mean)                                                                                            \
+      respond_product(depth, a, b, ldb, c, ldc, start, source, ahead, PNN_ACTIVATE(name), false, true);               \
+    else                                                                                                              \
+      respond_product(depth, a, b, ldb, c, ldc, start, source, ahead, PNN_ACTIVATE(name), false, false);              \
+  }                                                                                                                   \
+  static void respond_dot_##name(int64_t columns, void *a, int64_t lda, const void *g, int64_t ldg, void *b,          \
+                                 int64_t ldb, const pnn_source *source, void *out, int64_t ldo,                       \
+                                 const pnn_ahead_run *ahead) {                                                        \
+    if (g && source)                                                                                                  \
+      respond_dot(columns, a, lda, g, ldg, b, ldb, source, out, ldo, ahead, PNN_ACTIVATE(name));                      \
+    else if (source)                                                                                                  \
+      respond_dot(columns, a, lda, NULL, 0, b, ldb, source, out, ldo, ahead, PNN_ACTIVATE(name));                     \
+    else                                                                                                              \
+      respond_dot(columns, a, lda, g, ldg, b, ldb, NULL, out, ldo, ahead, PNN_ACTIVATE(name));                        \
+  }                                                                                                                   \
+  static void product_respond_grad_##name(int64_t depth, const void *a, const void *g, int64_t ldg, void *b,          \
+                                          int64_t ldb, void *dx, int64_t ldo, int64_t rows, const pnn_source *source, \
+                                          const pnn_norm_terms *norm, pnn_ahead *ahead) {                             \
+    product_respond_grad(depth, a, g, ldg, b, ldb, dx, ldo, rows, source, norm, ahead, PNN_ACTIVATE(name),            \
+                         PNN_ACTIVATE_GRAD(name));                                                                    \
+  }
+CHEAP_ACTIVATIONS(DEFINE_RESPOND_PRODUCT)
+
 static void affine(void *d_, int64_t ldd, const void *c_, int64_t ldc, const void *offset_, const void *slope_,
                    int64_t rows, int64_t columns) {
   for (int64_t r = 0; r < rows; r++) {
@@ -584,7 +793,7 @@ static void round16(pnn_dtype which, void *a_, int64_t lda, int64_t rows, int64_
 
 static void product_rows(pnn_product_mode mode, int64_t rows, int64_t columns, int64_t depth, const void *a_,
                          int64_t a_row, int64_t a_step, const void *b_, int64_t ldb, void *c_, int64_t ldc,
-                         const void *start_) {
+                         const void *start_, pnn_ahead *ahead) {
   const real *restrict b = b_;
   const real *start = start_;
   real *restrict c = c_;
@@ -620,15 +829,18 @@ static void product_rows(pnn_product_mode mode, int64_t rows, int64_t columns, i
       }
     }
   }
-  for (int64_t k = 0; k < depth; k++, b += ldb) {
-    vr bv[TILE_VECTORS];
+  for (int64_t k = 0; k < depth; pnn_ahead_step(ahead)) {
+    const int64_t next = k + PNN_AHEAD_DEPTH;
+    for (; k < depth && k < next; k++, b += ldb) {
+      vr bv[TILE_VECTORS];
 #pragma GCC unroll 2
-    for (int v = 0; v < TILE_VECTORS; v++) bv[v] = vr_load(b + v * VR);
+      for (int v = 0; v < TILE_VECTORS; v++) bv[v] = vr_load(b + v * VR);
 #pragma GCC unroll 8
-    for (int i = 0; i < TILE_ROWS; i++) {
-      const vr av = vr_set1(a[i][k * a_step]);
+      for (int i = 0; i < TILE_ROWS; i++) {
+        const vr av = vr_set1(a[i][k * a_step]);
 #pragma GCC unroll 2
-      for (int v = 0; v < TILE_VECTORS; v++) sum[i][v] = vr_fma(av, bv[v], sum[i][v]);
+        for (int v = 0; v < TILE_VECTORS; v++) sum[i][v] = vr_fma(av, bv[v], sum[i][v]);
+      }
     }
   }
 #pragma GCC unroll 8
@@ -889,6 +1101,9 @@ static void recipe_fill(void *dst, int64_t ld, const pnn_recipe *recipe, double 
 
 #define RESPOND_ROWS_ENTRY(suffix, name) [PNN_ACTIVATION_##suffix] = respond_rows_##name,
 #define RESPOND_ENTRY(suffix, name) [PNN_ACTIVATION_##suffix] = respond_##name,
+#define RESPOND_PRODUCT_ENTRY(suffix, name) [PNN_ACTIVATION_##suffix] = respond_product_##name,
+#define RESPOND_DOT_ENTRY(suffix, name) [PNN_ACTIVATION_##suffix] = respond_dot_##name,
+#define PRODUCT_RESPOND_GRAD_ENTRY(suffix, name) [PNN_ACTIVATION_##suffix] = product_respond_grad_##name,
 #define ACTIVATE_ENTRY(suffix, name) [PNN_ACTIVATION_##suffix] = activate_##name,
 #define RESPOND_GRAD_ROWS_ENTRY(suffix, name) [PNN_ACTIVATION_##suffix] = respond_grad_rows_##name,
 #define RESPOND_GRAD_ENTRY(suffix, name) [PNN_ACTIVATION_##suffix] = respond_grad_##name,
@@ -912,6 +1127,9 @@ const pnn_kernels PNN_KERNEL_NAME(pnn_kernels) = {
     .dot = dot,
     .sum = sum_rows,
     .respond = {PNN_ACTIVATION_LIST(RESPOND_ENTRY)},
+    .respond_product = {CHEAP_ACTIVATIONS(RESPOND_PRODUCT_ENTRY)},
+    .respond_dot = {CHEAP_ACTIVATIONS(RESPOND_DOT_ENTRY)},
+    .product_respond_grad = {CHEAP_ACTIVATIONS(PRODUCT_RESPOND_GRAD_ENTRY)},
     .activate = {PNN_ACTIVATION_LIST(ACTIVATE_ENTRY)},
     .activate_grad = {PNN_ACTIVATION_LIST(ACTIVATE_GRAD_ENTRY)},
     .respond_grad = {PNN_ACTIVATION_LIST(RESPOND_GRAD_ENTRY)},

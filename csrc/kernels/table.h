@@ -16,6 +16,7 @@
 #include <stdint.h>
 
 #include "../include/pnn/pnn.h"
+#include "ahead.h"
 
 /* Part of the definition of every sum over pixels (weight gradient, moments): 16 partial sums, column j in number
  * j mod 16, added as the tree (i, i+8), (i, i+4), (i, i+2), (0, 1). Independent of the vector width. */
@@ -38,6 +39,16 @@ typedef struct pnn_norm_terms {
   const void *mean, *offset, *slope;
 } pnn_norm_terms;
 
+/* Where the response maps k0, k0 + 1, ... come from: u[r][j] = x[r'][j] + mask[r''][j], where r' = (k0 + r)/masks -
+ * k0/masks counts channels, and r'' is r, or (k0 + r) mod masks where the masks are shared. mask NULL: nothing is
+ * added; mean NULL: nothing is subtracted, else mean[r]. */
+typedef struct pnn_source {
+  const void *x, *mask, *mean;
+  int64_t ldx, ldm;
+  int64_t k0, masks;
+  int32_t shared;
+} pnn_source;
+
 typedef enum pnn_product_mode { PNN_PRODUCT_START, PNN_PRODUCT_CONTINUE, PNN_PRODUCT_ADD } pnn_product_mode;
 
 typedef struct pnn_kernels {
@@ -54,26 +65,28 @@ typedef struct pnn_kernels {
 
   /* C[tile_rows][tile_columns] = start + A * B, each element one chain of fused multiply-adds in ascending k that
    * begins at its row's `start`, or at C itself where start is NULL. a: packed [depth][tile_rows];  b: panel rows,
-   * [depth][ldb];  c: [tile_rows][ldc];  start: [tile_rows]. */
-  void (*product)(int64_t depth, const void *a, const void *b, int64_t ldb, void *c, int64_t ldc, const void *start);
+   * [depth][ldb];  c: [tile_rows][ldc];  start: [tile_rows];  ahead: what to ask for on the way. */
+  void (*product)(int64_t depth, const void *a, const void *b, int64_t ldb, void *c, int64_t ldc, const void *start,
+                  pnn_ahead *ahead);
 
   /* out[i*ldo + j] += sum over columns of a[i][.] * b[j][.] in PNN_LANES partial sums, each a chain of fused
    * multiply-adds, for i < rows and j < width. columns is a multiple of PNN_LANES; dot_rows rows of a and dot_columns
    * rows of b are read. */
   void (*dot)(int64_t columns, const void *a, int64_t lda, const void *b, int64_t ldb, int64_t rows, int64_t width,
-              void *out, int64_t ldo);
+              void *out, int64_t ldo, const pnn_ahead_run *ahead);
 
   /* out[r] = sum over columns of a[r][.], in the same order as dot with ones. */
   void (*sum)(int64_t columns, const void *a, int64_t lda, int64_t rows, void *out);
 
-  /* a[r][j] = activation(x[r'][j] + mask[r''][j]) - mean[r] for `columns` columns, where row r is response map k0 + r,
-   * r' = (k0 + r)/masks - k0/masks counts channels, and r'' is r, or (k0 + r) mod masks where the masks are shared.
-   * mask NULL: nothing is added; mean NULL: nothing is subtracted. The input itself may stand for x. a may be x if
-   * masks is
-   * 1. `respond[IDENTITY]` only perturbs. */
-  void (*respond[PNN_ACTIVATION_COUNT])(void *a, int64_t lda, const void *x, int64_t ldx, const void *mask, int64_t ldm,
-                                        const void *mean, int64_t rows, int64_t columns, int64_t k0, int64_t masks,
-                                        int32_t shared);
+  /* a[r][j] = activation(u[r][j]) - mean[r] for `columns` columns. The input itself may stand for x. a may be x if
+   * masks is 1. `respond[IDENTITY]` only perturbs. */
+  void (*respond[PNN_ACTIVATION_COUNT])(void *a, int64_t lda, const pnn_source *source, int64_t rows, int64_t columns);
+  /* `product` with b as an output: the first tile of outputs makes the tile_columns columns of the panel as it goes, so
+   * that the prologue runs beside the products. NULL where an activation takes more registers than the sums leave;
+   * never for the identity. */
+  void (*respond_product[PNN_ACTIVATION_COUNT])(int64_t depth, const void *a, void *b, int64_t ldb, void *c,
+                                                int64_t ldc, const void *start, const pnn_source *source,
+                                                pnn_ahead *ahead);
 
   /* a = activation(a), in place over rows x columns (a multiple of PNN_LANES). */
   void (*activate[PNN_ACTIVATION_COUNT])(void *a, int64_t lda, int64_t rows, int64_t columns);
@@ -87,6 +100,21 @@ typedef struct pnn_kernels {
   void (*respond_grad[PNN_ACTIVATION_COUNT])(void *dx, int64_t ldx, const void *d, int64_t ldd, const void *x,
                                              int64_t step, const void *mask, int64_t ldm, const pnn_norm_terms *norm,
                                              int64_t rows, int64_t columns, int64_t masks, int32_t shared);
+
+  /* `dot` of a whole tile whose panels are made on the way: the rows of a are copied from g, those of b are the
+   * response maps source->k0, ...; either may be NULL, where the panel holds them already. NULL as in respond_product.
+   */
+  void (*respond_dot[PNN_ACTIVATION_COUNT])(int64_t columns, void *a, int64_t lda, const void *g, int64_t ldg, void *b,
+                                            int64_t ldb, const pnn_source *source, void *out, int64_t ldo,
+                                            const pnn_ahead_run *ahead);
+
+  /* `product` from 0 with respond_grad as its epilogue, one mask a channel: dx of the `rows` response maps source->k0,
+   * ... of a tile, tile_columns columns. g not NULL: the panel's rows stand there, [depth][ldg], and are copied to b on
+   * the way. NULL as in respond_product. */
+  void (*product_respond_grad[PNN_ACTIVATION_COUNT])(int64_t depth, const void *a, const void *g, int64_t ldg, void *b,
+                                                     int64_t ldb, void *dx, int64_t ldo, int64_t rows,
+                                                     const pnn_source *source, const pnn_norm_terms *norm,
+                                                     pnn_ahead *ahead);
 
   /* d[r][j] = d[r][j] + offset[r], then fused + slope[r]*c[r][j]. */
   void (*affine)(void *d, int64_t ldd, const void *c, int64_t ldc, const void *offset, const void *slope, int64_t rows,
@@ -110,9 +138,9 @@ typedef struct pnn_kernels {
   /* A pair is two bfloat16 values in 32 bits, the even one low. `product` and `dot` on pairs: the same tiles and
    * layouts with `depth` and `columns` in pairs; A is packed [depth][tile_rows] pairs along the depth. */
   void (*product_pairs)(int64_t depth, const void *a, const void *b, int64_t ldb, void *c, int64_t ldc,
-                        const void *start);
+                        const void *start, pnn_ahead *ahead);
   void (*dot_pairs)(int64_t columns, const void *a, int64_t lda, const void *b, int64_t ldb, int64_t rows,
-                    int64_t width, void *out, int64_t ldo);
+                    int64_t width, void *out, int64_t ldo, const pnn_ahead_run *ahead);
   /* dst[r/2][j] = (a[r][j], a[r+1][j]) rounded to bfloat16; behind an odd last row stands 0. columns: a multiple of
    * PNN_LANES. */
   void (*pair_rows)(void *dst, const void *a, int64_t ld, int64_t rows, int64_t columns);
@@ -127,7 +155,7 @@ typedef struct pnn_kernels {
    * PNN_PRODUCT_ADD: at 0, and the sum is added to C. */
   void (*product_rows)(pnn_product_mode mode, int64_t rows, int64_t columns, int64_t depth, const void *a,
                        int64_t a_row, int64_t a_step, const void *b, int64_t ldb, void *c, int64_t ldc,
-                       const void *start);
+                       const void *start, pnn_ahead *ahead);
   /* Tiles of tile_rows rows, `tile_step` reals apart: tile[i / tile_rows][p][i mod tile_rows] = src[p*step + i] for
    * i < rows; behind them 0. */
   void (*pack_gradient)(void *dst, int64_t tile_step, const void *src, int64_t step, int64_t pixels, int64_t rows);

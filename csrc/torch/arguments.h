@@ -6,17 +6,17 @@
 #define TORCH_PNN_ARGUMENTS_H
 
 #include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/tensor.h>
 
 #include <cstdint>
 #include <optional>
+#include <sstream>
 #include <stdexcept>
 #include <string>
 #include <vector>
 
-namespace torch_pnn {
+#include "tensor.h"
 
-using torch::stable::Tensor;
+namespace torch_pnn {
 
 // The one error type that can cross the stable ABI; Python sees a RuntimeError.
 template <typename... Parts>
@@ -31,8 +31,11 @@ class Arguments {
  public:
   explicit Arguments(StableIValue* stack) : next_(stack) {}
 
-  Tensor tensor() { return take<Tensor>(); }
-  std::optional<Tensor> optional_tensor() { return take<std::optional<Tensor>>(); }
+  Tensor tensor() { return Tensor(take<AtenTensorHandle>()); }
+  std::optional<Tensor> optional_tensor() {
+    const std::optional<AtenTensorHandle> handle = take<std::optional<AtenTensorHandle>>();
+    return handle ? std::optional<Tensor>(*handle) : std::nullopt;
+  }
   int64_t integer() { return take<int64_t>(); }
   bool boolean() { return take<bool>(); }
   double real() { return take<double>(); }

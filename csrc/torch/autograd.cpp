@@ -283,6 +283,34 @@ NormGradients perturb_norm_conv2d_backward_autograd(
   return call_norm_backward(grad_output, input, weight, mask, norm, options, wanted);
 }
 
+// ---- the boxed front ----
+
+bool needs_autograd(const Tensor& tensor) {
+  return has_tangent(tensor) || (at::GradMode::is_enabled() && needs_gradient(tensor));
+}
+
+// Python and TorchScript bring an operator's arguments on a stack, and the kernels take them from there. Where there is
+// nothing to record or to decompose the stack goes on as it is: to unbox it all and box it again costs a tenth of a
+// small call.
+template <auto kernel>
+void front(const c10::OperatorHandle& op, c10::DispatchKeySet keys, torch::jit::Stack* stack) {
+  bool wanted = inside_transform();
+  for (const c10::IValue& argument : torch::jit::last(*stack, op.schema().arguments().size()))
+    wanted = wanted || (argument.isTensor() && needs_autograd(argument.toTensor()));
+  if (wanted) {
+    static const auto unboxed = c10::KernelFunction::makeFromUnboxedRuntimeFunction(kernel);
+    unboxed.callBoxed(op, keys, stack);
+    return;
+  }
+  const at::AutoDispatchBelowADInplaceOrView guard;
+  op.redispatchBoxed(keys & c10::after_ADInplaceOrView_keyset, stack);
+}
+
+template <auto kernel>
+torch::CppFunction boxed() {
+  return torch::CppFunction::makeFromBoxedFunction<&front<kernel>>();
+}
+
 // ---- vmap ----
 
 // vmap is handled above autocast, which therefore has not been asked yet.
@@ -377,10 +405,10 @@ Tensor call_perturbation_mask(const Tensor& seed, int64_t channels, int64_t mask
 }  // namespace torch_pnn
 
 TORCH_LIBRARY_IMPL(torch_pnn, Autograd, library) {
-  library.impl("perturb_conv2d", torch_pnn::perturb_conv2d_autograd);
-  library.impl("_perturb_conv2d_backward", torch_pnn::perturb_conv2d_backward_autograd);
-  library.impl("perturb_norm_conv2d", torch_pnn::perturb_norm_conv2d_autograd);
-  library.impl("_perturb_norm_conv2d_backward", torch_pnn::perturb_norm_conv2d_backward_autograd);
+  library.impl("perturb_conv2d", torch_pnn::boxed<&torch_pnn::perturb_conv2d_autograd>());
+  library.impl("_perturb_conv2d_backward", torch_pnn::boxed<&torch_pnn::perturb_conv2d_backward_autograd>());
+  library.impl("perturb_norm_conv2d", torch_pnn::boxed<&torch_pnn::perturb_norm_conv2d_autograd>());
+  library.impl("_perturb_norm_conv2d_backward", torch_pnn::boxed<&torch_pnn::perturb_norm_conv2d_backward_autograd>());
   // A seed is an integer: there is nothing to record.
   library.impl("perturbation_mask", torch::CppFunction::makeFallthrough());
 }

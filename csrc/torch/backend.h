@@ -6,11 +6,10 @@
 #define TORCH_PNN_BACKEND_H
 
 #include <pnn/pnn.h>
-#include <torch/csrc/stable/tensor.h>
+
+#include "tensor.h"
 
 namespace torch_pnn {
-
-using torch::stable::Tensor;
 
 // For one call of an operator: makes the tensor's device the current one, and finds its stream.
 class Backend {
@@ -19,6 +18,14 @@ class Backend {
   ~Backend();
   Backend(const Backend&) = delete;
   Backend& operator=(const Backend&) = delete;
+
+  // A pass that needs no more bytes than this gets them from the stack: an allocation costs a tenth of a small call.
+  // 0 where a pass cannot read the caller's stack.
+#if defined(TORCH_PNN_CUDA)
+  static constexpr size_t kStackWorkspace = 0;
+#else
+  static constexpr size_t kStackWorkspace = 64 * 1024;
+#endif
 
   // "the CPU" or "a CUDA device"
   static const char* device_name();

@@ -14,12 +14,12 @@ int32_t Backend::device_type() { return aoti_torch_device_type_cpu(); }
 int32_t Backend::device_index() { return 0; }
 
 pnn_status Backend::workspace_size(const pnn_params* params, pnn_pass pass, size_t* bytes, pnn_error* error) {
-  const pnn_host host = current_host();
+  const pnn_host host = current_host(*params);
   return pnn_workspace_size(params, pass, &host, bytes, error);
 }
 
 pnn_status Backend::run(const pnn_params* params, pnn_pass pass, pnn_error* error) {
-  const pnn_host host = current_host();
+  const pnn_host host = current_host(*params);
   return pass == PNN_PASS_FORWARD ? pnn_forward(params, &host, error) : pnn_backward(params, &host, error);
 }
 

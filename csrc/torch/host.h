@@ -10,6 +10,9 @@ namespace torch_pnn {
 // pool of the parent's OpenMP runtime is gone and a parallel region would wait for it for ever.
 pnn_host current_host();
 
+// The same for one pass: the calling thread alone where the pass is small.
+pnn_host current_host(const pnn_params& params);
+
 }  // namespace torch_pnn
 
 #endif

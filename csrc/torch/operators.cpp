@@ -3,7 +3,6 @@
 // Written against LibTorch's stable ABI (target 2.11): one binary for every PyTorch from 2.11 on. Each kernel reads its
 // arguments, plans its results, and lets libpnn check and run the pass.
 #include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
 
 #include "backend.h"
 #include "params.h"
@@ -12,7 +11,7 @@
 namespace torch_pnn {
 namespace {
 
-void put(StableIValue* stack, size_t at, const Tensor& tensor) { stack[at] = torch::stable::detail::from(tensor); }
+void put(StableIValue* stack, size_t at, Tensor tensor) { stack[at] = torch::stable::detail::from(tensor.release()); }
 
 void read_masks(Arguments& arguments, Layer& layer) {
   layer.mask = arguments.optional_tensor();
@@ -38,7 +37,7 @@ void check_output_mask(const Layer& layer, const std::vector<bool>& output_mask,
 
 // Plans the gradients that both layers have: input, weight, bias. The gradient of the mask comes last in the schemas.
 void plan_gradients(const Layer& layer, const std::vector<bool>& wanted, pnn_params& params, Results& results) {
-  const std::vector<int64_t> input = sizes_of(layer.input), weight = sizes_of(layer.weight);
+  const Shape input(layer.input.sizes()), weight(layer.weight.sizes());
   const int32_t input_dtype = dtype_of(layer.input), weight_dtype = dtype_of(layer.weight);
   wanted[0] ? results.plan(&params.grad_input, input, strides_like(layer.input, input), input_dtype)
             : results.skip(input_dtype);
@@ -52,7 +51,7 @@ void plan_mask_gradient(const Layer& layer, bool wanted, pnn_params& params, Res
     results.skip(dtype_of(layer.mask ? *layer.mask : layer.input));
     return;
   }
-  const std::vector<int64_t> mask = sizes_of(*layer.mask);
+  const Shape mask(layer.mask->sizes());
   results.plan(&params.grad_mask, mask, contiguous_strides(mask), dtype_of(*layer.mask));
 }
 
@@ -66,7 +65,7 @@ void perturb_conv2d(StableIValue* stack, uint64_t, uint64_t) {
 
   pnn_params params = make_params(layer);
   Results results(layer.op, params);
-  const std::vector<int64_t> sizes = output_sizes(layer);
+  const Shape sizes = output_sizes(layer);
   results.plan(&params.output, sizes, strides_like(layer.input, sizes), dtype_of(layer.weight));
   results.run(PNN_PASS_FORWARD);
   put(stack, 0, results.take(0));
@@ -112,18 +111,18 @@ void perturb_norm_conv2d(StableIValue* stack, uint64_t, uint64_t) {
 
   pnn_params params = make_params(layer);
   Results results(layer.op, params);
-  const std::vector<int64_t> sizes = output_sizes(layer);
+  const Shape sizes = output_sizes(layer);
   results.plan(&params.output, sizes, strides_like(layer.input, sizes), dtype_of(layer.weight));
   if (layer.training) {
     int64_t maps = 0;
-    if (__builtin_mul_overflow(layer.input.size(1), params.masks, &maps) || maps < 0) maps = 0;
+    if (__builtin_mul_overflow(layer.input.sizes()[1], params.masks, &maps) || maps < 0) maps = 0;
     results.plan(&params.mean, {maps}, {1}, statistics_dtype(layer.input));
     results.plan(&params.variance, {maps}, {1}, statistics_dtype(layer.input));
   }
   results.run(PNN_PASS_FORWARD);
   put(stack, 0, results.take(0));
-  put(stack, 1, layer.training ? results.take(1) : torch::stable::clone(*layer.mean));
-  put(stack, 2, layer.training ? results.take(2) : torch::stable::clone(*layer.variance));
+  put(stack, 1, layer.training ? results.take(1) : layer.mean->clone());
+  put(stack, 2, layer.training ? results.take(2) : layer.variance->clone());
 }
 
 void perturb_norm_conv2d_backward(StableIValue* stack, uint64_t, uint64_t) {
@@ -147,7 +146,7 @@ void perturb_norm_conv2d_backward(StableIValue* stack, uint64_t, uint64_t) {
   check_output_mask(layer, output_mask, 6);
   Results results(layer.op, params);
   plan_gradients(layer, output_mask, params, results);
-  const std::vector<int64_t> maps = sizes_of(*layer.mean);
+  const Shape maps(layer.mean->sizes());
   const int32_t statistics = statistics_dtype(layer.input);
   output_mask[3] ? results.plan(&params.grad_norm_weight, maps, {1}, statistics) : results.skip(statistics);
   output_mask[4] ? results.plan(&params.grad_norm_bias, maps, {1}, statistics) : results.skip(statistics);
@@ -179,11 +178,11 @@ void perturbation_mask(StableIValue* stack, uint64_t, uint64_t) {
   if (!pnn_dtype_of(dtype, &view.dtype))
     fail(op, "dtype is ", dtype_name(dtype), ", it should be float32, float64, bfloat16 or float16");
 
-  const std::vector<int64_t> size = {shared_masks ? 1 : channels, masks, height, width};
-  const Tensor result = allocate(op, size, contiguous_strides(size), dtype);
+  const Shape size = {shared_masks ? 1 : channels, masks, height, width};
+  Tensor result = allocate(op, size, contiguous_strides(size), dtype);
   if (result.numel() > 0) {
-    const auto strides = result.strides();
-    view.data = result.mutable_data_ptr();
+    const Numbers strides = result.strides();
+    view.data = data_of(op, result);
     for (size_t d = 0; d < 4; d++) {
       view.size[d] = size[d];
       view.stride[d] = strides[d];
@@ -191,7 +190,7 @@ void perturbation_mask(StableIValue* stack, uint64_t, uint64_t) {
     pnn_error error;
     check(op, Backend::mask_fill(&view, kind, shared_masks, value, &error), error);
   }
-  put(stack, 0, result);
+  put(stack, 0, std::move(result));
 }
 
 #if !defined(TORCH_PNN_CUDA)

@@ -43,7 +43,7 @@ void check_dense_here(const char* op, const char* name, const Tensor& tensor) {
          ", it should be on the same device as the other tensors");
 }
 
-std::string size_text(const std::vector<int64_t>& sizes) {
+std::string size_text(Numbers sizes) {
   std::ostringstream text;
   text << '[';
   for (size_t i = 0; i < sizes.size(); i++) text << (i ? ", " : "") << sizes[i];
@@ -57,11 +57,10 @@ void describe_optional(const Layer& layer, const char* name, const std::optional
 }
 
 pnn_activation activation_kind(const Layer& layer) {
-  std::string names;
-  for (int i = 0; i < PNN_ACTIVATION_COUNT; i++) {
+  for (int i = 0; i < PNN_ACTIVATION_COUNT; i++)
     if (layer.activation == kActivations[i]) return static_cast<pnn_activation>(i);
-    names += (i ? ", " : "") + std::string(kActivations[i]);
-  }
+  std::string names;
+  for (const char* name : kActivations) names += (names.empty() ? "" : ", ") + std::string(name);
   fail(layer.op, "activation is '", layer.activation, "', it should be one of ", names);
 }
 
@@ -134,22 +133,17 @@ int32_t statistics_dtype(const Tensor& input) {
   return dtype_of(input) == aoti_torch_dtype_float64() ? aoti_torch_dtype_float64() : aoti_torch_dtype_float32();
 }
 
-std::vector<int64_t> sizes_of(const Tensor& tensor) {
-  const auto sizes = tensor.sizes();
-  return {sizes.begin(), sizes.end()};
-}
-
 pnn_tensor describe(const char* op, const char* name, const Tensor& tensor, size_t dimensions) {
   check_dense_here(op, name, tensor);
   pnn_tensor view = {};
   const int32_t dtype = dtype_of(tensor);
   if (!pnn_dtype_of(dtype, &view.dtype))
     fail(op, name, " has type ", dtype_name(dtype), ", it should be float32, float64, bfloat16 or float16");
-  const std::vector<int64_t> sizes = sizes_of(tensor);
+  const Numbers sizes = tensor.sizes();
   if (sizes.size() != dimensions)
     fail(op, name, " has size ", size_text(sizes), ", it should have ", dimensions,
          dimensions == 1 ? " dimension" : " dimensions");
-  const auto strides = tensor.strides();
+  const Numbers strides = tensor.strides();
   for (size_t d = 0; d < 4; d++) {
     view.size[d] = d < dimensions ? sizes[d] : 1;
     view.stride[d] = d < dimensions ? strides[d] : 1;
@@ -164,7 +158,7 @@ const int64_t* seed_value(const char* op, const Tensor& seed) {
   check_dense_here(op, "seed", seed);
   const int32_t dtype = dtype_of(seed);
   if (dtype != aoti_torch_dtype_int64() || seed.numel() != 1)
-    fail(op, "seed is ", dtype_name(dtype), " of size ", size_text(sizes_of(seed)), ", it should be one int64");
+    fail(op, "seed is ", dtype_name(dtype), " of size ", size_text(seed.sizes()), ", it should be one int64");
   const void* data = nullptr;
   require(torch_get_const_data_ptr(seed.get(), &data), op, "where the seed lies");
   return static_cast<const int64_t*>(data);
@@ -216,9 +210,9 @@ pnn_params make_params(const Layer& layer) {
   return params;
 }
 
-std::vector<int64_t> output_sizes(const Layer& layer) {
-  const std::vector<int64_t> input = sizes_of(layer.input);
-  std::vector<int64_t> sizes = {input[0], layer.weight.size(0), 0, 0};
+Shape output_sizes(const Layer& layer) {
+  const Numbers input = layer.input.sizes();
+  Shape sizes = {input[0], layer.weight.sizes()[0], 0, 0};
   for (size_t d = 0; d < 2; d++) {
     const int64_t stride = d == 0 ? layer.stride.front() : layer.stride.back();
     if (stride >= 1 && input[2 + d] > 0) sizes[2 + d] = (input[2 + d] - 1) / stride + 1;
@@ -231,15 +225,19 @@ static int64_t multiply(int64_t a, int64_t b) {
   return static_cast<int64_t>(static_cast<uint64_t>(a) * static_cast<uint64_t>(b));
 }
 
-std::vector<int64_t> contiguous_strides(const std::vector<int64_t>& sizes) {
-  std::vector<int64_t> strides(sizes.size(), 1);
-  for (size_t d = sizes.size(); d-- > 1;) strides[d - 1] = multiply(strides[d], sizes[d] > 0 ? sizes[d] : 1);
+Shape contiguous_strides(const Shape& sizes) {
+  Shape strides = sizes;
+  int64_t step = 1;
+  for (size_t d = sizes.size(); d-- > 0;) {
+    strides[d] = step;
+    step = multiply(step, sizes[d] > 0 ? sizes[d] : 1);
+  }
   return strides;
 }
 
-std::vector<int64_t> strides_like(const Tensor& like, const std::vector<int64_t>& sizes) {
-  const auto size = like.sizes();
-  const auto stride = like.strides();
+Shape strides_like(const Tensor& like, const Shape& sizes) {
+  const Numbers size = like.sizes();
+  const Numbers stride = like.strides();
   bool channels_last = stride[1] != 0;
   int64_t step = 0;
   for (const size_t d : {1, 3, 2, 0}) {
@@ -250,16 +248,23 @@ std::vector<int64_t> strides_like(const Tensor& like, const std::vector<int64_t>
   return {multiply(multiply(sizes[1], sizes[3]), sizes[2]), 1, multiply(sizes[1], sizes[3]), sizes[1]};
 }
 
-Tensor allocate(const char* op, const std::vector<int64_t>& sizes, const std::vector<int64_t>& strides, int32_t dtype) {
+Tensor allocate(const char* op, const Shape& sizes, const Shape& strides, int32_t dtype) {
   int64_t bytes = static_cast<int64_t>(aoti_torch_dtype_element_size(dtype));
   for (const int64_t size : sizes)
     if (__builtin_mul_overflow(bytes, size, &bytes))
-      fail(op, "a result of size ", size_text(sizes), " exceeds what can be addressed");
+      fail(op, "a result of size ", size_text(sizes.numbers()), " exceeds what can be addressed");
   AtenTensorHandle handle = nullptr;
   if (aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), sizes.data(), strides.data(), dtype,
                                Backend::device_type(), Backend::device_index(), &handle) != 0)
-    fail(op, "out of memory: PyTorch's allocator has no ", bytes, " bytes for a tensor of size ", size_text(sizes));
+    fail(op, "out of memory: PyTorch's allocator has no ", bytes, " bytes for a tensor of size ",
+         size_text(sizes.numbers()));
   return Tensor(handle);
+}
+
+void* data_of(const char* op, const Tensor& result) {
+  void* data = nullptr;
+  require(torch_get_mutable_data_ptr(result.get(), &data), op, "where a result lies");
+  return data;
 }
 
 void check(const char* op, pnn_status status, const pnn_error& error, bool running_statistics) {
@@ -286,22 +291,25 @@ void check(const char* op, pnn_status status, const pnn_error& error, bool runni
   fail(op, message);
 }
 
-size_t Results::plan(pnn_tensor* place, const std::vector<int64_t>& sizes, const std::vector<int64_t>& strides,
-                     int32_t dtype) {
+Results::Result& Results::add(pnn_tensor* place, const Shape& sizes, const Shape& strides, int32_t dtype) {
+  return results_[count_++].emplace(Result{place, sizes, strides, dtype, std::nullopt});
+}
+
+size_t Results::plan(pnn_tensor* place, const Shape& sizes, const Shape& strides, int32_t dtype) {
   *place = {};
-  place->data = planned_address(results_.size());
+  place->data = planned_address(count_);
   pnn_dtype_of(dtype, &place->dtype);
   for (size_t d = 0; d < 4; d++) {
     place->size[d] = d < sizes.size() ? sizes[d] : 1;
     place->stride[d] = d < sizes.size() ? strides[d] : 1;
   }
-  results_.push_back({place, sizes, strides, dtype, std::nullopt});
-  return results_.size() - 1;
+  add(place, sizes, strides, dtype);
+  return count_ - 1;
 }
 
 size_t Results::skip(int32_t dtype) {
-  results_.push_back({nullptr, {0}, {1}, dtype, std::nullopt});
-  return results_.size() - 1;
+  add(nullptr, {0}, {1}, dtype);
+  return count_ - 1;
 }
 
 void Results::run(pnn_pass pass) {
@@ -309,17 +317,22 @@ void Results::run(pnn_pass pass) {
   pnn_error error;
   size_t bytes = 0;
   check(op_, Backend::workspace_size(&params_, pass, &bytes, &error), error, running);
-  for (Result& result : results_) {
+  for (size_t i = 0; i < count_; i++) {
+    Result& result = *results_[i];
     result.tensor = allocate(op_, result.sizes, result.strides, result.dtype);
     if (!result.place) continue;
-    void* data = nullptr;
-    require(torch_get_mutable_data_ptr(result.tensor->get(), &data), op_, "where a result lies");
+    void* const data = data_of(op_, *result.tensor);
     result.place->data = data ? data : &no_elements;
   }
-  const std::vector<int64_t> workspace_size = {static_cast<int64_t>(bytes)};
-  const Tensor workspace = allocate(op_, workspace_size, {1}, aoti_torch_dtype_uint8());
-  params_.workspace = workspace.mutable_data_ptr();
   params_.workspace_bytes = bytes;
+  if (Backend::kStackWorkspace > 0 && bytes <= Backend::kStackWorkspace) {
+    alignas(64) char workspace[Backend::kStackWorkspace > 0 ? Backend::kStackWorkspace : 1];
+    params_.workspace = workspace;
+    check(op_, Backend::run(&params_, pass, &error), error, running);
+    return;
+  }
+  const Tensor workspace = allocate(op_, {static_cast<int64_t>(bytes)}, {1}, aoti_torch_dtype_uint8());
+  params_.workspace = data_of(op_, workspace);
   check(op_, Backend::run(&params_, pass, &error), error, running);
 }
 

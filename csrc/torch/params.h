@@ -43,24 +43,27 @@ class Results {
   Results(const char* op, pnn_params& params) : op_(op), params_(params) {}
 
   // Plans a result of up to four dimensions and returns its number; `place` lies in the params.
-  size_t plan(pnn_tensor* place, const std::vector<int64_t>& sizes, const std::vector<int64_t>& strides, int32_t dtype);
+  size_t plan(pnn_tensor* place, const Shape& sizes, const Shape& strides, int32_t dtype);
   // A result without elements, for a gradient that is not wanted.
   size_t skip(int32_t dtype);
-  // Asks libpnn for the pass's workspace, which checks the call, then allocates workspace and results and runs it.
+  // Asks libpnn for the pass's workspace, which checks the call, then allocates results and workspace and runs it.
   void run(pnn_pass pass);
-  Tensor take(size_t number) { return *std::move(results_[number].tensor); }
+  Tensor take(size_t number) { return *std::move(results_[number]->tensor); }
 
  private:
   struct Result {
     pnn_tensor* place;
-    std::vector<int64_t> sizes, strides;
+    Shape sizes, strides;
     int32_t dtype;
     std::optional<Tensor> tensor;
   };
 
+  Result& add(pnn_tensor* place, const Shape& sizes, const Shape& strides, int32_t dtype);
+
   const char* op_;
   pnn_params& params_;
-  std::vector<Result> results_;
+  std::optional<Result> results_[6];  // as many as any operator returns
+  size_t count_ = 0;
 };
 
 // Checks the arguments and describes them to libpnn; results are planned separately. The layer must outlive the params.
@@ -71,15 +74,13 @@ int32_t dtype_of(const Tensor& tensor);
 int32_t statistics_dtype(const Tensor& input);
 
 // [B, T, H', W'] for these arguments; zeros where a stride is not positive, which libpnn then refuses.
-std::vector<int64_t> output_sizes(const Layer& layer);
-
-std::vector<int64_t> sizes_of(const Tensor& tensor);
+Shape output_sizes(const Layer& layer);
 
 // Row-major strides.
-std::vector<int64_t> contiguous_strides(const std::vector<int64_t>& sizes);
+Shape contiguous_strides(const Shape& sizes);
 
 // Strides of a 4-d result in the memory format of `like`: channels_last where PyTorch's suggest_memory_format says so.
-std::vector<int64_t> strides_like(const Tensor& like, const std::vector<int64_t>& sizes);
+Shape strides_like(const Tensor& like, const Shape& sizes);
 
 // A seed's value on the CPU: one int64.
 const int64_t* seed_value(const char* op, const Tensor& seed);
@@ -91,7 +92,10 @@ pnn_noise noise_kind(const char* op, const std::string& name);
 void check(const char* op, pnn_status status, const pnn_error& error, bool running_statistics = false);
 
 // A new tensor from PyTorch's allocator on the CPU; refuses sizes that cannot be addressed and says when memory is out.
-Tensor allocate(const char* op, const std::vector<int64_t>& sizes, const std::vector<int64_t>& strides, int32_t dtype);
+Tensor allocate(const char* op, const Shape& sizes, const Shape& strides, int32_t dtype);
+
+// Where a result's elements are to be written; null where it has none.
+void* data_of(const char* op, const Tensor& result);
 
 // libpnn's view of a tensor that is read; for one without elements `data` points to a byte that is never read.
 pnn_tensor describe(const char* op, const char* name, const Tensor& tensor, size_t dimensions);

@@ -11,11 +11,13 @@ Example:
     torch.Size([1, 8, 16, 16])
 """
 
-from . import _library, functional, models, reference
+from . import _library, counters, functional, models, reference
 from .blocks import PerturbBasicBlock, PerturbBottleneck
 from .convert import convert
+from .fuse import fuse
 from .modules import LBConv2d, PerturbConv2d
 from .restore import restore
+from .summary import summary
 
 __all__ = [
     "LBConv2d",
@@ -24,10 +26,13 @@ __all__ = [
     "PerturbConv2d",
     "__version__",
     "convert",
+    "counters",
     "functional",
+    "fuse",
     "models",
     "reference",
     "restore",
+    "summary",
 ]
 
 

@@ -6,6 +6,9 @@ PyTorch, as the definition, stand in `torch_pnn.reference`.
 
 Each public function has a twin whose name ends in ``_script``: TorchScript compiles that one, since it has no
 keyword-only arguments with defaults. In eager mode and under ``torch.compile`` both go to the same body.
+
+As PyTorch's own functions they follow the ``__torch_function__`` protocol: ``torch.fx.symbolic_trace`` records a call
+of them as one node, and tensor subclasses see the call before it is carried out.
 """
 
 from collections.abc import Callable, Sequence
@@ -13,10 +16,15 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.overrides import handle_torch_function, has_torch_function_variadic
 
 from . import _library  # noqa: F401  (registers the operators)
 
 __all__ = ["perturb_conv2d", "perturb_norm_conv2d", "perturbation_mask"]
+
+# Looked up once: a search through torch.ops in each call costs as much as its dispatch.
+_PERTURB_CONV2D = torch.ops.torch_pnn.perturb_conv2d.default
+_PERTURB_NORM_CONV2D = torch.ops.torch_pnn.perturb_norm_conv2d.default
 
 # --------------------------------------------------------------------------------------------------------------------
 # Errors: a call goes straight to the operator, and only one that failed is looked at more closely
@@ -153,15 +161,14 @@ def _perturb_conv2d(
     """The body of `perturb_conv2d`."""
     if not isinstance(input, Tensor):
         raise TypeError(f"input is {type(input).__name__}, it should be a tensor")
-    if mask is None or seed is not None or noise is None:
+    if (mask is None) == (seed is None) or noise is None:
         _check_source(mask, seed, noise)
-        if noise is None:
-            noise = "uniform"
-        if seed is not None:
-            seed = _seed_tensor(seed, input.device)
+        noise = "uniform"  # not read
+    if seed is not None and not isinstance(seed, Tensor):
+        seed = _seed_tensor(seed, input.device)
     image = input.dim() == 3
     try:
-        output = torch.ops.torch_pnn.perturb_conv2d(
+        output = _PERTURB_CONV2D(
             input.unsqueeze(0) if image else input,
             weight,
             bias,
@@ -267,6 +274,23 @@ def perturb_conv2d(
         >>> perturb_conv2d(x, weight, seed=7, level=0.1).shape
         torch.Size([1, 1, 1, 2])
     """
+    if has_torch_function_variadic(input, weight, bias, mask, seed):
+        return handle_torch_function(
+            perturb_conv2d,
+            (input, weight, bias, mask, seed),
+            input,
+            weight,
+            bias,
+            mask=mask,
+            seed=seed,
+            masks=masks,
+            shared_masks=shared_masks,
+            noise=noise,
+            level=level,
+            activation=activation,
+            stride=stride,
+            groups=groups,
+        )
     return _perturb_conv2d(
         input, weight, bias, mask, seed, masks, shared_masks, noise, level, activation, stride, groups
     )
@@ -342,12 +366,11 @@ def _perturb_norm_conv2d(
         raise TypeError(f"momentum is {type(momentum).__name__}, it should be a number")
     if not isinstance(training, bool):
         raise TypeError(f"training is {type(training).__name__}, it should be True or False")
-    if mask is None or seed is not None or noise is None:
+    if (mask is None) == (seed is None) or noise is None:
         _check_source(mask, seed, noise)
-        if noise is None:
-            noise = "uniform"
-        if seed is not None:
-            seed = _seed_tensor(seed, input.device)
+        noise = "uniform"  # not read
+    if seed is not None and not isinstance(seed, Tensor):
+        seed = _seed_tensor(seed, input.device)
     if not training and (running_mean is None or running_var is None):
         name = "running_mean" if running_mean is None else "running_var"
         raise ValueError(f"{name} is None, it should be given where training is False")
@@ -358,7 +381,7 @@ def _perturb_norm_conv2d(
     # When training, the running statistics stay out of the call: they are about to change, and what autograd keeps for
     # the backward pass must not.
     try:
-        output, mean, variance = torch.ops.torch_pnn.perturb_norm_conv2d(
+        output, mean, variance = _PERTURB_NORM_CONV2D(
             input.unsqueeze(0) if image else input,
             weight,
             bias,
@@ -536,6 +559,25 @@ def perturb_norm_conv2d(
         >>> perturb_norm_conv2d(x, weight, None, None, None, None, None, training=True, noise=None, eps=0.0)
         tensor([[[[-1.,  1.]]]])
     """
+    tensors = (input, weight, bias, norm_weight, norm_bias, running_mean, running_var)
+    if has_torch_function_variadic(*tensors, mask, seed):
+        return handle_torch_function(
+            perturb_norm_conv2d,
+            (*tensors, mask, seed),
+            *tensors,
+            training=training,
+            momentum=momentum,
+            eps=eps,
+            mask=mask,
+            seed=seed,
+            masks=masks,
+            shared_masks=shared_masks,
+            noise=noise,
+            level=level,
+            activation=activation,
+            stride=stride,
+            groups=groups,
+        )
     return _perturb_norm_conv2d(
         input,
         weight,
@@ -653,4 +695,19 @@ def perturbation_mask(
         >>> perturbation_mask(7, channels=1, masks=1, height=1, width=3).flatten() * 256
         tensor([-165.,   55.,  129.])
     """
+    # (torch.fx's stand-ins for sizes have the protocol too.)
+    if has_torch_function_variadic(seed, height, width):
+        return handle_torch_function(
+            perturbation_mask,
+            (seed, height, width),
+            seed,
+            channels,
+            masks,
+            height,
+            width,
+            shared_masks=shared_masks,
+            noise=noise,
+            dtype=dtype,
+            device=device,
+        )
     return _perturbation_mask(seed, channels, masks, height, width, shared_masks, noise, dtype, device)

@@ -23,6 +23,7 @@ from .convert import _check_seed, layer_seed
 from .layers import LAYERS, make_layer
 from .modules import LBConv2d, PerturbConv2d
 from .presets import layer_options
+from .summary import summary
 
 __all__ = [
     "Costs",
@@ -66,7 +67,7 @@ class Costs:
     Attributes:
         parameters: Learnable numbers (those with `requires_grad`), shared ones once.
         mask_bytes: Bytes of fixed masks and filters that are stored; a mask by recipe counts as its 8-byte seed.
-        macs: Multiply-adds of the convolutions, linear and perturbation layers for one image.
+        macs: Multiply-adds of products for one image: of convolutions, linear and perturbation layers, attention.
         layers: A row for each layer that costs anything, in the order of registration.
     """
 
@@ -428,10 +429,7 @@ def _resnet(
 def costs(model: nn.Module, input_size: Sequence[int]) -> Costs:
     """Counts what a model learns, stores as fixed masks or filters, and multiplies for one image.
 
-    One image of zeros runs through the model in evaluation mode, without gradients; the model is as before afterwards.
-    Counted are convolutions (transposed ones too), linear layers, `PerturbConv2d` (its product at every pixel that is
-    computed, which with pooling is before it) and `LBConv2d` (its fixed filters too, as they are executed). Additions
-    of masks, activations, normalisation and pooling are not multiply-adds; operations outside of modules aren't seen.
+    The part of `torch_pnn.summary` that the studies compare: that function says what is counted, and counts more.
 
     Args:
         model: The model.
@@ -463,49 +461,13 @@ def costs(model: nn.Module, input_size: Sequence[int]) -> Costs:
         or any(isinstance(n, bool) or not isinstance(n, int) or n < 0 for n in size)
     ):
         raise ValueError(f"input_size is {input_size!r}, should be (channels, height, width)")
-    reference = next(model.parameters(), torch.empty(0))
-    image = torch.zeros(1, *size, dtype=reference.dtype, device=reference.device)
-    macs: dict[nn.Module, int] = {}
-
-    def count(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        macs[module] = macs.get(module, 0) + _macs(module, args[0], output)
-
-    training = {module: module.training for module in model.modules()}
-    handles = [m.register_forward_hook(count) for m in model.modules() if isinstance(m, _COUNTED)]
-    try:
-        model.eval()
-        with torch.no_grad():
-            model(image)
-    except Exception as error:
-        raise ValueError(
-            f"an image of input_size {size} doesn't run through the model ({type(error).__name__}: {error})"
-        ) from error
-    finally:
-        for handle in handles:
-            handle.remove()
-        for module, mode in training.items():
-            module.training = mode
-
-    seen: set[int] = set()
-    rows = []
-    for name, module in model.named_modules():
-        own = [p for p in module._parameters.values() if p is not None and p.requires_grad and id(p) not in seen]
-        seen.update(id(p) for p in own)
-        row = LayerCosts(
-            name,
-            type(module).__name__,
-            sum(p.numel() for p in own),
-            module.mask_bytes if isinstance(module, (PerturbConv2d, LBConv2d)) else 0,
-            macs.get(module, 0),
-        )
-        if row.parameters or row.mask_bytes or row.macs:
-            rows.append(row)
-    return Costs(
-        sum(row.parameters for row in rows),
-        sum(row.mask_bytes for row in rows),
-        sum(row.macs for row in rows),
-        tuple(rows),
-    )
+    counted = summary(model, size)
+    rows = [
+        LayerCosts(row.name, row.kind, row.parameters, row.mask_bytes, row.multiply_adds)
+        for row in counted.rows
+        if row.parameters or row.mask_bytes or row.multiply_adds
+    ]
+    return Costs(counted.parameters, counted.mask_bytes, counted.multiply_adds, tuple(rows))
 
 
 def match_width(
@@ -560,20 +522,6 @@ def match_width(
         else:
             high = middle
     return min((low, high), key=lambda width: (abs(count(width) - target_parameters), width))
-
-
-_COUNTED = (nn.modules.conv._ConvNd, nn.Linear, PerturbConv2d, LBConv2d)
-
-
-def _macs(module: Any, input: torch.Tensor, output: torch.Tensor) -> int:
-    """Multiply-adds of one call of a layer, for the one image that runs."""
-    if isinstance(module, (PerturbConv2d, LBConv2d)):
-        return module.multiply_adds(input.shape[-2], input.shape[-1])
-    if isinstance(module, nn.Linear):
-        return output.numel() * module.in_features
-    if isinstance(module, nn.modules.conv._ConvTransposeNd):
-        return input.numel() * module.weight[0].numel()
-    return output.numel() * module.weight[0].numel()
 
 
 def _check_positive(**numbers: Any) -> None:

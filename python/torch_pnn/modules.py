@@ -11,12 +11,15 @@ clipped at the edge, are pooled. The output then has the size that `nn.Conv2d` g
 """
 
 import math
+import struct
+import warnings
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
+from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from . import functional, initialisation
 
@@ -115,6 +118,11 @@ def _optional_seed(value: Any) -> int | None:
     return value
 
 
+def _is_float32(value: int) -> bool:
+    """Whether an integer is the value of a float32."""
+    return int(struct.unpack("f", struct.pack("f", value))[0]) == value
+
+
 def _check_dtype(dtype: torch.dtype | None) -> None:
     if dtype not in (None, torch.float32, torch.float64, torch.bfloat16, torch.float16):
         raise TypeError(f"dtype is {dtype!r}, it should be float32, float64, bfloat16 or float16")
@@ -175,6 +183,23 @@ def _traced_pool(input: Tensor, stride: tuple[int, int], downsample: str) -> Ten
     counts = F.pad(torch.ones_like(input[..., :1, :, :]), behind)
     sums = F.avg_pool2d(F.pad(input, behind), stride, stride, divisor_override=1)
     return sums / F.avg_pool2d(counts, stride, stride, divisor_override=1)
+
+
+def _traced_as_leaf(module: nn.Module, input: Any) -> Any:
+    """The node of a call of the module, for ``torch.fx.symbolic_trace``.
+
+    A tracer takes the modules of ``torch.nn`` alone as leaves and goes through all others, whose questions for an
+    input's size it can't answer. So our layers say themselves, to every tracer, that they are leaves.
+
+    Raises:
+        ValueError: the module is what is being traced, so that there is nothing to be a leaf of.
+    """
+    if input.tracer.root is module:
+        raise ValueError(
+            f"torch.fx can't trace a {type(module).__name__} by itself, which is one node of a graph: trace a module "
+            "that holds it, for example nn.Sequential(layer)"
+        )
+    return input.tracer.create_proxy("call_module", input.tracer.path_of_module(module), (input,), {})
 
 
 class PerturbConv2d(nn.Module):
@@ -259,7 +284,7 @@ class PerturbConv2d(nn.Module):
         "_pads",
         "_fuses_norm_in_script",
     )
-    __jit_ignored_attributes__ = ("seed",)
+    __jit_ignored_attributes__ = ("seed", "_known_seed")
     __jit_unused_properties__ = ("mask_bytes",)
 
     bias: Tensor | None
@@ -314,6 +339,7 @@ class PerturbConv2d(nn.Module):
         self.noise = None if noise is None else _choice("noise", noise, _NOISES)
         self.activation = _choice("activation", activation, _ACTIVATIONS)
         self.seed = _optional_seed(seed)
+        self._known_seed: int | None = None
         self.shared_masks = _flag("shared_masks", shared_masks)
         self.train_masks = _flag("train_masks", train_masks)
         self.downsample = _choice("downsample", downsample, _DOWNSAMPLES)
@@ -406,8 +432,10 @@ class PerturbConv2d(nn.Module):
         if self.mask_seed is not None:
             with torch.no_grad():
                 self.mask_seed.copy_(drawn)
+            self._known_seed = None
             if self.seed is not None:
                 self._write_seed(self.seed)
+            self._settle_seed()
             self._write_mask()
 
     def reseed(self, seed: int) -> None:
@@ -436,8 +464,53 @@ class PerturbConv2d(nn.Module):
 
     def _write_seed(self, seed: int) -> None:
         assert self.mask_seed is not None
+        self._known_seed = seed - 2**64 if seed >= 2**63 else seed
         with torch.no_grad():
-            self.mask_seed.fill_(seed - 2**64 if seed >= 2**63 else seed)
+            self.mask_seed.fill_(self._known_seed)
+
+    def _settle_seed(self) -> None:
+        """Takes note of the seed, or undoes what averaging did to it.
+
+        Averages of models (``torch.optim.swa_utils.AveragedModel(..., use_buffers=True)`` and the like) run over
+        integer buffers too, in float32: of a seed they leave 24 bits, which is another seed, with other masks. Averaged
+        values are recognised by being float32 numbers near the known one; any other value was meant.
+        """
+        seed = self.mask_seed
+        if type(seed) is not Tensor or seed.is_meta or seed.numel() != 1 or _get_current_dispatch_mode() is not None:
+            return  # nothing to read, or nothing that may be read: a fake tensor, a mode that makes others so
+        found, known = int(seed), self._known_seed
+        # Rounding adds up from step to step until the model's own value pulls it back: some 2^-24/(1 - decay) in all.
+        if known is not None and 0 < abs(found - known) <= 1 + (abs(known) >> 7) and _is_float32(found):
+            warnings.warn(
+                f"torch_pnn: mask_seed was {known} and is {found}, as an average of equal integers comes out in "
+                "float32: it is set back, since the masks would be others. To change a layer's seed call its reseed()",
+                RuntimeWarning,
+                stacklevel=3,
+            )
+            with torch.no_grad():
+                seed.fill_(known)
+        else:
+            self._known_seed = found
+
+    def train(self, mode: bool = True) -> "PerturbConv2d":
+        """As of every module; a seed that was averaged is set back first."""
+        self._settle_seed()
+        return super().train(mode)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What copies and pickles take: with the seed noted, so that a copy knows which one it was."""
+        self._settle_seed()
+        return dict(self.__dict__)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Restores a pickled layer, older ones too."""
+        super().__setstate__(state)
+        self.__dict__.setdefault("_known_seed", None)
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        """Saves parameters and buffers; a seed that was averaged is set back first."""
+        self._settle_seed()
+        super()._save_to_state_dict(destination, prefix, keep_vars)
 
     def _write_mask(self) -> None:
         """Writes the seed's masks into the tensor that holds them, where one does."""
@@ -526,12 +599,15 @@ class PerturbConv2d(nn.Module):
             >>> PerturbConv2d(3, 8, 3).mask_bytes, PerturbConv2d(3, 8, 3, mask_size=(4, 4)).mask_bytes
             (8, 192)
         """
-        if self.noise is None or self.level == 0 or isinstance(self.mask, nn.Parameter):
+        if self.noise is None or self.level == 0 or self.train_masks or isinstance(self.mask, nn.Parameter):
             return 0
         return 8 if self.mask is None else self.mask.numel() * self.mask.element_size()
 
     def forward(self, input: Tensor) -> Tensor:
         """The layer's output; see the class for shapes."""
+        if not torch.jit.is_scripting():
+            if isinstance(input, fx.Proxy):
+                return _traced_as_leaf(self, input)
         if input.dim() != 3 and input.dim() != 4:
             raise ValueError(
                 f"input has size {list(input.shape)}, it should be [B, {self.in_channels}, H, W] or "
@@ -552,21 +628,24 @@ class PerturbConv2d(nn.Module):
                     f"and dilation {self.dilation} its output would be {height}x{width}, it should be larger"
                 )
             grid = _pad(input, self._pads, self.padding_mode)
-        mask: Tensor | None = self.mask
-        seed: Tensor | None = self.mask_seed
+        mask: Tensor | None = None
+        seed: Tensor | None = None
         noise: str | None = self.noise
         if self.level == 0.0:
             noise = None
-        if noise is None:
-            mask = None
-            seed = None
-        elif mask is not None:
-            seed = None
-            if mask.shape[2] != grid.shape[-2] or mask.shape[3] != grid.shape[-1]:
-                raise ValueError(
-                    f"input has size {list(input.shape)}, which is {grid.shape[-2]}x{grid.shape[-1]} with its padding, "
-                    f"it should be {mask.shape[2]}x{mask.shape[3]} with it: the layer's masks have that one size"
-                )
+        if noise is not None:
+            if torch.jit.is_scripting():
+                mask, seed = self.mask, self.mask_seed
+            else:
+                mask, seed = self._buffer("mask"), self._buffer("mask_seed")
+            if mask is not None:
+                seed = None
+                if mask.shape[2] != grid.shape[-2] or mask.shape[3] != grid.shape[-1]:
+                    raise ValueError(
+                        f"input has size {list(input.shape)}, which is {grid.shape[-2]}x{grid.shape[-1]} with its "
+                        f"padding, it should be {mask.shape[2]}x{mask.shape[3]} with it: the layer's masks have that "
+                        "one size"
+                    )
         stride = (1, 1)
         if self.downsample == "subsample":
             stride = self.stride
@@ -590,6 +669,15 @@ class PerturbConv2d(nn.Module):
         if (self.stride[0] == 1 and self.stride[1] == 1) or self.downsample == "subsample":
             return output
         return _pool(output, self.stride, self.downsample)
+
+    def _buffer(self, name: str) -> Tensor | None:
+        """The buffer of that name, or what stands in its place: a parameter, or what a parametrization computes.
+
+        `nn.Module` finds a buffer where Python has looked for an attribute in vain, which takes a tenth of a small
+        call.
+        """
+        buffers = self._buffers
+        return buffers[name] if name in buffers else getattr(self, name)
 
     def _normalised(
         self, grid: Tensor, mask: Tensor | None, seed: Tensor | None, noise: str | None, stride: tuple[int, int]
@@ -713,6 +801,8 @@ class PerturbConv2d(nn.Module):
         super()._load_from_state_dict(
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )
+        self._known_seed = None
+        self._settle_seed()
 
     def extra_repr(self) -> str:
         """The arguments that are not defaults, as `nn.Conv2d` shows them."""
@@ -912,6 +1002,9 @@ class LBConv2d(nn.Module):
 
     def forward(self, input: Tensor) -> Tensor:
         """The layer's output; see the class for shapes."""
+        if not torch.jit.is_scripting():
+            if isinstance(input, fx.Proxy):
+                return _traced_as_leaf(self, input)
         if (input.dim() != 3 and input.dim() != 4) or input.shape[-3] != self.in_channels:
             raise ValueError(
                 f"input has size {list(input.shape)}, it should be [B, {self.in_channels}, H, W] or "

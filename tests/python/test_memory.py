@@ -121,5 +121,6 @@ def test_memory_beyond_inputs_and_outputs_does_not_grow_with_the_batch(masks, ch
         operator = torch.ops.torch_pnn._perturb_conv2d_backward
         backward = partial(operator, grad, x, weight, mask, None, *options, [True, True, True, False])
         beyond.append((peak_bytes(forward) - size(grad), peak_bytes(backward) - size(x, weight) - 4 * 24))
-        assert 0 < min(beyond[-1]) and max(beyond[-1]) <= limit
+        # A workspace of up to 64 KiB lies on the stack: nothing is allocated then.
+        assert 0 <= min(beyond[-1]) and 0 < max(beyond[-1]) <= limit
     assert beyond[0] == beyond[1]

@@ -1,0 +1,85 @@
+/*
+ * ahead.h - asks for memory that the next panel will need while the products of this one run.
+ *
+ * A panel takes short pieces of many rows, which no processor's own prefetcher foresees. Asking for all of them at once
+ * would fill the processor's list of open misses and stall it, so the products ask for a few lines every
+ * PNN_AHEAD_DEPTH steps of their depth. Nothing but time depends on it.
+ */
+#ifndef PNN_KERNELS_AHEAD_H
+#define PNN_KERNELS_AHEAD_H
+
+#include <stdint.h>
+
+#define PNN_AHEAD_DEPTH 8
+#define PNN_AHEAD_STREAMS 3
+
+typedef struct pnn_ahead_stream {
+  const char *data;
+  int64_t stride, bytes, rows; /* bytes from row to row, and of a row */
+  int32_t write;               /* to be written */
+} pnn_ahead_stream;
+
+typedef struct pnn_ahead {
+  pnn_ahead_stream stream[PNN_AHEAD_STREAMS]; /* one after the other */
+  int32_t streams, current;
+  int64_t row;            /* rows of the current stream that were begun */
+  const char *line, *end; /* what is left of the last one */
+  int64_t pace;           /* lines a step */
+} pnn_ahead;
+
+/* Begins the next row; 0 where there is none. */
+static inline int pnn_ahead_next(pnn_ahead *ahead) {
+  while (ahead->current < ahead->streams) {
+    const pnn_ahead_stream *s = &ahead->stream[ahead->current];
+    if (ahead->row < s->rows) {
+      const char *row = s->data + ahead->row++ * s->stride;
+      ahead->line = row - (uintptr_t)row % 64;
+      ahead->end = row + s->bytes;
+      return 1;
+    }
+    ahead->current++;
+    ahead->row = 0;
+  }
+  return 0;
+}
+
+static inline void pnn_ahead_step(pnn_ahead *ahead) {
+  for (int64_t i = 0; i < ahead->pace; i++) {
+    if (ahead->line >= ahead->end && !pnn_ahead_next(ahead)) {
+      ahead->pace = 0;
+      return;
+    }
+    if (ahead->stream[ahead->current].write)
+      __builtin_prefetch(ahead->line, 1, 2);
+    else
+      __builtin_prefetch(ahead->line, 0, 2);
+    ahead->line += 64;
+  }
+}
+
+/* One step's share for a loop that asks for a line each time round: at data, data + step, ... */
+typedef struct pnn_ahead_run {
+  const char *data;
+  int64_t step;
+} pnn_ahead_run;
+
+/* The share of a loop of `rounds`; `otherwise`, which is in cache, where nothing is left. */
+static inline pnn_ahead_run pnn_ahead_take(pnn_ahead *ahead, int64_t rounds, const void *otherwise) {
+  if (!ahead->pace || (ahead->line >= ahead->end && !pnn_ahead_next(ahead))) {
+    const pnn_ahead_run none = {(const char *)otherwise, 0};
+    return none;
+  }
+  const int64_t bytes = ahead->pace < rounds ? ahead->pace * 64 : rounds * 64;
+  const pnn_ahead_run run = {ahead->line, (bytes + rounds - 1) / rounds};
+  ahead->line += bytes;
+  return run;
+}
+
+/* Spreads what was added over `steps` steps. */
+static inline void pnn_ahead_spread(pnn_ahead *ahead, int64_t steps) {
+  int64_t lines = 0;
+  for (int i = 0; i < ahead->streams; i++) lines += ahead->stream[i].rows * (ahead->stream[i].bytes / 64 + 1);
+  ahead->pace = steps > 0 ? (lines + steps - 1) / steps : 0;
+}
+
+#endif
