@@ -10,6 +10,8 @@ from torch import nn
 from .conversion.record import RECORD, Conversion
 from .conversion.swap import Original, carry_back, original_of, swap
 from .convert import check_model
+from .modules import PerturbConv2d
+from .presets import PerturbMixConv2d
 
 __all__ = ["restore"]
 
@@ -42,7 +44,7 @@ def restore(model: nn.Module, *, inplace: bool = False) -> nn.Module:
 
     Raises:
         TypeError: `model` isn't an `nn.Module` or is a scripted one, or `inplace` isn't a bool.
-        ValueError: `convert` made no layer of this model.
+        ValueError: `convert` made no layer of this model, or `torch_pnn.fuse` folded a normalisation into one since.
         RuntimeError: The model can't be copied (use `inplace=True`).
 
     Examples:
@@ -60,6 +62,11 @@ def restore(model: nn.Module, *, inplace: bool = False) -> nn.Module:
         raise TypeError(f"inplace is {inplace!r}, should be True or False")
     if not _converted(model) and not any(_has_record(module) for module in model.modules()):
         raise ValueError("model has no layer that torch_pnn.convert made, so there is nothing to restore")
+    if fused := _fused(model):
+        raise ValueError(
+            f"{', '.join(fused)}: torch_pnn.fuse folded the normalisation behind this layer into it, and a convolution "
+            "in its place would lack it; restore first, then fuse"
+        )
     if not inplace:
         try:
             model = copy.deepcopy(model)
@@ -85,6 +92,20 @@ def restore(model: nn.Module, *, inplace: bool = False) -> nn.Module:
 def _converted(model: nn.Module) -> dict[nn.Module, Original]:
     """The layers that `convert` made, with what they stand for."""
     return {module: original for module in model.modules() if (original := original_of(module)) is not None}
+
+
+def _fused(model: nn.Module) -> list[str]:
+    """Names of layers that were converted, by the tables, and don't know any more what they stand for."""
+    names = []
+    for prefix, owner in model.named_modules():
+        if not _has_record(owner):
+            continue
+        inside = dict(owner.named_modules(remove_duplicate=False))
+        for row in owner.__dict__[RECORD].converted:
+            layer = inside.get(row.name)
+            if isinstance(layer, (PerturbConv2d, PerturbMixConv2d)) and original_of(layer) is None:
+                names.append(f"{prefix}.{row.name}" if prefix else row.name or "the model")
+    return names
 
 
 def _has_record(module: nn.Module) -> bool:

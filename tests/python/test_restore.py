@@ -375,6 +375,18 @@ def test_refusals(model, error, words):
         restore(model)
 
 
+def test_after_a_fusion():
+    net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 3), nn.BatchNorm2d(4), nn.Conv2d(4, 4, 3)).eval()
+    pnn = convert(net, keep_original=True)
+    fused = torch_pnn.fuse(pnn)
+    with pytest.raises(ValueError, match="^1: torch_pnn.fuse folded the normalisation .*restore first, then fuse"):
+        restore(fused)
+    with pytest.raises(ValueError, match="^0.1: torch_pnn.fuse"):
+        restore(nn.Sequential(fused))
+    assert isinstance(fused[1], PerturbConv2d) and isinstance(fused[3], PerturbConv2d)
+    assert same_state(restore(pnn), net)
+
+
 def test_bad_flags():
     pnn = convert(small_net())
     with pytest.raises(TypeError, match="inplace is 1, should be True or False"):

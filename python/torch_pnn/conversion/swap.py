@@ -18,7 +18,7 @@ from torch import nn
 from ..modules import PerturbConv2d
 from ..presets import PerturbMixConv2d
 
-__all__ = ["INTERNAL", "Original", "carry_back", "carry_over", "original_of", "remember", "swap"]
+__all__ = ["INTERNAL", "Original", "carry_back", "carry_over", "forget", "original_of", "remember", "swap"]
 
 _HOOK_TABLES = (
     "_forward_hooks",
@@ -60,6 +60,11 @@ def remember(new: nn.Module, old: nn.Module, keep: bool) -> None:
     if not keep:
         old = _emptied(old)
     new.__dict__[_ORIGINAL] = Original(old, keep)
+
+
+def forget(layer: nn.Module) -> None:
+    """Drops what a layer stands for, where something else has changed that a convolution in its place would need."""
+    layer.__dict__.pop(_ORIGINAL, None)
 
 
 def _emptied(module: nn.Module) -> nn.Module:
