@@ -2,7 +2,8 @@
 
 `PerturbConv2d` stands where an `nn.Conv2d` stood: fixed masks are added to the input, an activation follows, and a
 learnable 1x1 weight mixes the results (Juefei-Xu, Boddeti, Savvides, CVPR 2018). `functional` has the same as functions
-of tensors, `reference` the same in plain PyTorch, `models` whole networks; `convert` puts the layer into a model.
+of tensors, `reference` the same in plain PyTorch, `models` whole networks; `convert` puts the layer into a
+model and `restore` takes it out.
 
 Example:
     >>> import torch, torch_pnn
@@ -15,6 +16,7 @@ from .blocks import PerturbBasicBlock, PerturbBottleneck
 from .convert import convert
 from .fuse import fuse
 from .modules import LBConv2d, PerturbConv2d
+from .restore import restore
 from .summary import summary
 
 __all__ = [
@@ -30,6 +32,7 @@ __all__ = [
     "fuse",
     "models",
     "reference",
+    "restore",
     "summary",
 ]
 

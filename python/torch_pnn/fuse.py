@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn.utils import parametrize
 
+from .conversion.swap import forget
 from .modules import LBConv2d, PerturbConv2d
 
 __all__ = ["Fusion", "FusionRow", "fuse"]
@@ -342,6 +343,7 @@ def fuse(
             if not reason:
                 _fold_after(layer, norm)
                 _put(model, norm_name, nn.Identity().eval())
+                forget(layer)  # the convolution that it stood for had the normalisation behind it
             rows.append(FusionRow(layer_name, norm_name, not reason, reason))
         for name, layer in model.named_modules() if inside else ():
             if isinstance(layer, PerturbConv2d) and layer.norm is not None:
