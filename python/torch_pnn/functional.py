@@ -293,10 +293,15 @@ def _update_running_statistics(
     """Moves running statistics towards a batch's, in place: the variance with n/(n - 1), nothing where n is 0."""
     if pixels > 1:
         with torch.no_grad():
+            # Both are computed before either is written: a statistic that can't be written leaves the other alone too.
+            new_mean: Tensor | None = None
             if running_mean is not None:
-                running_mean.mul_(1.0 - momentum).add_(mean, alpha=momentum)
+                new_mean = running_mean.mul(1.0 - momentum).add(mean, alpha=momentum)
             if running_var is not None:
-                running_var.mul_(1.0 - momentum).add_(variance, alpha=momentum * (pixels / (pixels - 1)))
+                new_var = running_var.mul(1.0 - momentum).add(variance, alpha=momentum * (pixels / (pixels - 1)))
+                running_var.copy_(new_var)
+            if running_mean is not None and new_mean is not None:
+                running_mean.copy_(new_mean)
 
 
 def _check_running(name: str, running: Any, weight: Any, groups: Any) -> None:
@@ -386,7 +391,16 @@ def _perturb_norm_conv2d(
         raise _explained(error, arguments) from error
     if training:
         pixels = output.shape[0] * output.shape[2] * output.shape[3]
-        _update_running_statistics(running_mean, running_var, mean, variance, pixels, momentum)
+        try:
+            _update_running_statistics(running_mean, running_var, mean, variance, pixels, momentum)
+        except RuntimeError as error:
+            if "vmap: " in str(error):
+                raise ValueError(
+                    "running_mean and running_var can't be updated inside torch.vmap, where every sample has statistics "
+                    "of its own: use evaluation mode, let torch.func.replace_all_batch_norm_modules_ remove them, or "
+                    "give every sample its own, as torch.func.stack_module_state does"
+                ) from error
+            raise
     return output.squeeze(0) if image else output
 
 
