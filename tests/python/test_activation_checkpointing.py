@@ -45,7 +45,9 @@ def run(model: nn.Module, call: Callable[[Tensor], Tensor]) -> list[bytes]:
     x = torch.randn(4, 3, 8, 8, generator=torch.Generator().manual_seed(1)).requires_grad_()
     output = call(x)
     output.square().sum().backward()
-    return bits(output, x.grad, *(p.grad for p in model.parameters()), *model.buffers())
+    return bits(
+        output, x.grad, *(p.grad for p in model.parameters()), *(buffer.flatten() for buffer in model.buffers())
+    )
 
 
 class Counting(TorchDispatchMode):
