@@ -160,8 +160,9 @@ class _Registry:
                 if self.autograd_error is not None:
                     warning = (
                         f"torch_pnn: no compiled derivatives fit PyTorch {torch.__version__}, so registrations from "
-                        f"Python stand in. Eager training, torch.compile and autocast work; torch.func transforms and "
-                        f"the input gradient of reloaded TorchScript models do not. The loader said: "
+                        f"Python stand in. Eager training, torch.compile, autocast and torch.vmap work; the other "
+                        f"torch.func transforms and the input gradient of reloaded TorchScript models do not. The "
+                        f"loader said: "
                         f"{self.autograd_error}. TORCH_PNN_REQUIRE_OPS=1 makes this an error."
                     )
             if self.ops_error is None:

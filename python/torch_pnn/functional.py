@@ -396,9 +396,9 @@ def _perturb_norm_conv2d(
         except RuntimeError as error:
             if "vmap: " in str(error):
                 raise ValueError(
-                    "running_mean and running_var can't be updated inside torch.vmap, where every sample has statistics "
-                    "of its own: use evaluation mode, let torch.func.replace_all_batch_norm_modules_ remove them, or "
-                    "give every sample its own, as torch.func.stack_module_state does"
+                    "running_mean and running_var can't be updated inside torch.vmap, where every sample has its own "
+                    "statistics: use evaluation mode, let torch.func.replace_all_batch_norm_modules_ remove them, or "
+                    "give every sample running ones of its own, as torch.func.stack_module_state does"
                 ) from error
             raise
     return output.squeeze(0) if image else output

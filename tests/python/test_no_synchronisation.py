@@ -1,4 +1,4 @@
-"""A layer's forward and backward pass read no tensor's value in Python: nothing waits for a GPU, CUDA graphs capture."""
+"""Forward and backward read no tensor's value in Python: nothing waits for a GPU, and CUDA graphs can capture."""
 
 from __future__ import annotations
 
