@@ -10,7 +10,20 @@ from typing import Any
 
 import pytest
 import torch
-from operators_support import ACTIVATIONS, OPS, Case, bits, forward, ids, needs_derivatives, operator, options, tensors
+from operators_support import (
+    ACTIVATIONS,
+    OPS,
+    Case,
+    backward_arguments,
+    backward_operator,
+    bits,
+    forward,
+    ids,
+    needs_derivatives,
+    operator,
+    options,
+    tensors,
+)
 from torch import Tensor, nn, vmap
 from torch.func import (
     functional_call,
@@ -161,6 +174,38 @@ def test_gradients_of_a_vmapped_call(case: Case, over: tuple[str, ...]) -> None:
     for name, theirs in zip(wanted, zip(*each)):
         expected = torch.stack(theirs) if name in over else torch.stack(theirs).sum(0)
         torch.testing.assert_close(ours[name], expected, rtol=1e-8, atol=1e-9)
+
+
+@needs_derivatives
+@pytest.mark.parametrize("asked", ["all", "input", "mask"])
+@pytest.mark.parametrize("over", [("grad",), ("grad", "input"), ("grad", "weight"), ("grad", "mask", "seed")], ids=",".join)
+@pytest.mark.parametrize("case", CALLS, ids=ids(CALLS))
+def test_vmapped_backward_operators_equal_single_calls(case: Case, over: tuple[str, ...], asked: str) -> None:
+    together, alone = sampled(case, over)
+    names = ["input", "weight", "bias", *(["norm_weight", "norm_bias"] if case.norm else []), "mask"]
+    wanted = [asked in ("all", name) and (name != "mask" or together["mask"] is not None) for name in names]
+    one = forward(case, alone[0])
+    grads = torch.randn(SAMPLES, *(one[0] if case.norm else one).shape, dtype=case.dtype)
+    # Every argument that may differ is given to vmap, as one value for all where it doesn't.
+    places = {"grad": 0, "input": 1, "weight": 2, "mask": 7 if case.norm else 3, "seed": 8 if case.norm else 4}
+    arguments = [backward_arguments(case, each, grads[i], wanted) for i, each in enumerate(alone)]
+    expected = [backward_operator(case)(*each) for each in arguments]
+    moments = (5, 6) if case.norm == "train" else ()
+    chosen = {place for name, place in places.items() if name in over and arguments[0][place] is not None}
+    chosen |= set(moments)
+    stacked = [torch.stack([each[place] for each in arguments]) for place in sorted(chosen)]
+
+    def function(*parts: Tensor) -> Any:
+        call = list(arguments[0])
+        for place, value in zip(sorted(chosen), parts):
+            call[place] = value
+        return backward_operator(case)(*call)
+
+    for ours, theirs, needed in zip(vmap(function)(*stacked), zip(*expected), wanted):
+        if needed:
+            torch.testing.assert_close(ours, torch.stack(theirs), rtol=1e-10, atol=1e-10)
+        else:
+            assert ours.shape == (SAMPLES, 0)
 
 
 @needs_derivatives
