@@ -178,7 +178,9 @@ def test_gradients_of_a_vmapped_call(case: Case, over: tuple[str, ...]) -> None:
 
 @needs_derivatives
 @pytest.mark.parametrize("asked", ["all", "input", "mask"])
-@pytest.mark.parametrize("over", [("grad",), ("grad", "input"), ("grad", "weight"), ("grad", "mask", "seed")], ids=",".join)
+@pytest.mark.parametrize(
+    "over", [("grad",), ("grad", "input"), ("grad", "weight"), ("grad", "mask", "seed")], ids=",".join
+)
 @pytest.mark.parametrize("case", CALLS, ids=ids(CALLS))
 def test_vmapped_backward_operators_equal_single_calls(case: Case, over: tuple[str, ...], asked: str) -> None:
     together, alone = sampled(case, over)
