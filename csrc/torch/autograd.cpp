@@ -2,14 +2,23 @@
 // PyTorch, and loaded after torch_pnn_ops, which holds the schemas and the kernels.
 //
 // The usual way is a torch::autograd::Function around the kernels, which keeps input, weight and mask (with
-// normalisation also vectors of one value per map) and calls the backward operator. Where one kernel cannot serve, the
-// operators decompose (autograd_layer.h): inside torch.func transforms, with forward-mode derivatives, and when
-// gradients are asked for derivatives of their own.
+// normalisation also vectors of one value per map) and calls the backward operator. torch.func's transforms refuse such
+// Functions; inside them a node of the graph does the same. Where no kernel can serve, the operators decompose
+// (autograd_layer.h): with forward-mode derivatives, and for derivatives of gradients, which torch.func.grad always
+// prepares for: without normalisation only once they are computed, with it for the whole backward pass. What vmap does
+// with the operators is in python/torch_pnn/_vmap.py.
 #include <ATen/FuncTorchTLS.h>
 #include <ATen/autocast_mode.h>
 #include <ATen/core/dispatch/Dispatcher.h>
+#include <torch/csrc/autograd/autograd.h>
 #include <torch/csrc/autograd/custom_function.h>
+#include <torch/csrc/autograd/functions/utils.h>
+#include <torch/csrc/autograd/saved_variable.h>
 #include <torch/library.h>
+
+#include <functional>
+#include <memory>
+#include <mutex>
 
 #include "autograd_layer.h"
 
@@ -81,7 +90,7 @@ Options make_options(const OptionalTensor& seed, int64_t masks, bool shared_mask
       groups};
 }
 
-// ---- when to decompose ----
+// ---- which way to go ----
 
 // functorch's state stays for the rest of the process after the first transform, so that it exists says nothing:
 // whether a transform is active now is what this check of functorch's own answers, by throwing.
@@ -104,7 +113,7 @@ bool needs_gradient(const OptionalTensor& tensor) { return tensor && tensor->req
 
 template <typename... Tensors>
 bool must_decompose(const Tensors&... tensors) {
-  return inside_transform() || (has_tangent(tensors) || ...);
+  return (has_tangent(tensors) || ...);
 }
 
 template <typename... Tensors>
@@ -131,6 +140,12 @@ Options unpack(const c10::IValue& packed, const Tensor& seed, bool* has_bias) {
           e[4].toStringRef(),
           {e[5].toInt(), e[6].toInt()},
           e[7].toInt()};
+}
+
+// A seed is kept among the tensors, so that autograd's hooks see it and the options hold none.
+Options with_seed(Options options, const Tensor& seed) {
+  options.seed = seed.defined() ? OptionalTensor(seed) : std::nullopt;
+  return options;
 }
 
 OptionalTensor optional(const Tensor& tensor) { return tensor.defined() ? OptionalTensor(tensor) : std::nullopt; }
@@ -226,6 +241,64 @@ struct PerturbNormConv2d : torch::autograd::Function<PerturbNormConv2d> {
   }
 };
 
+// ---- nodes of the graph, as PyTorch's own operators have them ----
+
+using NodePointer = decltype(torch::autograd::Edge().function);  // PyTorch 2.13 changed what it is
+
+// What autograd calls for the gradients of one call. The tensors that it keeps are handed to `gradients` with the
+// incoming gradients and, for each input, whether its gradient is needed.
+struct CallNode final : torch::autograd::Node {
+  using Gradients = std::function<variable_list(const variable_list& saved, const variable_list& grads,
+                                                const std::vector<bool>& needed)>;
+
+  std::string label;
+  std::vector<torch::autograd::SavedVariable> saved;
+  Gradients gradients;
+
+  std::string name() const override { return label; }
+
+  void release_variables() override {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    for (auto& variable : saved) variable.reset_data();
+  }
+
+  variable_list apply(variable_list&& grads) override {
+    variable_list values;
+    {
+      const std::lock_guard<std::mutex> lock(mutex_);
+      for (const auto& variable : saved) values.push_back(variable.unpack());
+    }
+    std::vector<bool> needed(num_outputs());
+    for (size_t i = 0; i < needed.size(); i++) needed[i] = task_should_compute_output(i);
+    for (const Tensor& grad : grads)
+      if (grad.defined()) return gradients(values, grads, needed);
+    return variable_list(needed.size());
+  }
+};
+
+// Records a call: its outputs are those that have gradients, an undefined one standing for each that has none; its
+// inputs stand in the order in which `gradients` returns theirs.
+template <typename... Inputs>
+void record(std::string label, const variable_list& outputs, const variable_list& saved, CallNode::Gradients gradients,
+            const Inputs&... inputs) {
+  auto node = std::make_unique<CallNode>();
+  node->label = std::move(label);
+  node->gradients = std::move(gradients);
+  for (const Tensor& tensor : saved) node->saved.emplace_back(tensor, /*is_output=*/false);
+  node->set_next_edges(torch::autograd::collect_next_edges(inputs...));
+  torch::autograd::set_history(outputs, NodePointer(std::move(node)));
+}
+
+template <typename Tuple, size_t size>
+variable_list wanted_only(const Tuple& gradients, const std::array<bool, size>& wanted) {
+  return std::apply(
+      [&wanted](const auto&... gradient) {
+        size_t i = 0;
+        return variable_list{if_wanted(wanted[i++], gradient)...};
+      },
+      gradients);
+}
+
 // ---- Autograd kernels ----
 
 // A nested tensor has no sizes, and what asks for them first is PyTorch's bookkeeping of gradients.
@@ -241,9 +314,24 @@ Tensor perturb_conv2d_autograd(const Tensor& input, const Tensor& weight, const 
   refuse_nested("perturb_conv2d", input);
   const Options options = make_options(seed, masks, shared_masks, noise, level, activation, stride, groups);
   if (must_decompose(input, weight, bias, mask)) return decomposed::perturb_conv2d(input, weight, bias, mask, options);
-  if (must_record(input, weight, bias, mask)) return PerturbConv2d::apply(input, weight, bias, mask, options);
-  const at::AutoDispatchBelowADInplaceOrView guard;
-  return call_plain(input, weight, bias, mask, options);
+  const bool recorded = must_record(input, weight, bias, mask);
+  if (recorded && !inside_transform()) return PerturbConv2d::apply(input, weight, bias, mask, options);
+  const Tensor output = [&] {
+    const at::AutoDispatchBelowADInplaceOrView guard;
+    return call_plain(input, weight, bias, mask, options);
+  }();
+  if (recorded) {
+    auto gradients = [options = with_seed(options, Tensor())](const variable_list& saved, const variable_list& grads,
+                                                              const std::vector<bool>& needed) {
+      const std::array<bool, 4> wanted = {needed[0], needed[1], needed[2], needed[3]};
+      return wanted_only(
+          call_plain_backward(grads[0], saved[0], saved[1], optional(saved[2]), with_seed(options, saved[3]), wanted),
+          wanted);
+    };
+    record("PerturbConv2dBackward", {output}, {input, weight, undefined_or(mask), undefined_or(seed)}, gradients, input,
+           weight, bias, mask);
+  }
+  return output;
 }
 
 PlainGradients perturb_conv2d_backward_autograd(const Tensor& grad_output, const Tensor& input, const Tensor& weight,
@@ -251,10 +339,24 @@ PlainGradients perturb_conv2d_backward_autograd(const Tensor& grad_output, const
                                                 bool shared_masks, Text noise, double level, Text activation,
                                                 at::IntArrayRef stride, int64_t groups, std::array<bool, 4> wanted) {
   const Options options = make_options(seed, masks, shared_masks, noise, level, activation, stride, groups);
-  if (must_decompose(grad_output, input, weight, mask) || must_record(grad_output, input, weight, mask))
+  if (must_decompose(grad_output, input, weight, mask))
     return decomposed::perturb_conv2d_backward(grad_output, input, weight, mask, options, wanted);
-  const at::AutoDispatchBelowADInplaceOrView guard;
-  return call_plain_backward(grad_output, input, weight, mask, options, wanted);
+  const PlainGradients result = [&] {
+    const at::AutoDispatchBelowADInplaceOrView guard;
+    return call_plain_backward(grad_output, input, weight, mask, options, wanted);
+  }();
+  if (must_record(grad_output, input, weight, mask)) {
+    auto gradients = [options = with_seed(options, Tensor())](const variable_list& saved, const variable_list& grads,
+                                                              const std::vector<bool>& needed) {
+      return decomposed::perturb_conv2d_double_backward({grads[0], grads[1], grads[2], grads[3]}, saved[0], saved[1],
+                                                        saved[2], optional(saved[3]), with_seed(options, saved[4]),
+                                                        {needed[0], needed[1], needed[2], needed[3]});
+    };
+    record("PerturbConv2dBackwardBackward", wanted_only(result, wanted),
+           {grad_output, input, weight, undefined_or(mask), undefined_or(seed)}, gradients, grad_output, input, weight,
+           mask);
+  }
+  return result;
 }
 
 NormOutputs perturb_norm_conv2d_autograd(const Tensor& input, const Tensor& weight, const OptionalTensor& bias,
@@ -268,14 +370,33 @@ NormOutputs perturb_norm_conv2d_autograd(const Tensor& input, const Tensor& weig
   const Norm norm = {norm_weight, norm_bias, running_mean, running_var, training, eps};
   if (must_decompose(input, weight, bias, norm_weight, norm_bias, mask))
     return decomposed::perturb_norm_conv2d(input, weight, bias, mask, norm, options);
-  if (must_record(input, weight, bias, norm_weight, norm_bias, mask)) {
+  const bool recorded = must_record(input, weight, bias, norm_weight, norm_bias, mask);
+  if (recorded && !inside_transform()) {
     NormMoments moments;
     Tensor output =
         PerturbNormConv2d::apply(input, weight, bias, norm_weight, norm_bias, mask, norm, options, &moments);
     return {std::move(output), std::move(moments.mean), std::move(moments.variance)};
   }
-  const at::AutoDispatchBelowADInplaceOrView guard;
-  return call_norm(input, weight, bias, mask, norm, options);
+  const NormOutputs outputs = [&] {
+    const at::AutoDispatchBelowADInplaceOrView guard;
+    return call_norm(input, weight, bias, mask, norm, options);
+  }();
+  if (recorded) {
+    auto gradients = [options = with_seed(options, Tensor()), training, eps](
+                         const variable_list& saved, const variable_list& grads, const std::vector<bool>& needed) {
+      const Norm kept = {optional(saved[2]), optional(saved[3]), saved[6], saved[7], training, eps};
+      const std::array<bool, 6> wanted = {needed[0], needed[1], needed[2], needed[3], needed[4], needed[5]};
+      return wanted_only(call_norm_backward(grads[0], saved[0], saved[1], optional(saved[4]), kept,
+                                            with_seed(options, saved[5]), wanted),
+                         wanted);
+    };
+    const auto& [output, mean, variance] = outputs;
+    record("PerturbNormConv2dBackward", {output},
+           {input, weight, undefined_or(norm_weight), undefined_or(norm_bias), undefined_or(mask), undefined_or(seed),
+            mean, variance},
+           gradients, input, weight, bias, norm_weight, norm_bias, mask);
+  }
+  return outputs;
 }
 
 NormGradients perturb_norm_conv2d_backward_autograd(
@@ -318,60 +439,6 @@ void front(const c10::OperatorHandle& op, c10::DispatchKeySet keys, torch::jit::
 template <auto kernel>
 torch::CppFunction boxed() {
   return torch::CppFunction::makeFromBoxedFunction<&front<kernel>>();
-}
-
-// ---- vmap ----
-
-// vmap is handled above autocast, which therefore has not been asked yet.
-Tensor autocast_for(const Tensor& tensor) {
-  const at::DeviceType device = tensor.device().type();
-  if (!(device == at::kCPU || device == at::kCUDA) || !at::autocast::is_autocast_enabled(device) ||
-      !at::autocast::is_eligible(tensor, device))
-    return tensor;
-  return tensor.to(at::autocast::get_autocast_dtype(device));
-}
-
-OptionalTensor autocast_for(const OptionalTensor& tensor) {
-  return tensor ? OptionalTensor(autocast_for(*tensor)) : std::nullopt;
-}
-
-Tensor perturb_conv2d_vmap(const Tensor& input, const Tensor& weight, const OptionalTensor& bias,
-                           const OptionalTensor& mask, const OptionalTensor& seed, int64_t masks, bool shared_masks,
-                           Text noise, double level, Text activation, at::IntArrayRef stride, int64_t groups) {
-  return decomposed::perturb_conv2d(input, autocast_for(weight), autocast_for(bias), mask,
-                                    make_options(seed, masks, shared_masks, noise, level, activation, stride, groups));
-}
-
-PlainGradients perturb_conv2d_backward_vmap(const Tensor& grad_output, const Tensor& input, const Tensor& weight,
-                                            const OptionalTensor& mask, const OptionalTensor& seed, int64_t masks,
-                                            bool shared_masks, Text noise, double level, Text activation,
-                                            at::IntArrayRef stride, int64_t groups, std::array<bool, 4> wanted) {
-  return decomposed::perturb_conv2d_backward(
-      grad_output, input, weight, mask,
-      make_options(seed, masks, shared_masks, noise, level, activation, stride, groups), wanted);
-}
-
-NormOutputs perturb_norm_conv2d_vmap(const Tensor& input, const Tensor& weight, const OptionalTensor& bias,
-                                     const OptionalTensor& norm_weight, const OptionalTensor& norm_bias,
-                                     const OptionalTensor& running_mean, const OptionalTensor& running_var,
-                                     const OptionalTensor& mask, const OptionalTensor& seed, bool training, double eps,
-                                     int64_t masks, bool shared_masks, Text noise, double level, Text activation,
-                                     at::IntArrayRef stride, int64_t groups) {
-  return decomposed::perturb_norm_conv2d(
-      input, autocast_for(weight), autocast_for(bias), mask,
-      {norm_weight, norm_bias, running_mean, running_var, training, eps},
-      make_options(seed, masks, shared_masks, noise, level, activation, stride, groups));
-}
-
-NormGradients perturb_norm_conv2d_backward_vmap(const Tensor& grad_output, const Tensor& input, const Tensor& weight,
-                                                const OptionalTensor& norm_weight, const OptionalTensor& norm_bias,
-                                                const Tensor& mean, const Tensor& variance, const OptionalTensor& mask,
-                                                const OptionalTensor& seed, bool training, double eps, int64_t masks,
-                                                bool shared_masks, Text noise, double level, Text activation,
-                                                at::IntArrayRef stride, int64_t groups, std::array<bool, 6> wanted) {
-  return decomposed::perturb_norm_conv2d_backward(
-      grad_output, input, weight, mask, {norm_weight, norm_bias, mean, variance, training, eps},
-      make_options(seed, masks, shared_masks, noise, level, activation, stride, groups), wanted);
 }
 
 // ---- autocast: weight and bias take the device's autocast type, everything else stays as it is ----
@@ -435,13 +502,6 @@ TORCH_LIBRARY_IMPL(torch_pnn, Autograd, library) {
   library.impl("_perturb_norm_conv2d_backward", torch_pnn::boxed<&torch_pnn::perturb_norm_conv2d_backward_autograd>());
   // A seed is an integer: there is nothing to record.
   library.impl("perturbation_mask", torch::CppFunction::makeFallthrough());
-}
-
-TORCH_LIBRARY_IMPL(torch_pnn, FuncTorchBatchedDecomposition, library) {
-  library.impl("perturb_conv2d", torch_pnn::perturb_conv2d_vmap);
-  library.impl("_perturb_conv2d_backward", torch_pnn::perturb_conv2d_backward_vmap);
-  library.impl("perturb_norm_conv2d", torch_pnn::perturb_norm_conv2d_vmap);
-  library.impl("_perturb_norm_conv2d_backward", torch_pnn::perturb_norm_conv2d_backward_vmap);
 }
 
 TORCH_LIBRARY_IMPL(torch_pnn, AutocastCPU, library) {

@@ -10,6 +10,9 @@ namespace {
 
 using c10::SymInt;
 
+// Shapes are changed by reshape alone: flatten has no rule in the older of PyTorch's two vmaps, which
+// torch.autograd.grad(is_grads_batched=True) still uses.
+
 // Nothing in here is autocast's business: the operator's own autocast has cast what is to be cast.
 struct NoAutocast {
   c10::impl::ExcludeDispatchKeyGuard guard{c10::autocast_dispatch_keyset};
@@ -18,37 +21,61 @@ struct NoAutocast {
 constexpr double kLeakySlope = 0.01;
 constexpr double kSeluAlpha = 1.6732632423543772848170429916717;
 constexpr double kSeluScale = 1.0507009873554804934193349852946;
+constexpr double kNormalDensityAtZero = 0.39894228040143267793994605993438;  // 1/sqrt(2 pi)
+
+Tensor nothing(const Tensor&, const Tensor&) { return {}; }
 
 struct Activation {
   const char* name;
   Tensor (*forward)(const Tensor& u);
   Tensor (*backward)(const Tensor& grad, const Tensor& u);  // grad * activation'(u), itself differentiable
+  Tensor (*curve)(const Tensor& grad, const Tensor& u);     // grad * activation''(u), likewise; undefined where 0
 };
 
 const Activation kActivations[] = {
-    {"identity", [](const Tensor& u) { return u; }, [](const Tensor& grad, const Tensor&) { return grad; }},
+    {"identity", [](const Tensor& u) { return u; }, [](const Tensor& grad, const Tensor&) { return grad; }, nothing},
     {"relu", [](const Tensor& u) { return at::relu(u); },
-     [](const Tensor& grad, const Tensor& u) { return at::threshold_backward(grad, u, 0); }},
+     [](const Tensor& grad, const Tensor& u) { return at::threshold_backward(grad, u, 0); }, nothing},
     {"leaky_relu", [](const Tensor& u) { return at::leaky_relu(u, kLeakySlope); },
-     [](const Tensor& grad, const Tensor& u) { return at::leaky_relu_backward(grad, u, kLeakySlope, false); }},
+     [](const Tensor& grad, const Tensor& u) { return at::leaky_relu_backward(grad, u, kLeakySlope, false); }, nothing},
     {"elu", [](const Tensor& u) { return at::elu(u); },
-     [](const Tensor& grad, const Tensor& u) { return at::elu_backward(grad, 1, 1, 1, false, u); }},
+     [](const Tensor& grad, const Tensor& u) { return at::elu_backward(grad, 1, 1, 1, false, u); },
+     [](const Tensor& grad, const Tensor& u) { return at::elu_backward(grad, 1, 1, 1, false, u) * (u < 0); }},
     {"selu", [](const Tensor& u) { return at::selu(u); },
-     [](const Tensor& grad, const Tensor& u) { return at::elu_backward(grad, kSeluAlpha, kSeluScale, 1, false, u); }},
+     [](const Tensor& grad, const Tensor& u) { return at::elu_backward(grad, kSeluAlpha, kSeluScale, 1, false, u); },
+     [](const Tensor& grad, const Tensor& u) {
+       return at::elu_backward(grad, kSeluAlpha, kSeluScale, 1, false, u) * (u < 0);
+     }},
     {"gelu", [](const Tensor& u) { return at::gelu(u); },
-     [](const Tensor& grad, const Tensor& u) { return at::gelu_backward(grad, u); }},
+     [](const Tensor& grad, const Tensor& u) { return at::gelu_backward(grad, u); },
+     [](const Tensor& grad, const Tensor& u) {
+       const Tensor square = u * u;
+       return grad * (2 - square) * at::exp(square * -0.5) * kNormalDensityAtZero;
+     }},
     // silu_backward has no derivative of its own.
     {"silu", [](const Tensor& u) { return at::silu(u); },
      [](const Tensor& grad, const Tensor& u) {
        const Tensor s = at::sigmoid(u);
        return grad * s * (1 + u * (1 - s));
+     },
+     [](const Tensor& grad, const Tensor& u) {
+       const Tensor s = at::sigmoid(u);
+       return grad * s * (1 - s) * (2 + u * (1 - 2 * s));
      }},
     {"tanh", [](const Tensor& u) { return at::tanh(u); },
-     [](const Tensor& grad, const Tensor& u) { return at::tanh_backward(grad, at::tanh(u)); }},
+     [](const Tensor& grad, const Tensor& u) { return at::tanh_backward(grad, at::tanh(u)); },
+     [](const Tensor& grad, const Tensor& u) {
+       const Tensor t = at::tanh(u);
+       return grad * -2 * t * (1 - t * t);
+     }},
     {"sigmoid", [](const Tensor& u) { return at::sigmoid(u); },
-     [](const Tensor& grad, const Tensor& u) { return at::sigmoid_backward(grad, at::sigmoid(u)); }},
+     [](const Tensor& grad, const Tensor& u) { return at::sigmoid_backward(grad, at::sigmoid(u)); },
+     [](const Tensor& grad, const Tensor& u) {
+       const Tensor s = at::sigmoid(u);
+       return grad * s * (1 - s) * (1 - 2 * s);
+     }},
     {"hardtanh", [](const Tensor& u) { return at::hardtanh(u); },
-     [](const Tensor& grad, const Tensor& u) { return at::hardtanh_backward(grad, u, -1, 1); }},
+     [](const Tensor& grad, const Tensor& u) { return at::hardtanh_backward(grad, u, -1, 1); }, nothing},
 };
 
 const Activation& find_activation(const std::string& name) {
@@ -169,7 +196,10 @@ Tensor correlation(const Tensor& grad, const Tensor& maps, int64_t groups) {
   return at::matmul(rows(grad), rows(maps).transpose(1, 2));
 }
 
-Tensor as_maps(const Tensor& u) { return u.flatten(1, 2); }
+// [B, C, M, H', W'] as [B, K, H', W'].
+Tensor as_maps(const Tensor& u) {
+  return u.reshape_symint({u.sym_size(0), u.sym_size(1) * u.sym_size(2), u.sym_size(3), u.sym_size(4)});
+}
 
 // A value per map, shaped to be used with [B, K, H', W'].
 Tensor per_map(const Tensor& vector) { return vector.unsqueeze(-1).unsqueeze(-1); }
@@ -257,6 +287,58 @@ PlainGradients perturb_conv2d_backward(const Tensor& grad_output, const Tensor& 
   return {grad_input, grad_weight, grad_bias, grad_mask};
 }
 
+// With grad_grads as a direction in which input, weight, bias and mask move, <grad_grads, gradients> is
+// <grad_output, the output's movement>, so the gradient for grad_output is that movement
+//     V (phi'(u) u_dot) + V_dot phi(u) + bias_dot,  u_dot = input_dot + level mask_dot,
+// and the others are the gradients of that inner product.
+std::vector<Tensor> perturb_conv2d_double_backward(const std::array<Tensor, 4>& grad_grads, const Tensor& grad_output,
+                                                   const Tensor& input, const Tensor& weight,
+                                                   const OptionalTensor& mask, const Options& options,
+                                                   const std::array<bool, 4>& wanted) {
+  const NoAutocast no_autocast;
+  const Activation& activation = find_activation(options.activation);
+  const int64_t groups = options.groups;
+  const Tensor u = perturbed(input, mask, options);
+  const at::ScalarType compute = u.scalar_type();
+  const Tensor grad = grad_output.to(compute), v = grouped_weight(weight, groups, compute);
+  const auto& [input_dot, weight_dot, bias_dot, mask_dot] = grad_grads;
+  const auto add = [](Tensor& sum, const Tensor& term) {
+    if (term.defined()) sum = sum.defined() ? sum + term : term;
+  };
+
+  Tensor u_dot, v_dot, slope;
+  if (input_dot.defined()) u_dot = kept_pixels(input_dot, options).to(compute).unsqueeze(2);
+  if (mask_dot.defined()) add(u_dot, kept_pixels(mask_dot.to(compute), options) * options.level);
+  if (u_dot.defined()) {
+    u_dot = u_dot.expand_symint(u.sym_sizes());
+    slope = as_maps(activation.backward(u_dot, u));
+  }
+  if (weight_dot.defined()) v_dot = grouped_weight(weight_dot, groups, compute);
+
+  std::vector<Tensor> result(4);
+  if (wanted[0]) {
+    Tensor& movement = result[0];
+    if (u_dot.defined()) movement = product(v, slope, groups);
+    if (v_dot.defined())
+      add(movement, product(v_dot, rounded(as_maps(activation.forward(u)), weight.scalar_type()), groups));
+    if (bias_dot.defined()) add(movement, per_map(bias_dot.to(compute)).expand_symint(grad_output.sym_sizes()));
+    if (movement.defined()) movement = movement.to(grad_output.scalar_type());
+  }
+  if (wanted[1] || wanted[3]) {
+    const auto pulled_back = [&](const Tensor& left) {
+      return product(left.transpose(1, 2), grad, groups).reshape_symint(u.sym_sizes());
+    };
+    Tensor grad_u;
+    if (u_dot.defined()) add(grad_u, activation.curve(pulled_back(v) * u_dot, u));
+    if (v_dot.defined()) add(grad_u, activation.backward(pulled_back(v_dot), u));
+    if (grad_u.defined() && wanted[1]) result[1] = input_gradient(grad_u, input, options);
+    if (grad_u.defined() && wanted[3]) result[3] = mask_gradient(grad_u, *mask, options);
+  }
+  if (wanted[2] && u_dot.defined())
+    result[2] = correlation(grad, slope, groups).reshape_symint(weight.sym_sizes()).to(weight.scalar_type());
+  return result;
+}
+
 NormOutputs perturb_norm_conv2d(const Tensor& input, const Tensor& weight, const OptionalTensor& bias,
                                 const OptionalTensor& mask, const Norm& norm, const Options& options) {
   const NoAutocast no_autocast;
@@ -277,7 +359,7 @@ NormOutputs perturb_norm_conv2d(const Tensor& input, const Tensor& weight, const
     Tensor offset = at::zeros_symint({weight.sym_size(0)}, scale.options());
     if (bias) offset = offset + bias->to(scale.scalar_type());
     if (norm.bias)
-      offset = offset + (v * per_column(norm.bias->to(scale.scalar_type()), options.groups)).sum(2).flatten();
+      offset = offset + (v * per_column(norm.bias->to(scale.scalar_type()), options.groups)).sum(2).reshape({-1});
     y = y + per_map(offset.to(compute));
   }
   // Mean and variance carry no gradients, as with torch.nn.functional.batch_norm.
@@ -305,7 +387,7 @@ NormGradients perturb_norm_conv2d_backward(const Tensor& grad_output, const Tens
   const Tensor grad_sum = grad.to(wide).sum({0, 2, 3});
   const Tensor rows = grad_sum.reshape_symint({groups, weight.sym_size(0) / groups, 1});
   const Tensor g = correlation(grad, rounded(centred, weight.scalar_type()), groups).to(wide);
-  const Tensor s1 = (v * rows).sum(1).flatten(), s2 = (v * g).sum(1).flatten();
+  const Tensor s1 = (v * rows).sum(1).reshape({-1}), s2 = (v * g).sum(1).reshape({-1});
 
   Tensor grad_input = no_gradient(input), grad_weight = no_gradient(weight), grad_bias = no_gradient(weight);
   Tensor grad_norm_weight = at::empty({0}, maps.options()), grad_norm_bias = at::empty({0}, maps.options());

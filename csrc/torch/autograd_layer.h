@@ -8,6 +8,7 @@
 #include <optional>
 #include <string>
 #include <tuple>
+#include <vector>
 
 namespace torch_pnn {
 
@@ -48,6 +49,12 @@ Tensor perturb_conv2d(const Tensor& input, const Tensor& weight, const OptionalT
 PlainGradients perturb_conv2d_backward(const Tensor& grad_output, const Tensor& input, const Tensor& weight,
                                        const OptionalTensor& mask, const Options& options,
                                        const std::array<bool, 4>& wanted);
+// The gradients of the gradients: grad_grads are those with respect to the four that perturb_conv2d_backward returns,
+// undefined where there is none; the results, with respect to grad_output, input, weight and mask, where wanted.
+std::vector<Tensor> perturb_conv2d_double_backward(const std::array<Tensor, 4>& grad_grads, const Tensor& grad_output,
+                                                   const Tensor& input, const Tensor& weight,
+                                                   const OptionalTensor& mask, const Options& options,
+                                                   const std::array<bool, 4>& wanted);
 NormOutputs perturb_norm_conv2d(const Tensor& input, const Tensor& weight, const OptionalTensor& bias,
                                 const OptionalTensor& mask, const Norm& norm, const Options& options);
 NormGradients perturb_norm_conv2d_backward(const Tensor& grad_output, const Tensor& input, const Tensor& weight,

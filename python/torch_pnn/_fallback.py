@@ -169,6 +169,8 @@ def _through_reference(ctx: Any, name: str, inputs: list[Any], grad: Tensor) -> 
     """The gradients as differentiable functions of the inputs, for derivatives of derivatives."""
     from . import reference
 
+    # One input may have been computed from another; aliases keep to the partial derivatives.
+    inputs = [value.view_as(value) if isinstance(value, Tensor) else value for value in inputs]
     output = reference.OPERATORS[name](*inputs)
     output = output[0] if isinstance(output, tuple) else output
     wanted = [i for i, needed in enumerate(ctx.needs_input_grad) if needed]

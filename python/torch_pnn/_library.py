@@ -8,8 +8,8 @@ Importing this module makes ``torch.ops.torch_pnn`` complete, once per process:
 * ``libtorch_pnn_autograd-<major>.<minor>.so`` holds derivatives and autocast; one file per minor version of PyTorch.
   Where none fits the running PyTorch, registrations from Python stand in and say so once.
 * ``libtorch_pnn_cuda.so`` holds the CUDA kernels; it is loaded beside a CUDA build of PyTorch, where it was built.
-* The shape functions for ``torch.compile`` and ``torch.export``, and the kernels for devices that have none of ours,
-  always come from Python.
+* The shape functions for ``torch.compile`` and ``torch.export``, the batching rules for ``torch.vmap``, and the kernels
+  for devices that have none of ours, always come from Python.
 
 The libraries are looked for in the package's ``lib`` folder, or in the folder that the environment variable
 ``TORCH_PNN_LIBRARY_DIR`` names.
@@ -27,7 +27,7 @@ from pathlib import Path
 
 import torch
 
-from . import _fakes, _fallback
+from . import _fakes, _fallback, _vmap
 
 __all__ = ["LibraryStatus", "status"]
 
@@ -178,13 +178,15 @@ class _Registry:
                 if self.autograd_error is not None:
                     warning = (
                         f"torch_pnn: no compiled derivatives fit PyTorch {torch.__version__}, so registrations from "
-                        f"Python stand in. Eager training, torch.compile and autocast work; torch.func transforms and "
-                        f"the input gradient of reloaded TorchScript models do not. The loader said: "
+                        f"Python stand in. Eager training, torch.compile, autocast and torch.vmap work; the other "
+                        f"torch.func transforms and the input gradient of reloaded TorchScript models do not. The "
+                        f"loader said: "
                         f"{self.autograd_error}. TORCH_PNN_REQUIRE_OPS=1 makes this an error."
                     )
             if self.ops_error is None:
                 self._load_cuda(folder)
             _fakes.register(fragment)
+            _vmap.register(fragment)
             _fallback.register_kernels(fragment, with_cpu=self.ops_error is not None)
             if self.autograd_error is not None:
                 _fallback.register_derivatives(fragment)

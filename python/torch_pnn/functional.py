@@ -338,11 +338,16 @@ def _update_running_statistics(
     """Moves running statistics towards a batch's, in place: the variance with n/(n - 1), nothing where n is 0."""
     # Detached and not under no_grad: torch.export keeps that as a region, and can't load a program with one.
     if pixels > 1:
+        # Both are computed before either is written: a statistic that can't be written leaves the other alone too.
+        new_mean: Tensor | None = None
         if running_mean is not None:
-            running_mean.detach().mul_(1.0 - momentum).add_(mean.detach(), alpha=momentum)
+            new_mean = running_mean.detach().mul(1.0 - momentum).add(mean.detach(), alpha=momentum)
         if running_var is not None:
             factor = momentum * (pixels / (pixels - 1))
-            running_var.detach().mul_(1.0 - momentum).add_(variance.detach(), alpha=factor)
+            new_var = running_var.detach().mul(1.0 - momentum).add(variance.detach(), alpha=factor)
+            running_var.detach().copy_(new_var)
+        if running_mean is not None and new_mean is not None:
+            running_mean.detach().copy_(new_mean)
 
 
 def _check_running(name: str, running: Any, weight: Any, groups: Any) -> None:
@@ -431,7 +436,16 @@ def _perturb_norm_conv2d(
         raise _explained(error, arguments) from error
     if training:
         pixels = output.shape[0] * output.shape[2] * output.shape[3]
-        _update_running_statistics(running_mean, running_var, mean, variance, pixels, momentum)
+        try:
+            _update_running_statistics(running_mean, running_var, mean, variance, pixels, momentum)
+        except RuntimeError as error:
+            if "vmap: " in str(error):
+                raise ValueError(
+                    "running_mean and running_var can't be updated inside torch.vmap, where every sample has its own "
+                    "statistics: use evaluation mode, let torch.func.replace_all_batch_norm_modules_ remove them, or "
+                    "give every sample running ones of its own, as torch.func.stack_module_state does"
+                ) from error
+            raise
     return output.squeeze(0) if image else output
 
 

@@ -1105,7 +1105,9 @@ class LBConv2d(nn.Module):
                 f"input has size {list(input.shape)}, it should be [B, {self.in_channels}, H, W] or "
                 f"[{self.in_channels}, H, W]"
             )
-        responses = F.conv2d(input, self.anchor_weight, None, self.stride, self.padding, self.dilation)
+        # 0, 1 and -1 are exact in every type; FSDP2's mixed precision casts the input and parameters, but no buffers.
+        anchors = self.anchor_weight.to(input.dtype)
+        responses = F.conv2d(input, anchors, None, self.stride, self.padding, self.dilation)
         return F.conv2d(_activate(responses, self.activation), self.weight, self.bias)
 
     def extra_repr(self) -> str:

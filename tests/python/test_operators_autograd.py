@@ -500,7 +500,7 @@ def test_batched_gradients(norm: str | None) -> None:
 def test_the_decomposition_keeps_types_and_values(norm: str | None, dtype: torch.dtype) -> None:
     case = Case(norm=norm, dtype=dtype, masks=2, channels=4, groups=2, outputs=6, height=3, width=3)
     values, function = split(case)
-    decomposed = torch.vmap(function)(*(v.unsqueeze(0) for v in values))[0]
+    decomposed, _ = torch.func.jvp(function, tuple(values), tuple(torch.zeros_like(v) for v in values))
     assert decomposed.dtype == dtype
     scale = 4 * torch.finfo(dtype).eps * max(1.0, decomposed.abs().max().item())
     torch.testing.assert_close(decomposed, function(*values), rtol=0, atol=scale)
@@ -518,7 +518,7 @@ def test_the_decomposition_keeps_types_and_values(norm: str | None, dtype: torch
         ({"groups": 2}, "groups is 2"),
         ({"stride": [0, 1]}, "stride is"),
         ({"seed": torch.tensor(1)}, "mask and seed"),
-        ({"input": torch.zeros(2, 3, 4, 4, dtype=torch.int32)}, "input has type"),
+        ({"weight": torch.zeros(4, 3, 1, 1, dtype=torch.float64)}, "weight has type"),
     ],
 )
 def test_the_decomposition_refuses_wrong_calls(changes: dict[str, Any], message: str) -> None:
@@ -528,9 +528,9 @@ def test_the_decomposition_refuses_wrong_calls(changes: dict[str, Any], message:
         "bias": torch.zeros(4),
         "mask": torch.zeros(3, 1, 4, 4),
     } | changes
-    x = given.pop("input").unsqueeze(0)
+    x = given.pop("input")
     with pytest.raises(RuntimeError, match=message):
-        torch.vmap(lambda part: OPS.perturb_conv2d(part, **given))(x)
+        torch.func.jvp(lambda x: OPS.perturb_conv2d(x, **given), (x,), (torch.ones_like(x),))
 
 
 # ---- TorchScript ----
