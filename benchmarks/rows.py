@@ -7,6 +7,7 @@ met when the lower end of its 95 % interval is at or below it, one without is fo
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 import subprocess
@@ -112,8 +113,8 @@ class Measured:
         share = self.case.flops / (2 * MM**3)
         return compare(seconds[ours], [(share, seconds["mm"]), (1.0, seconds["copy"])])
 
-    def floor_alone(self, which: str, *others: str) -> str:
-        """What the floor itself would score against the better of `others`, as a note: no layer can do better.
+    def floor_alone(self, which: str, *others: str) -> float:
+        """What the floor itself would score against the better of `others`: no layer that multiplies so can do better.
 
         Training has three products, and moves x and y once more each, and the input's gradient.
         """
@@ -121,7 +122,7 @@ class Measured:
         moved = (3 * case.channels + 2 * case.outputs) / (case.channels + case.outputs) if products > 1 else 1.0
         product = products * case.flops / (2 * MM**3) * self.times.median("mm")
         floor = max(product, moved * self.times.median("copy"))
-        return f"the floor alone: {floor / self.times.median(self.times.better(*others)):.2f}"
+        return floor / self.times.median(self.times.better(*others))
 
     @property
     def compute_bound(self) -> bool:
@@ -156,10 +157,16 @@ def both_layouts(name: str) -> tuple[str, str]:
     return first, second
 
 
-def _mean(row: str, what: str, ratios: Sequence[tuple[Measured, Ratio]], target: float | None) -> Iterable[Line]:
+def _mean(
+    row: str, what: str, ratios: Sequence[tuple[Measured, Ratio]], target: float | None, floors: Sequence[float] = ()
+) -> Iterable[Line]:
     chosen = [ratio for measured, ratio in ratios if not measured.odd]
+    note = f"{len(chosen)} cases"
+    if floors:
+        even = [floor for (measured, _), floor in zip(ratios, floors, strict=True) if not measured.odd]
+        note += f", the floor alone: {math.prod(even) ** (1 / max(len(even), 1)):.2f}"
     if len(chosen) > 1:
-        yield Line(row, what, "geometric mean", geometric_mean(chosen), target, f"{len(chosen)} cases")
+        yield Line(row, what, "geometric mean", geometric_mean(chosen), target, note)
 
 
 def _against_1x1(row: str, which: str, mean_target: float) -> Callable[[list[Measured]], Iterable[Line]]:
@@ -167,10 +174,11 @@ def _against_1x1(row: str, which: str, mean_target: float) -> Callable[[list[Mea
         for layout in LAYOUTS:
             others = both_layouts(f"{which}, 1x1")
             ratios = [(m, m.ratio(f"{which}, ours, {layout}", *others)) for m in measured]
-            for m, ratio in ratios:
-                note = m.floor_alone(which, *others) + (", odd size" if m.odd else "")
+            floors = [m.floor_alone(which, *others) for m in measured]
+            for (m, ratio), floor in zip(ratios, floors, strict=True):
+                note = f"the floor alone: {floor:.2f}" + (", odd size" if m.odd else "")
                 yield Line(row, layout, str(m.case), ratio, 1.15, note)
-            yield from _mean(row, layout, ratios, mean_target)
+            yield from _mean(row, layout, ratios, mean_target, floors)
 
     return lines
 
@@ -192,10 +200,10 @@ def _against_plain(row: str, other: str) -> Callable[[list[Measured]], Iterable[
         for m in measured:
             ours = m.times.better(*both_layouts("training, ours"))
             ratios.append((m, m.ratio(ours, *both_layouts(f"training, {other}"))))
-        for m, ratio in ratios:
-            note = m.floor_alone("training", *both_layouts(f"training, {other}"))
-            yield Line(row, what, str(m.case), ratio, targets.get(m.case.masks), note)
-        yield from _mean(row, what, ratios, 0.6)
+        floors = [m.floor_alone("training", *both_layouts(f"training, {other}")) for m in measured]
+        for (m, ratio), floor in zip(ratios, floors, strict=True):
+            yield Line(row, what, str(m.case), ratio, targets.get(m.case.masks), f"the floor alone: {floor:.2f}")
+        yield from _mean(row, what, ratios, 0.6, floors)
 
     return lines
 
