@@ -288,13 +288,13 @@ static inputs_scratch inputs_take(const pnn_inputs *in, pnn_arena *arena) {
   const int64_t size = p->real_size;
   inputs_scratch s;
   memset(&s, 0, sizeof s);
-  s.gradient = pnn_arena_take(arena, p->group_outputs * PNN_PANEL, size);
-  if (p->pairs) s.pairs = pnn_arena_take(arena, (p->group_outputs + 1) / 2 * PNN_PANEL, 4);
-  s.d = pnn_arena_take(arena, in->packing.block_tiles * in->packing.tile * PNN_PANEL, size);
-  s.u = pnn_arena_take(arena, in->block * PNN_PANEL, size);
-  if (in->affine && in->steps) s.c = pnn_arena_take(arena, in->block * PNN_PANEL, size);
+  s.gradient = pnn_arena_take(arena, p->group_outputs * in->width, size);
+  if (p->pairs) s.pairs = pnn_arena_take(arena, (p->group_outputs + 1) / 2 * in->width, 4);
+  s.d = pnn_arena_take(arena, in->packing.block_tiles * in->packing.tile * in->width, size);
+  s.u = pnn_arena_take(arena, in->block * in->width, size);
+  if (in->affine && in->steps) s.c = pnn_arena_take(arena, in->block * in->width, size);
   s.mask = pnn_arena_take(arena, pnn_mask_rows(p, p->group_maps) * pnn_mask_ld(p, in->deal.pixels), size);
-  if (p->masks > 1) s.channels = pnn_arena_take(arena, pnn_response_channels(p, in->block) * PNN_PANEL, size);
+  if (p->masks > 1) s.channels = pnn_arena_take(arena, pnn_response_channels(p, in->block) * in->width, size);
   if (in->masks)
     s.mask_gradient = pnn_arena_take(arena, pnn_mask_rows(p, p->maps) * pnn_mask_ld(p, in->deal.pixels), size);
   return s;
@@ -327,7 +327,7 @@ static void inputs_block(const pnn_inputs *in, const inputs_scratch *s, const pn
   const bool read = in_place(p, x), write = in_place(p, dx);
   char *const d_panel = s->d + first * size, *const u_panel = s->u + first * size;
   const pnn_norm_terms norm = pnn_inputs_norm_terms(in, k0);
-  if (!read) pnn_columns_load(p, columns, x, channel, channels, u_panel, PNN_PANEL);
+  if (!read) pnn_columns_load(p, columns, x, channel, channels, u_panel, in->width);
   const char *mask =
       p->noise == PNN_NOISE_NONE ? NULL : s->mask + (p->shared ? 0 : k * pnn_mask_ld(p, in->deal.pixels)) * size;
   for (int64_t i = 0; i < columns->segments; i++) {
@@ -336,11 +336,11 @@ static void inputs_block(const pnn_inputs *in, const inputs_scratch *s, const pn
     if (read) from = x->data + (g->image * x->batch + channel * x->channel + g->pixel) * size;
     if (write) to = dx->data + (g->image * dx->batch + channel * dx->channel + g->pixel) * size;
     const char *n = mask ? mask + (g->pixel - columns->range->pixel) * size : NULL;
-    const int64_t to_ld = write ? dx->channel : PNN_PANEL, from_ld = read ? x->channel : PNN_PANEL;
-    p->kernels->respond_grad[p->activation](to, to_ld, d, PNN_PANEL, from, from_ld, n, pnn_mask_ld(p, in->deal.pixels),
+    const int64_t to_ld = write ? dx->channel : in->width, from_ld = read ? x->channel : in->width;
+    p->kernels->respond_grad[p->activation](to, to_ld, d, in->width, from, from_ld, n, pnn_mask_ld(p, in->deal.pixels),
                                             in->affine ? &norm : NULL, channels, g->columns, p->masks, p->shared);
   }
-  if (!write) pnn_columns_store(p, columns, dx, channel, channels, d_panel, PNN_PANEL);
+  if (!write) pnn_columns_store(p, columns, dx, channel, channels, d_panel, in->width);
 }
 
 /* The same in steps, where d is wanted for the gradient of the masks too, or c has to be rounded on the way. */
@@ -349,13 +349,13 @@ static void inputs_block_in_steps(const pnn_inputs *in, const inputs_scratch *s,
   const pnn_problem *p = in->problem;
   const pnn_kernels *kernels = p->kernels;
   const int64_t size = p->real_size;
-  pnn_response_perturbed(response, columns, k0, maps, s->u, PNN_PANEL);
+  pnn_response_perturbed(response, columns, k0, maps, s->u, in->width);
   if (in->affine) {
-    pnn_response_operand(response, columns, k0, maps, s->c, PNN_PANEL);
-    kernels->affine(s->d, PNN_PANEL, s->c, PNN_PANEL, (const char *)in->offset + k0 * size,
+    pnn_response_operand(response, columns, k0, maps, s->c, in->width);
+    kernels->affine(s->d, in->width, s->c, in->width, (const char *)in->offset + k0 * size,
                     (const char *)in->slope + k0 * size, maps, columns->padded);
   }
-  kernels->activate_grad[p->activation](s->d, PNN_PANEL, s->u, PNN_PANEL, maps, columns->padded);
+  kernels->activate_grad[p->activation](s->d, in->width, s->u, in->width, maps, columns->padded);
   if (in->masks)
     for (int64_t r = 0; r < maps; r++) {
       const int64_t row = p->shared ? (k0 + r) % p->masks : k0 + r;
@@ -363,16 +363,16 @@ static void inputs_block_in_steps(const pnn_inputs *in, const inputs_scratch *s,
         const pnn_segment *g = &columns->segment[i];
         add_reals(p,
                   s->mask_gradient + (row * pnn_mask_ld(p, in->deal.pixels) + g->pixel - columns->range->pixel) * size,
-                  s->d + (r * PNN_PANEL + g->column) * size, g->columns);
+                  s->d + (r * in->width + g->column) * size, g->columns);
       }
     }
   if (!p->grad_input.data) return;
   const int64_t channels = maps / p->masks;
   for (int64_t c = 0; c < channels && p->masks > 1; c++) {
-    char *first = s->d + c * p->masks * PNN_PANEL * size;
-    for (int64_t m = 1; m < p->masks; m++) add_reals(p, first, first + m * PNN_PANEL * size, columns->columns);
+    char *first = s->d + c * p->masks * in->width * size;
+    for (int64_t m = 1; m < p->masks; m++) add_reals(p, first, first + m * in->width * size, columns->columns);
   }
-  pnn_columns_store(p, columns, &p->grad_input, k0 / p->masks, channels, s->d, p->masks * PNN_PANEL);
+  pnn_columns_store(p, columns, &p->grad_input, k0 / p->masks, channels, s->d, p->masks * in->width);
 }
 
 /* The tiles of a panel's columns, and where they go. */
@@ -399,26 +399,27 @@ static void inputs_tiles(const pnn_inputs *in, const inputs_scratch *s, const pn
     if (next > j) {
       pnn_columns part;
       pnn_columns_part(&part, columns, column, j, PNN_MIN(next, columns->columns));
-      pnn_columns_load(p, &part, &p->grad_output, t, p->group_outputs, s->gradient + j * p->real_size, PNN_PANEL);
+      pnn_columns_load(p, &part, &p->grad_output, t, p->group_outputs, s->gradient + j * p->real_size, in->width);
     }
     next += tile;
   }
-  if (p->pairs) p->kernels->pair_rows(s->pairs, s->gradient, PNN_PANEL, p->group_outputs, columns->padded);
+  if (p->pairs) p->kernels->pair_rows(s->pairs, s->gradient, in->width, p->group_outputs, columns->padded);
 }
 
 /* One tile of da, from the gradient's columns from j on; `gradient` NULL: they are in the panel already. */
-static void inputs_product(const pnn_problem *p, const inputs_scratch *s, const void *a, const char *gradient,
+static void inputs_product(const pnn_inputs *in, const inputs_scratch *s, const void *a, const char *gradient,
                            int64_t j, char *to, pnn_ahead *ahead) {
+  const pnn_problem *p = in->problem;
   char *const panel = s->gradient + j * p->real_size;
   if (p->pairs) {
-    p->kernels->product_pairs((p->group_outputs + 1) / 2, a, s->pairs + j * 4, PNN_PANEL, to, PNN_PANEL, zero_start,
+    p->kernels->product_pairs((p->group_outputs + 1) / 2, a, s->pairs + j * 4, in->width, to, in->width, zero_start,
                               ahead);
   } else if (gradient) {
     const pnn_source source = {.x = gradient, .ldx = p->grad_output.channel, .masks = 1};
-    p->kernels->respond_product[PNN_ACTIVATION_IDENTITY](p->group_outputs, a, panel, PNN_PANEL, to, PNN_PANEL,
+    p->kernels->respond_product[PNN_ACTIVATION_IDENTITY](p->group_outputs, a, panel, in->width, to, in->width,
                                                          zero_start, &source, ahead);
   } else {
-    p->kernels->product(p->group_outputs, a, panel, PNN_PANEL, to, PNN_PANEL, zero_start, ahead);
+    p->kernels->product(p->group_outputs, a, panel, in->width, to, in->width, zero_start, ahead);
   }
 }
 
@@ -433,7 +434,7 @@ static void inputs_fused(const pnn_inputs *in, const inputs_scratch *s, const pn
   char *dx = pnn_columns_place(p, columns, &p->grad_input, k0, j, tile); /* one mask a channel */
   const pnn_norm_terms norm = pnn_inputs_norm_terms(in, k0);
   p->kernels->product_respond_grad[p->activation](p->group_outputs, a, gradient, p->grad_output.channel,
-                                                  s->gradient + j * p->real_size, PNN_PANEL, dx, p->grad_input.channel,
+                                                  s->gradient + j * p->real_size, in->width, dx, p->grad_input.channel,
                                                   maps, &source, in->affine ? &norm : NULL, ahead);
 }
 
@@ -450,11 +451,11 @@ static void inputs_group(const pnn_inputs *in, const inputs_scratch *s, int64_t 
                                  .channels = s->channels};
   pnn_mask_panel(p, k_first, p->group_maps, range, s->mask, pnn_mask_ld(p, in->deal.pixels));
   pnn_columns columns;
-  inputs_tile tiles[PNN_PANEL / 4];
-  for (; column < end; column += PNN_PANEL) {
-    pnn_columns_set(&columns, range, column, PNN_MIN(PNN_PANEL, end - column));
+  inputs_tile tiles[PNN_WIDEST / 4];
+  for (; column < end; column += in->width) {
+    pnn_columns_set(&columns, range, column, PNN_MIN(in->width, end - column));
     inputs_tiles(in, s, &columns, column, group, tiles);
-    const int64_t next = column + PNN_PANEL, count = PNN_MIN(PNN_PANEL, end - next);
+    const int64_t next = column + in->width, count = PNN_MIN(in->width, end - next);
     const int64_t tile_steps = p->group_outputs / (p->pairs ? 2 : 1) / PNN_AHEAD_DEPTH + 1;
     pnn_ahead ahead = {.streams = 0};
     if (p->grad_input.data)
@@ -474,7 +475,7 @@ static void inputs_group(const pnn_inputs *in, const inputs_scratch *s, int64_t 
             inputs_fused(in, s, &response, &columns, a, gradient, j, k_first + k + i,
                          PNN_MIN(kernels->tile_rows, maps - i), &ahead);
           else
-            inputs_product(p, s, a, gradient, j, s->d + (i * PNN_PANEL + j) * size, &ahead);
+            inputs_product(in, s, a, gradient, j, s->d + (i * in->width + j) * size, &ahead);
         }
       }
       if (in->steps) {
@@ -519,9 +520,12 @@ static pnn_inputs inputs_prepare(const pnn_problem *p, const pnn_host *host, boo
   in.steps = in.masks || (affine && (p->product_type == PNN_BFLOAT16 || p->product_type == PNN_FLOAT16));
   in.rows = !in.steps && pnn_rows_fit(p, &p->grad_output, &p->grad_input);
   in.block = PNN_MIN(p->masks * PNN_MAX(1, INPUT_MAPS / p->masks), p->group_maps);
+  /* With more than one mask a channel the response maps outweigh the tensors, and their masks want short ranges. */
+  in.width =
+      p->masks == 1 && !in.masks ? pnn_panel_columns(p, p->group_outputs / 2 + in.block, p->group_maps) : PNN_PANEL;
   in.packing = pnn_packing_backward(p, in.rows ? p->kernels->tile_columns : p->kernels->tile_rows, in.block);
-  in.deal = pnn_deal_columns(p, host, in.masks ? p->maps : pnn_mask_rows(p, p->group_maps), in.masks ? 1 : p->groups,
-                             in.masks);
+  in.deal = pnn_deal_columns(p, host, in.width, in.masks ? p->maps : pnn_mask_rows(p, p->group_maps),
+                             in.masks ? 1 : p->groups, in.masks);
   const int64_t bytes = pnn_packing_bytes(p, &in.packing);
   in.packed = spare_bytes > 0 && bytes <= spare_bytes ? spare : pnn_arena_take(arena, 1, bytes);
   if (affine) {

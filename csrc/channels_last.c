@@ -150,7 +150,7 @@ typedef struct forward_scratch {
 static forward_scratch forward_take(const pnn_forward_state *f, pnn_arena *arena) {
   const pnn_problem *p = f->problem;
   forward_scratch s = {.ld = row_length(p, f->block)};
-  s.panel = pnn_arena_take(arena, s.ld * PNN_PANEL, p->real_size);
+  s.panel = pnn_arena_take(arena, s.ld * f->width, p->real_size);
   s.masks = masks_take(p, p->group_maps, f->deal.pixels, arena);
   return s;
 }
@@ -173,11 +173,11 @@ void pnn_rows_forward_item(void *state, int32_t worker, int64_t item) {
   const forward_scratch s = forward_take(f, &own);
   masks_make(p, &s.masks, k_first, p->group_maps, &range);
   pnn_columns columns;
-  pixel_run runs[PNN_PANEL];
-  for (; column < end; column += PNN_PANEL) {
-    pnn_columns_set(&columns, &range, column, PNN_MIN(PNN_PANEL, end - column));
+  pixel_run runs[PNN_WIDEST];
+  for (; column < end; column += f->width) {
+    pnn_columns_set(&columns, &range, column, PNN_MIN(f->width, end - column));
     const int64_t count = pixel_runs(p, &columns, &p->output, runs), step = pixel_step(p, &p->output);
-    const int64_t next = column + PNN_PANEL, ahead_count = PNN_MIN(PNN_PANEL, end - next);
+    const int64_t next = column + f->width, ahead_count = PNN_MIN(f->width, end - next);
     pnn_ahead ahead = {.streams = 0};
     pnn_ahead_add(p, &ahead, &range, next, ahead_count, &p->input, group * p->group_channels, p->group_channels, false);
     pnn_ahead_add(p, &ahead, &range, next, ahead_count, &p->output, group * p->group_outputs, p->group_outputs, true);
@@ -305,7 +305,7 @@ typedef struct inputs_scratch {
 static inputs_scratch inputs_take(const pnn_inputs *in, pnn_arena *arena) {
   const pnn_problem *p = in->problem;
   inputs_scratch s = {.ld = row_length(p, in->block)};
-  s.d = pnn_arena_take(arena, s.ld * PNN_PANEL, p->real_size);
+  s.d = pnn_arena_take(arena, s.ld * in->width, p->real_size);
   s.masks = masks_take(p, p->group_maps, in->deal.pixels, arena);
   return s;
 }
@@ -348,13 +348,13 @@ void pnn_rows_inputs_item(void *inputs, int32_t worker, int64_t item) {
   const inputs_scratch s = inputs_take(in, &own);
   masks_make(p, &s.masks, k_first, p->group_maps, &range);
   pnn_columns columns;
-  pixel_run gradient[PNN_PANEL], out[PNN_PANEL];
+  pixel_run gradient[PNN_WIDEST], out[PNN_WIDEST];
   const int64_t gradient_step = pixel_step(p, &p->grad_output);
-  for (; column < end; column += PNN_PANEL) {
-    pnn_columns_set(&columns, &range, column, PNN_MIN(PNN_PANEL, end - column));
+  for (; column < end; column += in->width) {
+    pnn_columns_set(&columns, &range, column, PNN_MIN(in->width, end - column));
     const int64_t gradients = pixel_runs(p, &columns, &p->grad_output, gradient);
     const int64_t outs = pixel_runs(p, &columns, &p->grad_input, out);
-    const int64_t next = column + PNN_PANEL, count = PNN_MIN(PNN_PANEL, end - next);
+    const int64_t next = column + in->width, count = PNN_MIN(in->width, end - next);
     pnn_ahead ahead = {.streams = 0};
     pnn_ahead_add(p, &ahead, &range, column, columns.columns, &p->grad_input, group * p->group_channels,
                   p->group_channels, true);

@@ -8,6 +8,15 @@
 
 #include "internal.h"
 
+#define PANEL_BYTES (64 * 1024) /* leave the second-level cache to the masks and the weights */
+#define MORE_BYTES (256 * 1024)
+
+int64_t pnn_panel_columns(const pnn_problem *problem, int64_t rows, int64_t more) {
+  const int64_t a = PANEL_BYTES / problem->real_size / PNN_MAX(rows, 1);
+  const int64_t b = MORE_BYTES / problem->real_size / PNN_MAX(more, 1);
+  return PNN_MAX(PNN_PANEL, PNN_MIN(PNN_MIN(a, b) / PNN_PANEL * PNN_PANEL, PNN_WIDEST));
+}
+
 void pnn_columns_set(pnn_columns *columns, const pnn_range *range, int64_t first, int64_t count) {
   columns->range = range;
   columns->columns = count;
@@ -132,8 +141,8 @@ void pnn_ahead_add(const pnn_problem *problem, pnn_ahead *ahead, const pnn_range
 
 static int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-pnn_deal pnn_deal_columns(const pnn_problem *problem, const pnn_host *host, int64_t mask_rows, int64_t share,
-                          bool whole_batch) {
+pnn_deal pnn_deal_columns(const pnn_problem *problem, const pnn_host *host, int64_t width, int64_t mask_rows,
+                          int64_t share, bool whole_batch) {
   const int64_t pixels = problem->pixels, images = problem->batch;
   /* Four pieces a thread even out what the threads lose to other work. */
   const int64_t wanted = ceil_div(4 * (int64_t)(host ? host->threads : 1), PNN_MAX(share, 1));
@@ -142,14 +151,14 @@ pnn_deal pnn_deal_columns(const pnn_problem *problem, const pnn_host *host, int6
     const int64_t ranges = whole_batch ? wanted : ceil_div(wanted, PNN_MAX(images, 1));
     most = PNN_MIN(most, ceil_div(pixels, ranges));
   }
-  most = PNN_MAX(ceil_div(most, PNN_PANEL) * PNN_PANEL, PNN_PANEL);
+  most = PNN_MAX(ceil_div(most, width) * width, width);
   pnn_deal deal = {.ranges = ceil_div(pixels, most)};
-  deal.pixels = deal.ranges ? PNN_MIN(ceil_div(ceil_div(pixels, deal.ranges), PNN_PANEL) * PNN_PANEL, pixels) : 0;
+  deal.pixels = deal.ranges ? PNN_MIN(ceil_div(ceil_div(pixels, deal.ranges), width) * width, pixels) : 0;
   deal.ranges = deal.pixels ? ceil_div(pixels, deal.pixels) : 0;
   /* No piece without columns: it would wake a thread for nothing. */
-  const int64_t panels = PNN_MAX(ceil_div(deal.pixels * images, PNN_PANEL), 1);
+  const int64_t panels = PNN_MAX(ceil_div(deal.pixels * images, width), 1);
   deal.cuts = whole_batch || !deal.ranges ? 1 : PNN_MIN(ceil_div(wanted, deal.ranges), panels);
-  deal.columns = ceil_div(ceil_div(deal.pixels * images, deal.cuts), PNN_PANEL) * PNN_PANEL;
+  deal.columns = ceil_div(ceil_div(deal.pixels * images, deal.cuts), width) * width;
   return deal;
 }
 

@@ -1,10 +1,11 @@
 /*
  * forward.c - y = bias + V * activation(x + level * N), a matrix product with a fused prologue.
  *
- * Per piece of columns: make the masks of its pixels once; then, 64 columns at a time, fill a panel of response maps
- * [up to 256 maps][64] in cache and multiply every tile of packed weights with it; sums wait in [T/G][64] between two
- * blocks of maps, so that each output stays one chain in ascending k, started at the bias. With more than 256 maps and
- * outputs that whole tiles fit, the blocks of maps are the outer loop and the sums wait in the output itself.
+ * Per piece of columns: make the masks of its pixels once; then, 64 to 256 columns at a time, fill a panel of response
+ * maps [up to 256 maps][columns] in cache and multiply every tile of packed weights with it; sums wait in
+ * [T/G][columns] between two blocks of maps, so that each output stays one chain in ascending k, started at the bias.
+ * With more than 256 maps and outputs that whole tiles fit, the blocks of maps are the outer loop and the sums wait in
+ * the output itself.
  */
 #include <string.h>
 
@@ -19,23 +20,24 @@ typedef struct worker_scratch {
 static worker_scratch scratch_take(const pnn_forward_state *f, pnn_arena *arena) {
   const pnn_problem *p = f->problem;
   worker_scratch s;
-  s.panel = pnn_arena_take(arena, f->block * PNN_PANEL, p->real_size);
-  s.pairs = p->pairs ? pnn_arena_take(arena, (f->block + 1) / 2 * PNN_PANEL, 4) : NULL;
-  s.sums = pnn_arena_take(arena, f->sum_rows * PNN_PANEL, p->real_size);
+  s.panel = pnn_arena_take(arena, f->block * f->width, p->real_size);
+  s.pairs = p->pairs ? pnn_arena_take(arena, (f->block + 1) / 2 * f->width, 4) : NULL;
+  s.sums = pnn_arena_take(arena, f->sum_rows * f->width, p->real_size);
   s.mask = pnn_arena_take(arena, pnn_mask_rows(p, f->slab) * pnn_mask_ld(p, f->deal.pixels), p->real_size);
   s.channels =
-      p->masks == 1 ? NULL : pnn_arena_take(arena, pnn_response_channels(p, f->block) * PNN_PANEL, p->real_size);
+      p->masks == 1 ? NULL : pnn_arena_take(arena, pnn_response_channels(p, f->block) * f->width, p->real_size);
   return s;
 }
 
 /* Columns [j, j + count) of the panel, outputs from `row` of the group on: what the tiles left in `sums`. */
-static void output_rest(const pnn_problem *p, const pnn_range *range, int64_t column, int64_t j, int64_t count,
+static void output_rest(const pnn_forward_state *f, const pnn_range *range, int64_t column, int64_t j, int64_t count,
                         int64_t group, int64_t row, const char *sums) {
+  const pnn_problem *p = f->problem;
   if (row == p->group_outputs) return;
   pnn_columns part;
   pnn_columns_set(&part, range, column + j, count);
   pnn_columns_store(p, &part, &p->output, group * p->group_outputs + row, p->group_outputs - row,
-                    sums + (row * PNN_PANEL + j) * p->real_size, PNN_PANEL);
+                    sums + (row * f->width + j) * p->real_size, f->width);
 }
 
 /* Makes the response maps [k0, k0 + depth) of the panel, which begins at `column` of the range, but for the tiles whose
@@ -57,11 +59,11 @@ static void prologue(const pnn_forward_state *f, const pnn_response *response, c
     if (next > j) {
       pnn_columns part;
       pnn_columns_part(&part, columns, column, j, PNN_MIN(next, columns->columns));
-      pnn_response_operand(response, &part, k0, depth, s->panel + j * p->real_size, PNN_PANEL);
+      pnn_response_operand(response, &part, k0, depth, s->panel + j * p->real_size, f->width);
     }
     next += tile;
   }
-  if (p->pairs) kernels->pair_rows(s->pairs, s->panel, PNN_PANEL, depth, columns->padded);
+  if (p->pairs) kernels->pair_rows(s->pairs, s->panel, f->width, depth, columns->padded);
 }
 
 /* One panel of the piece [begin, end), from `column` of the range on, and the response maps [first, last) of the group.
@@ -73,43 +75,42 @@ static void forward_panel(const pnn_forward_state *f, const worker_scratch *s, c
   const pnn_kernels *kernels = p->kernels;
   const int64_t size = p->real_size, k_group = group * p->group_maps, channel = (k_group + first) / p->masks;
   pnn_columns columns;
-  pnn_columns_set(&columns, range, column, PNN_MIN(PNN_PANEL, end - column));
-  char *place[PNN_PANEL / 4]; /* of each tile's columns, or NULL; no tile has fewer than four */
+  pnn_columns_set(&columns, range, column, PNN_MIN(f->width, end - column));
+  char *place[PNN_WIDEST / 4]; /* of each tile's columns, or NULL; no tile has fewer than four */
   for (int64_t j = 0; j < columns.columns; j += kernels->tile_columns)
     place[j / kernels->tile_columns] =
         pnn_columns_place(p, &columns, &p->output, group * p->group_outputs, j, kernels->tile_columns);
   const int64_t whole_rows = p->group_outputs / kernels->tile_rows * kernels->tile_rows;
-  const int64_t next = column + PNN_PANEL, count = PNN_MIN(PNN_PANEL, end - next);
+  const int64_t next = column + f->width, count = PNN_MIN(f->width, end - next);
   pnn_ahead ahead = {.streams = 0};
   if (first < last)
     pnn_ahead_add(p, &ahead, range, next, count, &p->input, channel, (k_group + last - 1) / p->masks - channel + 1,
                   false);
   pnn_ahead_add(p, &ahead, range, next, count, &p->output, group * p->group_outputs, p->group_outputs, true);
-  pnn_mask_ahead(p, &ahead, k_group + last, PNN_MIN(f->slab, p->group_maps - last), range, (column - begin) / PNN_PANEL,
-                 (end - begin + PNN_PANEL - 1) / PNN_PANEL);
+  pnn_mask_ahead(p, &ahead, k_group + last, PNN_MIN(f->slab, p->group_maps - last), range, (column - begin) / f->width,
+                 (end - begin + f->width - 1) / f->width);
   pnn_ahead_spread(&ahead, f->packing.block_tiles * (columns.padded / kernels->tile_columns) *
                                ((last - first) / (p->pairs ? 2 : 1) / PNN_AHEAD_DEPTH + 1));
   for (int64_t k = first; k < last || k == 0; k += PNN_MAX(f->block, 1)) {
     const int64_t depth = PNN_MIN(f->block, last - k);
-    pnn_source source[PNN_PANEL / 4]; /* of a tile's response maps, where its first product makes them */
+    pnn_source source[PNN_WIDEST / 4]; /* of a tile's response maps, where its first product makes them */
     prologue(f, response, &columns, column, k_group + k, depth, s, source);
-    for (int64_t tile = 0; tile < f->packing.block_tiles; tile++) {
-      const void *a = pnn_packing_tile(p, &f->packing, f->packed, group, 0, tile, k);
-      const int64_t row = tile * kernels->tile_rows;
-      const char *start = k ? NULL : (const char *)f->bias + (group * f->sum_rows + row) * size;
-      for (int64_t j = 0; j < columns.columns; j += kernels->tile_columns) {
-        char *const at = place[j / kernels->tile_columns];
+    for (int64_t j = 0; j < columns.columns; j += kernels->tile_columns) {
+      char *const at = place[j / kernels->tile_columns];
+      const pnn_source *from = &source[j / kernels->tile_columns];
+      for (int64_t tile = 0; tile < f->packing.block_tiles; tile++) {
+        const void *a = pnn_packing_tile(p, &f->packing, f->packed, group, 0, tile, k);
+        const int64_t row = tile * kernels->tile_rows;
+        const char *start = k ? NULL : (const char *)f->bias + (group * f->sum_rows + row) * size;
         const bool here = at && row < whole_rows;
-        char *c = here ? at + row * p->output.channel * size : s->sums + (row * PNN_PANEL + j) * size;
-        const int64_t ldc = here ? p->output.channel : PNN_PANEL;
-        const pnn_source *from = &source[j / kernels->tile_columns];
+        char *c = here ? at + row * p->output.channel * size : s->sums + (row * f->width + j) * size;
+        const int64_t ldc = here ? p->output.channel : f->width;
         if (p->pairs)
-          kernels->product_pairs((depth + 1) / 2, a, s->pairs + j * 4, PNN_PANEL, c, PNN_PANEL, start, &ahead);
+          kernels->product_pairs((depth + 1) / 2, a, s->pairs + j * 4, f->width, c, f->width, start, &ahead);
         else if (tile == 0 && from->x)
-          kernels->respond_product[p->activation](depth, a, s->panel + j * size, PNN_PANEL, c, ldc, start, from,
-                                                  &ahead);
+          kernels->respond_product[p->activation](depth, a, s->panel + j * size, f->width, c, ldc, start, from, &ahead);
         else
-          kernels->product(depth, a, s->panel + j * size, PNN_PANEL, c, ldc, start, &ahead);
+          kernels->product(depth, a, s->panel + j * size, f->width, c, ldc, start, &ahead);
       }
     }
   }
@@ -119,7 +120,7 @@ static void forward_panel(const pnn_forward_state *f, const worker_scratch *s, c
     for (rest = j + kernels->tile_columns; rest < columns.columns; rest += kernels->tile_columns)
       if ((place[rest / kernels->tile_columns] != NULL) != here) break;
     rest = PNN_MIN(rest, columns.columns);
-    output_rest(p, range, column, j, rest - j, group, here ? whole_rows : 0, s->sums);
+    output_rest(f, range, column, j, rest - j, group, here ? whole_rows : 0, s->sums);
   }
 }
 
@@ -142,7 +143,7 @@ static void forward_item(void *forward_, int32_t worker, int64_t item) {
                                    .mean = f->mean,
                                    .channels = s.channels};
     pnn_mask_panel(p, k0, last - k, &range, s.mask, response.mask_ld);
-    for (int64_t column = begin; column < end; column += PNN_PANEL)
+    for (int64_t column = begin; column < end; column += f->width)
       forward_panel(f, &s, &response, group, &range, begin, column, end, k, last);
   }
 }
@@ -190,15 +191,16 @@ void pnn_forward_pass(const pnn_problem *problem, const pnn_host *host, pnn_aren
   const pnn_problem *p = problem;
   const bool rows = pnn_rows_fit(p, &p->output, NULL);
   pnn_forward_state f = {.problem = p, .block = PNN_MIN(p->group_maps, MAPS)};
+  f.width = pnn_panel_columns(p, f.block, PNN_MAX(p->group_outputs, p->group_maps));
   f.packing = pnn_packing_forward(p, rows ? p->kernels->tile_columns : p->kernels->tile_rows);
   /* With many maps a piece's masks would fill the second-level cache for a few pixels. Where the sums can wait in the
    * output, the maps are the outermost loop: masks and weights of one panel's maps serve the whole piece. */
   f.slab = f.block;
-  f.deal = pnn_deal_columns(p, host, pnn_mask_rows(p, f.slab), p->groups, true);
+  f.deal = pnn_deal_columns(p, host, f.width, pnn_mask_rows(p, f.slab), p->groups, true);
   if (rows || p->group_maps == f.block || p->shared || !outputs_wait(p) ||
       p->groups * f.deal.ranges < 2 * (host ? host->threads : 1)) {
     f.slab = p->group_maps;
-    f.deal = pnn_deal_columns(p, host, pnn_mask_rows(p, f.slab), p->groups, false);
+    f.deal = pnn_deal_columns(p, host, f.width, pnn_mask_rows(p, f.slab), p->groups, false);
   }
   f.sum_rows = f.packing.block_tiles * f.packing.tile;
   const int64_t items = p->group_outputs ? p->groups * f.deal.ranges * f.deal.cuts : 0;

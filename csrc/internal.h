@@ -124,9 +124,10 @@ typedef struct pnn_segment {
   int64_t column, columns, image, pixel;
 } pnn_segment;
 
-#define PNN_PANEL 64  /* columns of a panel in the forward pass and the input gradient */
-#define PNN_CHUNK 512 /* columns of a panel in sums over pixels; part of their definition */
-#define PNN_PAD 32    /* panels are padded to a multiple of this: of PNN_LANES and of every tile's columns */
+#define PNN_PANEL 64   /* columns of a panel in the forward pass and the input gradient: a multiple of this, */
+#define PNN_WIDEST 256 /* at most so many */
+#define PNN_CHUNK 512  /* columns of a panel in sums over pixels; part of their definition */
+#define PNN_PAD 32     /* panels are padded to a multiple of this: of PNN_LANES and of every tile's columns */
 
 typedef struct pnn_columns {
   const pnn_range *range;
@@ -135,6 +136,10 @@ typedef struct pnn_columns {
   int64_t segments;
   pnn_segment segment[PNN_CHUNK];
 } pnn_columns;
+
+/* Columns of panels of `rows` rows, beside others of `more` rows: the fewer rows, the longer the pieces of a tensor's
+ * rows that they take. */
+int64_t pnn_panel_columns(const pnn_problem *problem, int64_t rows, int64_t more);
 
 /* The columns [first, first + count) of the range. */
 void pnn_columns_set(pnn_columns *columns, const pnn_range *range, int64_t first, int64_t count);
@@ -165,9 +170,10 @@ typedef struct pnn_deal {
   int64_t ranges, pixels, cuts, columns;
 } pnn_deal;
 
-/* `mask_rows` rows of masks are kept per range, and `share` (groups, say) multiplies the number of items. */
-pnn_deal pnn_deal_columns(const pnn_problem *problem, const pnn_host *host, int64_t mask_rows, int64_t share,
-                          bool whole_batch);
+/* Ranges and pieces are whole panels of `width` columns; `mask_rows` rows of masks are kept per range, and `share`
+ * (groups, say) multiplies the number of items. */
+pnn_deal pnn_deal_columns(const pnn_problem *problem, const pnn_host *host, int64_t width, int64_t mask_rows,
+                          int64_t share, bool whole_batch);
 /* Piece i, 0 <= i < ranges * cuts; *end may equal *first (nothing to do). */
 void pnn_deal_piece(const pnn_problem *problem, const pnn_deal *deal, int64_t i, pnn_range *range, int64_t *first,
                     int64_t *end);

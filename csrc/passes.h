@@ -21,6 +21,7 @@ typedef struct pnn_forward_state {
   pnn_packing packing;
   int64_t block;    /* response maps in a panel */
   int64_t slab;     /* response maps whose masks are there at a time: all of a group, or a panel's */
+  int64_t width;    /* columns of a panel */
   int64_t sum_rows; /* outputs of a group, in whole tiles */
   void *packed;
   void *bias;       /* where the sums start: [G][sum_rows] */
@@ -67,6 +68,7 @@ typedef struct pnn_inputs {
   pnn_deal deal;
   pnn_packing packing;
   int64_t block; /* response maps at a time: whole channels */
+  int64_t width; /* columns of a panel */
   bool masks;    /* grad_mask is wanted: an item takes all groups and the whole batch */
   bool steps;    /* from da to dx in steps, not in one kernel */
   bool rows;     /* channels-last form */
