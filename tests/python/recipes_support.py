@@ -37,7 +37,7 @@ class Page:
 
     def run(self, folder: Path) -> None:
         """Runs the page's program as `__main__`, in an empty folder and a process of its own."""
-        program = folder / f"{self.path.stem}.py"
+        program = folder / "page.py"  # not by the page's name: onnx.py would hide the package
         program.write_text(self.program, encoding="utf-8")
         work = folder / "work"
         work.mkdir()
