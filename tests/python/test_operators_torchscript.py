@@ -73,7 +73,10 @@ def test_a_scripted_model_runs_and_trains_without_python(program: Path, tmp_path
     torch.manual_seed(0)
     model = MODELS[name]()
     way(model, torch.randn(4, 3, 9, 8)).save(str(tmp_path / "model.pt"))
-    data = {"input": torch.randn(4, 3, 9, 8), "rate": torch.tensor(0.1, dtype=torch.float64), "steps": torch.tensor(3)}
+    # PyTorch's own convolutions don't survive a fork: the models of our layers alone are run in a child, too.
+    forked = name in ("plain", "norm")
+    data = {"forked": torch.tensor(forked), "input": torch.randn(4, 3, 9, 8)}
+    data |= {"rate": torch.tensor(0.1, dtype=torch.float64), "steps": torch.tensor(3)}
     with torch.no_grad():
         data["expected"] = copy.deepcopy(model).eval()(data["input"])
     for step in range(3):
@@ -88,7 +91,7 @@ def test_a_scripted_model_runs_and_trains_without_python(program: Path, tmp_path
     data |= {f"parameter.{name}": parameter.detach() for name, parameter in model.named_parameters()}
     torch.save(data, tmp_path / "data.pt")
     said = output_of(program, tmp_path / "model.pt", tmp_path / "data.pt")
-    assert "WRONG" not in said and said.count("ok ") >= 12, said
+    assert "WRONG" not in said and said.count("ok ") >= 11 + forked, said
     assert "ok    no Python is loaded" in said and "ok    still no Python is loaded" in said
     assert f"on {_library.status().isa}" in said
 
