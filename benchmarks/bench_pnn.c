@@ -1,15 +1,17 @@
 /*
  * bench_pnn.c - times libpnn by itself: GFLOP/s of each case, layout and pass on the instruction set in use.
  *
- *     bench_pnn [--quick] [--json] [--layout contiguous|channels_last] [--pass NAME] [B,C,H,T,M ...]
+ *     bench_pnn [--quick] [--json] [--layout contiguous|channels_last] [--pass NAME] [--type float32|bfloat16]
+ *               [--noise tensor|uniform|normal|waves] [--norm] [B,C,H,T,M ...]
  *     PNN_MAX_ISA=avx2 bench_pnn --pass grad_input 32,64,56,64,1
  *
- * Passes: forward and backward by default; grad_input and grad_weight are the two halves of backward alone.
+ * Passes: forward and backward by default; grad_input and grad_weight are the two halves of backward alone. --norm puts
+ * batch normalisation inside, in training.
  *
- * float32, stored masks, relu, with bias, the library's own threads. A pass's flops are those of its products (2*B*H*W*
- * K*T forward, twice that backward: input and weight gradients); everything else is what the library adds. The figure
- * is the best of the repetitions that fill 0.3 s (0.05 s with --quick). The portable kernels emulate the fused
- * multiply-add where the compiler may not use it, so they run on one image.
+ * float32, stored masks (float32 in bfloat16 too), relu, with bias, the library's own threads. A pass's flops are those
+ * of its products (2*B*H*W* K*T forward, twice that backward: input and weight gradients); everything else is what the
+ * library adds. The figure is the best of the repetitions that fill 0.3 s (0.05 s with --quick). The portable kernels
+ * emulate the fused multiply-add where the compiler may not use it, so they run on one image.
  */
 #define _POSIX_C_SOURCE 200809L
 #include <stdbool.h>
@@ -47,6 +49,9 @@ typedef struct bench_options {
   bool json;
   double seconds;
   const char *layout, *pass; /* NULL: both layouts, the usual passes */
+  pnn_dtype type;
+  pnn_noise noise;
+  bool norm;
 } bench_options;
 
 static double now(void) {
@@ -64,20 +69,27 @@ static void *need(size_t bytes) {
   return p;
 }
 
-/* A float32 tensor [a, b, h, w], filled with values in (-1, 1) that repeat in no pattern of the sizes. */
-static pnn_tensor tensor(int64_t a, int64_t b, int64_t h, int64_t w, bool channels_last) {
-  pnn_tensor t = {.dtype = PNN_FLOAT32, .size = {a, b, h, w}, .stride = {b * h * w, h * w, w, 1}};
+/* A float32 or bfloat16 tensor [a, b, h, w], filled with values in (-1, 1) that repeat in no pattern of the sizes. */
+static pnn_tensor tensor(pnn_dtype type, int64_t a, int64_t b, int64_t h, int64_t w, bool channels_last) {
+  pnn_tensor t = {.dtype = type, .size = {a, b, h, w}, .stride = {b * h * w, h * w, w, 1}};
   if (channels_last) {
     t.stride[1] = 1;
     t.stride[2] = w * b;
     t.stride[3] = b;
   }
   const int64_t count = a * b * h * w;
-  float *data = need((size_t)count * sizeof *data);
+  char *data = need((size_t)count * (type == PNN_FLOAT32 ? 4 : 2));
   uint32_t state = 12345;
   for (int64_t i = 0; i < count; i++) {
     state = state * 1664525u + 1013904223u;
-    data[i] = (float)(state >> 8) * 0x1p-23f - 1.0f;
+    const float value = (float)(state >> 8) * 0x1p-23f - 1.0f;
+    uint32_t bits;
+    memcpy(&bits, &value, sizeof bits);
+    const uint16_t half = (uint16_t)(bits >> 16); /* as bfloat16, toward 0 */
+    if (type == PNN_FLOAT32)
+      memcpy(data + i * 4, &value, sizeof value);
+    else
+      memcpy(data + i * 2, &half, sizeof half);
   }
   t.data = data;
   return t;
@@ -114,20 +126,29 @@ static bool bench(const bench_case *c, bool channels_last, const bench_options *
   if (options->layout && strcmp(options->layout, layout) != 0) return true;
   const char *const isa = pnn_isa_name();
   const int64_t batch = strcmp(isa, "portable") == 0 ? 1 : c->batch, maps = c->channels * c->masks;
+  const pnn_dtype type = options->type;
+  const int64_t seed = 7;
   pnn_params p;
   pnn_params_init(&p);
-  p.input = tensor(batch, c->channels, c->side, c->side, channels_last);
-  p.weight = tensor(c->outputs, maps, 1, 1, false);
-  p.bias = tensor(c->outputs, 1, 1, 1, false);
-  p.noise = PNN_NOISE_TENSOR;
+  p.input = tensor(type, batch, c->channels, c->side, c->side, channels_last);
+  p.weight = tensor(type, c->outputs, maps, 1, 1, false);
+  p.bias = tensor(type, c->outputs, 1, 1, 1, false);
+  p.noise = options->noise;
   p.masks = c->masks;
-  p.mask = tensor(c->channels, c->masks, c->side, c->side, false);
+  p.seed = p.noise == PNN_NOISE_TENSOR ? NULL : &seed;
+  if (p.noise == PNN_NOISE_TENSOR) p.mask = tensor(PNN_FLOAT32, c->channels, c->masks, c->side, c->side, false);
   p.level = 0.1;
-  p.output = tensor(batch, c->outputs, c->side, c->side, channels_last);
-  p.grad_output = tensor(batch, c->outputs, c->side, c->side, channels_last);
-  const pnn_tensor grad_input = tensor(batch, c->channels, c->side, c->side, channels_last);
-  const pnn_tensor grad_weight = tensor(c->outputs, maps, 1, 1, false);
-  const pnn_tensor grad_bias = tensor(c->outputs, 1, 1, 1, false);
+  p.output = tensor(type, batch, c->outputs, c->side, c->side, channels_last);
+  p.grad_output = tensor(type, batch, c->outputs, c->side, c->side, channels_last);
+  const pnn_tensor grad_input = tensor(type, batch, c->channels, c->side, c->side, channels_last);
+  const pnn_tensor grad_weight = tensor(type, c->outputs, maps, 1, 1, false);
+  const pnn_tensor grad_bias = tensor(type, c->outputs, 1, 1, 1, false);
+
+  p.norm = options->norm;
+  p.norm_training = options->norm;
+  pnn_tensor *const vectors[] = {&p.norm_weight, &p.norm_bias, &p.mean, &p.variance};
+  for (size_t i = 0; p.norm && i < 4; i++) *vectors[i] = tensor(PNN_FLOAT32, maps, 1, 1, 1, false);
+  for (int64_t k = 0; p.norm && k < maps; k++) ((float *)p.variance.data)[k] = 1; /* until forward writes it */
 
   const pnn_host *const host = pnn_default_host();
   bool good = true;
@@ -151,19 +172,41 @@ static bool bench(const bench_case *c, bool channels_last, const bench_options *
       printf(format, isa, host ? (int)host->threads : 1, (long long)batch, (long long)c->channels, (long long)c->side,
              (long long)c->outputs, (long long)c->masks, layout, pass->name, best, flops / best * 1e-9);
   }
-  const pnn_tensor *const all[] = {&p.input,       &p.weight,   &p.bias,      &p.mask,   &p.output,
-                                   &p.grad_output, &grad_input, &grad_weight, &grad_bias};
+  const pnn_tensor *const all[] = {&p.input,       &p.weight,   &p.bias,      &p.mask,    &p.output,
+                                   &p.grad_output, &grad_input, &grad_weight, &grad_bias, &p.norm_weight,
+                                   &p.norm_bias,   &p.mean,     &p.variance};
   for (size_t i = 0; i < sizeof all / sizeof all[0]; i++) free(all[i]->data);
   return good;
 }
 
+/* Which of the names, separated by spaces, `name` is. */
+static bool choose(const char *name, const char *names, int *choice) {
+  const size_t length = strlen(name);
+  for (*choice = 0; *names; ++*choice) {
+    const size_t here = strcspn(names, " ");
+    if (here == length && strncmp(names, name, here) == 0) return true;
+    names += here + (names[here] == ' ');
+  }
+  return false;
+}
+
 int main(int count, char **arguments) {
-  bench_options options = {.seconds = 0.3};
+  bench_options options = {.seconds = 0.3, .type = PNN_FLOAT32, .noise = PNN_NOISE_TENSOR};
   bool good = true;
-  int first = 1;
+  int first = 1, choice = 0;
   for (; first < count && strncmp(arguments[first], "--", 2) == 0; first++) {
     if (strcmp(arguments[first], "--json") == 0) {
       options.json = true;
+    } else if (strcmp(arguments[first], "--norm") == 0) {
+      options.norm = true;
+    } else if (strcmp(arguments[first], "--type") == 0 && first + 1 < count &&
+               choose(arguments[first + 1], "float32 bfloat16", &choice)) {
+      options.type = choice ? PNN_BFLOAT16 : PNN_FLOAT32;
+      first++;
+    } else if (strcmp(arguments[first], "--noise") == 0 && first + 1 < count &&
+               choose(arguments[first + 1], "tensor uniform normal waves", &choice)) {
+      options.noise = (pnn_noise)(PNN_NOISE_TENSOR + choice);
+      first++;
     } else if (strcmp(arguments[first], "--quick") == 0) {
       options.seconds = 0.05;
     } else if (strcmp(arguments[first], "--layout") == 0 && first + 1 < count) {
@@ -173,7 +216,8 @@ int main(int count, char **arguments) {
     } else {
       fprintf(stderr,
               "usage: bench_pnn [--quick] [--json] [--layout contiguous|channels_last] "
-              "[--pass forward|backward|grad_input|grad_weight] [B,C,H,T,M ...]\n");
+              "[--pass forward|backward|grad_input|grad_weight] [--type float32|bfloat16] "
+              "[--noise tensor|uniform|normal|waves] [--norm] [B,C,H,T,M ...]\n");
       return 2;
     }
   }

@@ -34,14 +34,12 @@ static sums_scratch sums_take(const pnn_sums *s, pnn_arena *arena) {
   memset(&t, 0, sizeof t);
   t.outputs = pnn_arena_take(arena, round_up(OUTPUT_BLOCK, kernels->dot_rows) * PNN_CHUNK, p->real_size);
   t.totals = pnn_arena_take(arena, OUTPUT_BLOCK, p->real_size);
+  if (p->pairs) t.output_pairs = pnn_arena_take(arena, round_up(OUTPUT_BLOCK, kernels->dot_rows) * PNN_CHUNK, 2);
   if (!s->products) return t;
   t.maps = pnn_arena_take(arena, round_up(s->block, kernels->dot_columns) * PNN_CHUNK, p->real_size);
   t.mask = pnn_arena_take(arena, pnn_mask_rows(p, s->block) * pnn_mask_ld(p, s->chunks.pixels), p->real_size);
   if (p->masks > 1) t.channels = pnn_arena_take(arena, pnn_response_channels(p, s->block) * PNN_CHUNK, p->real_size);
-  if (p->pairs) {
-    t.map_pairs = pnn_arena_take(arena, round_up(s->block, kernels->dot_columns) * PNN_CHUNK, 2);
-    t.output_pairs = pnn_arena_take(arena, round_up(OUTPUT_BLOCK, kernels->dot_rows) * PNN_CHUNK, 2);
-  }
+  if (p->pairs) t.map_pairs = pnn_arena_take(arena, round_up(s->block, kernels->dot_columns) * PNN_CHUNK, 2);
   return t;
 }
 
@@ -136,11 +134,12 @@ static void sums_part(const pnn_sums *s, const pnn_sums_place at, const sums_scr
                                  .channels = t.channels};
   pnn_sums_begin(s, &at);
   if (at.maps) { /* rows that a last tile reads beyond the block's end */
-    const int64_t rows = round_up(at.maps, p->kernels->dot_columns);
-    memset(t.maps + at.maps * PNN_CHUNK * size, 0, (size_t)((rows - at.maps) * PNN_CHUNK * size));
+    const int64_t more = (round_up(at.maps, p->kernels->dot_columns) - at.maps) * PNN_CHUNK;
+    memset(t.maps + at.maps * PNN_CHUNK * size, 0, (size_t)(more * size));
+    if (p->pairs) memset(t.map_pairs + at.maps * PNN_CHUNK * 2, 0, (size_t)(more * 2));
   }
-  const bool exact = p->product_type == PNN_FLOAT32 || p->product_type == PNN_FLOAT64;
-  const bool fused = at.maps && exact && p->kernels->respond_dot[p->activation];
+  const bool fused = at.maps && !p->rounded && p->kernels->respond_dot[p->activation];
+  const bool copied = p->pairs && pnn_columns_native(p, &p->grad_output); /* pairs of columns as they stand */
   pnn_columns columns;
   pnn_range range;
   int64_t chunk, end;
@@ -157,21 +156,24 @@ static void sums_part(const pnn_sums *s, const pnn_sums_place at, const sums_scr
     pnn_source source;
     const bool made = !whole || !pnn_response_source(&response, &columns, at.k0, 0, columns.columns, &source);
     if (at.maps && made) {
-      pnn_response_operand(&response, &columns, at.k0, at.maps, t.maps, PNN_CHUNK);
       if (p->pairs)
-        p->kernels->pair_columns(t.map_pairs, PNN_CHUNK / 2, t.maps, PNN_CHUNK,
-                                 round_up(at.maps, p->kernels->dot_columns), columns.padded);
+        pnn_response_column_pairs(&response, &columns, at.k0, at.maps, t.map_pairs, t.maps, PNN_CHUNK);
+      else
+        pnn_response_operand(&response, &columns, at.k0, at.maps, t.maps, PNN_CHUNK);
     }
     for (int64_t o = at.first; o < at.end; o += OUTPUT_BLOCK) {
       const int64_t rows = PNN_MIN(OUTPUT_BLOCK, at.end - o), padded = round_up(rows, p->kernels->dot_rows);
       sums_source from = {.source = !made && o == at.first ? &source : NULL};
       if (whole && rows == padded)
         from.gradient = pnn_columns_place(p, &columns, &p->grad_output, o, 0, columns.columns);
-      if (!from.gradient) {
+      if (copied) {
+        pnn_columns_copy(p, &columns, &p->grad_output, o, rows, t.output_pairs, PNN_CHUNK);
+        memset(t.output_pairs + rows * PNN_CHUNK * 2, 0, (size_t)((padded - rows) * PNN_CHUNK * 2));
+      } else if (!from.gradient) {
         pnn_columns_load(p, &columns, &p->grad_output, o, rows, t.outputs, PNN_CHUNK);
         memset(t.outputs + rows * PNN_CHUNK * size, 0, (size_t)((padded - rows) * PNN_CHUNK * size));
       }
-      if (at.maps && p->pairs)
+      if (at.maps && p->pairs && !copied)
         p->kernels->pair_columns(t.output_pairs, PNN_CHUNK / 2, t.outputs, PNN_CHUNK, padded, columns.padded);
       if (from.source && rows != padded) { /* a tile of fewer outputs makes no panels */
         pnn_response_operand(&response, &columns, at.k0, at.maps, t.maps, PNN_CHUNK);
@@ -183,7 +185,10 @@ static void sums_part(const pnn_sums *s, const pnn_sums_place at, const sums_scr
                       &ahead);
       }
       if (at.totals) {
-        p->kernels->sum(columns.padded, t.outputs, PNN_CHUNK, rows, t.totals);
+        if (copied)
+          p->kernels->sum_bfloat16(columns.padded, t.output_pairs, PNN_CHUNK, rows, t.totals);
+        else
+          p->kernels->sum(columns.padded, t.outputs, PNN_CHUNK, rows, t.totals);
         add_reals(p, at.totals + o * size, t.totals, rows);
       }
     }
@@ -386,8 +391,10 @@ static void inputs_tiles(const pnn_inputs *in, const inputs_scratch *s, const pn
                          int64_t group, inputs_tile *tiles) {
   const pnn_problem *p = in->problem;
   const int64_t tile = p->kernels->tile_columns, t = group * p->group_outputs, channel = group * p->group_channels;
-  const bool fused = p->masks == 1 && !in->steps && !p->pairs && p->kernels->product_respond_grad[p->activation] &&
-                     (p->product_type == PNN_FLOAT32 || p->product_type == PNN_FLOAT64);
+  const bool kernel = p->pairs ? p->kernels->product_pairs_respond_grad[p->activation] != NULL
+                               : !p->rounded && p->kernels->product_respond_grad[p->activation];
+  const bool fused = p->masks == 1 && !in->steps && kernel;
+  const bool paired = p->pairs && pnn_columns_native(p, &p->grad_output);
   for (int64_t j = 0, next; j < columns->columns; j = next) {
     for (next = j; next < columns->columns; next += tile) {
       inputs_tile *at = &tiles[next / tile];
@@ -399,11 +406,14 @@ static void inputs_tiles(const pnn_inputs *in, const inputs_scratch *s, const pn
     if (next > j) {
       pnn_columns part;
       pnn_columns_part(&part, columns, column, j, PNN_MIN(next, columns->columns));
-      pnn_columns_load(p, &part, &p->grad_output, t, p->group_outputs, s->gradient + j * p->real_size, in->width);
+      if (paired)
+        pnn_columns_pair(p, &part, &p->grad_output, t, p->group_outputs, s->pairs + j * 4, in->width);
+      else
+        pnn_columns_load(p, &part, &p->grad_output, t, p->group_outputs, s->gradient + j * p->real_size, in->width);
     }
     next += tile;
   }
-  if (p->pairs) p->kernels->pair_rows(s->pairs, s->gradient, in->width, p->group_outputs, columns->padded);
+  if (p->pairs && !paired) p->kernels->pair_rows(s->pairs, s->gradient, in->width, p->group_outputs, columns->padded);
 }
 
 /* One tile of da, from the gradient's columns from j on; `gradient` NULL: they are in the panel already. */
@@ -413,7 +423,7 @@ static void inputs_product(const pnn_inputs *in, const inputs_scratch *s, const 
   char *const panel = s->gradient + j * p->real_size;
   if (p->pairs) {
     p->kernels->product_pairs((p->group_outputs + 1) / 2, a, s->pairs + j * 4, in->width, to, in->width, zero_start,
-                              ahead);
+                              NULL, 0, ahead);
   } else if (gradient) {
     const pnn_source source = {.x = gradient, .ldx = p->grad_output.channel, .masks = 1};
     p->kernels->respond_product[PNN_ACTIVATION_IDENTITY](p->group_outputs, a, panel, in->width, to, in->width,
@@ -432,6 +442,11 @@ static void inputs_fused(const pnn_inputs *in, const inputs_scratch *s, const pn
   pnn_source source;
   pnn_response_source(response, columns, k0, j, tile, &source);
   char *dx = pnn_columns_place(p, columns, &p->grad_input, k0, j, tile); /* one mask a channel */
+  if (p->pairs) {
+    p->kernels->product_pairs_respond_grad[p->activation]((p->group_outputs + 1) / 2, a, s->pairs + j * 4, in->width,
+                                                          dx, p->grad_input.channel, maps, &source, ahead);
+    return;
+  }
   const pnn_norm_terms norm = pnn_inputs_norm_terms(in, k0);
   p->kernels->product_respond_grad[p->activation](p->group_outputs, a, gradient, p->grad_output.channel,
                                                   s->gradient + j * p->real_size, in->width, dx, p->grad_input.channel,
@@ -517,7 +532,7 @@ static void inputs_item(void *inputs_, int32_t worker, int64_t item) {
 static pnn_inputs inputs_prepare(const pnn_problem *p, const pnn_host *host, bool affine, void *spare,
                                  int64_t spare_bytes, pnn_arena *arena) {
   pnn_inputs in = {.problem = p, .masks = p->grad_mask.data != NULL, .affine = affine};
-  in.steps = in.masks || (affine && (p->product_type == PNN_BFLOAT16 || p->product_type == PNN_FLOAT16));
+  in.steps = in.masks || (affine && p->rounded);
   in.rows = !in.steps && pnn_rows_fit(p, &p->grad_output, &p->grad_input);
   in.block = PNN_MIN(p->masks * PNN_MAX(1, INPUT_MAPS / p->masks), p->group_maps);
   /* With more than one mask a channel the response maps outweigh the tensors, and their masks want short ranges. */

@@ -393,7 +393,9 @@ pnn_status pnn_check(const pnn_params *params, pnn_pass pass, const pnn_host *ho
     if (pass == PNN_PASS_BACKWARD) q.grad_mask = mask_view(&params->grad_mask, &q);
   }
   q.kernels = pnn_kernels_get(q.precision);
+  q.rounded = q.product_type == PNN_BFLOAT16 || q.product_type == PNN_FLOAT16;
   q.pairs = q.product_type == PNN_BFLOAT16 && !params->exact && pnn_kernels_pairs(q.kernels);
+  q.native = q.pairs ? pnn_dtype_size(PNN_BFLOAT16) : q.real_size;
   *problem = q;
   return PNN_OK;
 }

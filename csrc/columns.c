@@ -33,6 +33,12 @@ void pnn_columns_set(pnn_columns *columns, const pnn_range *range, int64_t first
   }
 }
 
+void pnn_columns_pad(const pnn_columns *columns, int64_t rows, void *panel, int64_t ld, int64_t size) {
+  const int64_t padding = columns->padded - columns->columns;
+  for (int64_t r = 0; padding && r < rows; r++)
+    memset((char *)panel + (r * ld + columns->columns) * size, 0, (size_t)(padding * size));
+}
+
 typedef struct mover {
   const pnn_problem *problem;
   const pnn_view *view;
@@ -85,11 +91,7 @@ void pnn_columns_load(const pnn_problem *problem, const pnn_columns *columns, co
                       int64_t rows, void *panel, int64_t ld) {
   const mover m = {problem, view, channel, rows, ld, panel, true};
   move_all(&m, columns);
-  const int64_t padding = columns->padded - columns->columns;
-  if (padding)
-    for (int64_t r = 0; r < rows; r++)
-      memset((char *)panel + (r * ld + columns->columns) * problem->real_size, 0,
-             (size_t)(padding * problem->real_size));
+  pnn_columns_pad(columns, rows, panel, ld, problem->real_size);
 }
 
 void pnn_columns_store(const pnn_problem *problem, const pnn_columns *columns, const pnn_view *view, int64_t channel,
@@ -98,11 +100,37 @@ void pnn_columns_store(const pnn_problem *problem, const pnn_columns *columns, c
   move_all(&m, columns);
 }
 
+bool pnn_columns_native(const pnn_problem *problem, const pnn_view *view) {
+  const bool joined = problem->out_height == 1 || view->row == problem->out_width * view->column;
+  return view->element == problem->native && view->column == 1 && joined;
+}
+
+void pnn_columns_copy(const pnn_problem *problem, const pnn_columns *columns, const pnn_view *view, int64_t channel,
+                      int64_t rows, void *panel, int64_t ld) {
+  const int64_t size = problem->native;
+  for (int64_t i = 0; i < columns->segments; i++) {
+    const pnn_segment *s = &columns->segment[i];
+    const char *from = view->data + (s->image * view->batch + channel * view->channel + s->pixel) * size;
+    for (int64_t r = 0; r < rows; r++)
+      memcpy((char *)panel + (r * ld + s->column) * size, from + r * view->channel * size, (size_t)(s->columns * size));
+  }
+  pnn_columns_pad(columns, rows, panel, ld, size);
+}
+
+void pnn_columns_pair(const pnn_problem *problem, const pnn_columns *columns, const pnn_view *view, int64_t channel,
+                      int64_t rows, void *panel, int64_t ld) {
+  for (int64_t i = 0; i < columns->segments; i++) {
+    const pnn_segment *s = &columns->segment[i];
+    const char *from = view->data + (s->image * view->batch + channel * view->channel + s->pixel) * problem->native;
+    problem->kernels->pair_bfloat16((char *)panel + s->column * 4, ld, from, view->channel, rows, s->columns);
+  }
+  pnn_columns_pad(columns, (rows + 1) / 2, panel, ld, 4);
+}
+
 char *pnn_columns_place(const pnn_problem *problem, const pnn_columns *columns, const pnn_view *view, int64_t channel,
                         int64_t column, int64_t count) {
   const pnn_view *v = view;
-  const bool joined = problem->out_height == 1 || v->row == problem->out_width * v->column;
-  if (v->element != problem->real_size || v->column != 1 || !joined) return NULL;
+  if (!pnn_columns_native(problem, v)) return NULL;
   for (int64_t i = 0; i < columns->segments; i++) {
     const pnn_segment *s = &columns->segment[i];
     if (column >= s->column + s->columns) continue;

@@ -47,8 +47,9 @@ static void prologue(const pnn_forward_state *f, const pnn_response *response, c
   const pnn_problem *p = f->problem;
   const pnn_kernels *kernels = p->kernels;
   const int64_t tile = kernels->tile_columns;
-  const bool exact = p->product_type == PNN_FLOAT32 || p->product_type == PNN_FLOAT64;
-  const bool fused = exact && kernels->respond_product[p->activation] && p->group_outputs;
+  const bool fused = p->group_outputs && (p->pairs     ? kernels->respond_product_pairs[p->activation] != NULL
+                                          : p->rounded ? false
+                                                       : kernels->respond_product[p->activation] != NULL);
   for (int64_t j = 0, next; j < columns->columns; j = next) {
     next = j;
     while (next < columns->columns) { /* up to a tile that makes its own */
@@ -59,11 +60,13 @@ static void prologue(const pnn_forward_state *f, const pnn_response *response, c
     if (next > j) {
       pnn_columns part;
       pnn_columns_part(&part, columns, column, j, PNN_MIN(next, columns->columns));
-      pnn_response_operand(response, &part, k0, depth, s->panel + j * p->real_size, f->width);
+      if (p->pairs)
+        pnn_response_map_pairs(response, &part, k0, depth, s->pairs + j * 4, s->panel + j * p->real_size, f->width);
+      else
+        pnn_response_operand(response, &part, k0, depth, s->panel + j * p->real_size, f->width);
     }
     next += tile;
   }
-  if (p->pairs) kernels->pair_rows(s->pairs, s->panel, f->width, depth, columns->padded);
 }
 
 /* One panel of the piece [begin, end), from `column` of the range on, and the response maps [first, last) of the group.
@@ -103,11 +106,21 @@ static void forward_panel(const pnn_forward_state *f, const worker_scratch *s, c
         const int64_t row = tile * kernels->tile_rows;
         const char *start = k ? NULL : (const char *)f->bias + (group * f->sum_rows + row) * size;
         const bool here = at && row < whole_rows;
-        char *c = here ? at + row * p->output.channel * size : s->sums + (row * f->width + j) * size;
+        char *const to = here ? at + row * p->output.channel * p->native : NULL;
+        char *const sums = s->sums + (row * f->width + j) * size;
+        if (p->pairs) { /* sums become bfloat16 behind the last map */
+          char *const out = k + depth == p->group_maps ? to : NULL;
+          if (tile == 0 && from->x)
+            kernels->respond_product_pairs[p->activation](depth, a, s->pairs + j * 4, f->width, sums, f->width, start,
+                                                          out, p->output.channel, from, &ahead);
+          else
+            kernels->product_pairs((depth + 1) / 2, a, s->pairs + j * 4, f->width, sums, f->width, start, out,
+                                   p->output.channel, &ahead);
+          continue;
+        }
+        char *const c = here ? to : sums;
         const int64_t ldc = here ? p->output.channel : f->width;
-        if (p->pairs)
-          kernels->product_pairs((depth + 1) / 2, a, s->pairs + j * 4, f->width, c, f->width, start, &ahead);
-        else if (tile == 0 && from->x)
+        if (tile == 0 && from->x)
           kernels->respond_product[p->activation](depth, a, s->panel + j * size, f->width, c, ldc, start, from, &ahead);
         else
           kernels->product(depth, a, s->panel + j * size, f->width, c, ldc, start, &ahead);

@@ -67,7 +67,11 @@ typedef struct pnn_problem {
   int precision; /* 0 float, 1 double: index of the kernels' table */
   int64_t real_size;
   const pnn_kernels *kernels;
-  bool pairs; /* products by bfloat16 dot products */
+  bool rounded; /* the product's operands are rounded to 16 bits */
+  bool pairs;   /* products by bfloat16 dot products */
+  int64_t
+      native; /* bytes of the elements that kernels read and write where they stand: of reals, with pairs of bfloat16
+               */
 
   pnn_view input, mask, output, grad_output, grad_input, grad_mask;
   const pnn_params *params;
@@ -148,16 +152,28 @@ void pnn_columns_set(pnn_columns *columns, const pnn_range *range, int64_t first
  * tile's. */
 void pnn_columns_part(pnn_columns *part, const pnn_columns *columns, int64_t first, int64_t column, int64_t end);
 
-/* Where the view's columns [column, column + count) stand for `channel`, if they are next to each other and of the type
- * that is computed in: there whole tiles are read and written where they belong. NULL otherwise. */
+/* Where the view's columns [column, column + count) stand for `channel`, if they are next to each other and of the
+ * native type: there whole tiles are read and written where they belong. NULL otherwise. */
 char *pnn_columns_place(const pnn_problem *problem, const pnn_columns *columns, const pnn_view *view, int64_t channel,
                         int64_t column, int64_t count);
+
+/* Zeroes the padding of a panel's rows, elements of `size` bytes. */
+void pnn_columns_pad(const pnn_columns *columns, int64_t rows, void *panel, int64_t ld, int64_t size);
 
 /* panel[r][column] = view at channel + r, for `rows` channels; padding becomes zero. */
 void pnn_columns_load(const pnn_problem *problem, const pnn_columns *columns, const pnn_view *view, int64_t channel,
                       int64_t rows, void *panel, int64_t ld);
 void pnn_columns_store(const pnn_problem *problem, const pnn_columns *columns, const pnn_view *view, int64_t channel,
                        int64_t rows, const void *panel, int64_t ld);
+
+/* Whether all of the view's columns have such places, within each image. */
+bool pnn_columns_native(const pnn_problem *problem, const pnn_view *view);
+/* With pairs, of a native view: panel[r][column] as bfloat16, and panel[r/2][column] as pairs of neighbouring channels
+ * (behind an odd last one 0); padding becomes zero. */
+void pnn_columns_copy(const pnn_problem *problem, const pnn_columns *columns, const pnn_view *view, int64_t channel,
+                      int64_t rows, void *panel, int64_t ld);
+void pnn_columns_pair(const pnn_problem *problem, const pnn_columns *columns, const pnn_view *view, int64_t channel,
+                      int64_t rows, void *panel, int64_t ld);
 
 /* Adds to what is asked for ahead (kernels/ahead.h) the first run of the panel at `column` of the range, `count`
  * columns, for `channels` channels from `channel` on; nothing where there are none or the view has other strides. */
@@ -218,6 +234,13 @@ void pnn_response_activated(const pnn_response *response, const pnn_columns *col
  * pairs' own rounding where there are pairs). */
 void pnn_response_operand(const pnn_response *response, const pnn_columns *columns, int64_t k0, int64_t rows, void *a,
                           int64_t ld);
+
+/* The operand as bfloat16 pairs: of neighbouring maps, pairs[r/2][column], and of neighbouring columns,
+ * pairs[r][column/2] (ld counts columns in both). `panel` is scratch of the operand's size. */
+void pnn_response_map_pairs(const pnn_response *response, const pnn_columns *columns, int64_t k0, int64_t rows,
+                            void *pairs, void *panel, int64_t ld);
+void pnn_response_column_pairs(const pnn_response *response, const pnn_columns *columns, int64_t k0, int64_t rows,
+                               void *pairs, void *panel, int64_t ld);
 
 /* Where the kernels find the response maps from k0 on of the panel's columns [column, column + count); false unless the
  * input has a place for them (pnn_columns_place). */

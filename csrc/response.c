@@ -12,24 +12,23 @@ int64_t pnn_response_channels(const pnn_problem *problem, int64_t rows) {
   return PNN_MIN(rows / problem->masks + 2, problem->channels);
 }
 
-static void zero_padding(const pnn_problem *problem, const pnn_columns *columns, int64_t rows, void *panel,
-                         int64_t ld) {
-  const int64_t padding = columns->padded - columns->columns, size = problem->real_size;
-  if (!padding) return;
-  for (int64_t r = 0; r < rows; r++)
-    memset((char *)panel + (r * ld + columns->columns) * size, 0, (size_t)(padding * size));
+/* Whether the input's elements are of `element` bytes with columns next to each other. */
+static bool reads_in_place(const pnn_problem *p, int64_t element) {
+  return p->input.element == element && (p->input.column == 1 || p->out_width == 1);
 }
 
-/* panel[r][column] = activation(u) - mean[r] of response map k0 + r; the padding is left as it is. */
+/* Makes response map k0 + r in the panel's row r by `kernel`, which reads elements of `element` bytes and writes `cell`
+ * bytes a column; the padding is left as it is. An input of another type or of other strides is loaded first, for a
+ * kernel that reads reals. */
 static void respond(const pnn_response *response, const pnn_columns *columns, int64_t k0, int64_t rows,
-                    pnn_activation activation, const char *mean, char *panel, int64_t ld) {
+                    pnn_respond_fn kernel, int64_t element, int64_t cell, const char *mean, char *panel, int64_t ld) {
   const pnn_problem *p = response->problem;
   const pnn_view *v = &p->input;
   if (!rows) return;
   const int64_t size = p->real_size, channel = k0 / p->masks, width = p->out_width;
   const char *mask = p->noise == PNN_NOISE_NONE ? NULL : response->mask;
   if (mask && !p->shared) mask += (k0 - response->mask_k0) * response->mask_ld * size;
-  const bool in_place = v->element == size && (v->column == 1 || width == 1);
+  const bool in_place = reads_in_place(p, element);
   /* Where the width is 1 its stride says nothing (it is 0): the rows themselves must be neighbours. */
   const bool rows_join = p->out_height == 1 || v->row == (width == 1 ? 1 : width * v->column);
   char *x = panel;
@@ -53,35 +52,66 @@ static void respond(const pnn_response *response, const pnn_columns *columns, in
                            .masks = p->masks,
                            .shared = p->shared};
       if (in_place) {
-        source.x = v->data + (s->image * v->batch + channel * v->channel + row * v->row + from * v->column) * size;
+        source.x = v->data + (s->image * v->batch + channel * v->channel + row * v->row + from * v->column) * element;
         source.ldx = v->channel;
       }
-      p->kernels->respond[activation](panel + column * size, ld, &source, rows, count);
+      kernel(panel + column * cell, ld, &source, rows, count);
     }
   }
 }
 
 void pnn_response_perturbed(const pnn_response *response, const pnn_columns *columns, int64_t k0, int64_t rows, void *u,
                             int64_t ld) {
-  respond(response, columns, k0, rows, PNN_ACTIVATION_IDENTITY, NULL, u, ld);
-  zero_padding(response->problem, columns, rows, u, ld);
+  const pnn_problem *p = response->problem;
+  respond(response, columns, k0, rows, p->kernels->respond[PNN_ACTIVATION_IDENTITY], p->real_size, p->real_size, NULL,
+          u, ld);
+  pnn_columns_pad(columns, rows, u, ld, p->real_size);
 }
 
 void pnn_response_activated(const pnn_response *response, const pnn_columns *columns, int64_t k0, int64_t rows, void *a,
                             int64_t ld) {
-  respond(response, columns, k0, rows, response->problem->activation, NULL, a, ld);
-  zero_padding(response->problem, columns, rows, a, ld);
+  const pnn_problem *p = response->problem;
+  respond(response, columns, k0, rows, p->kernels->respond[p->activation], p->real_size, p->real_size, NULL, a, ld);
+  pnn_columns_pad(columns, rows, a, ld, p->real_size);
+}
+
+static const char *mean_from(const pnn_response *response, int64_t k0) {
+  return response->mean ? (const char *)response->mean + k0 * response->problem->real_size : NULL;
 }
 
 void pnn_response_operand(const pnn_response *response, const pnn_columns *columns, int64_t k0, int64_t rows, void *a,
                           int64_t ld) {
   const pnn_problem *p = response->problem;
-  const char *mean = response->mean;
-  if (mean) mean += k0 * p->real_size;
-  respond(response, columns, k0, rows, p->activation, mean, a, ld);
-  zero_padding(p, columns, rows, a, ld);
-  if ((p->product_type == PNN_BFLOAT16 && !p->pairs) || p->product_type == PNN_FLOAT16)
-    p->kernels->round16(p->product_type, a, ld, rows, columns->padded);
+  respond(response, columns, k0, rows, p->kernels->respond[p->activation], p->real_size, p->real_size,
+          mean_from(response, k0), a, ld);
+  pnn_columns_pad(columns, rows, a, ld, p->real_size);
+  if (p->rounded && !p->pairs) p->kernels->round16(p->product_type, a, ld, rows, columns->padded);
+}
+
+void pnn_response_map_pairs(const pnn_response *response, const pnn_columns *columns, int64_t k0, int64_t rows,
+                            void *pairs, void *panel, int64_t ld) {
+  const pnn_problem *p = response->problem;
+  if (!reads_in_place(p, p->native)) {
+    pnn_response_operand(response, columns, k0, rows, panel, ld);
+    p->kernels->pair_rows(pairs, panel, ld, rows, columns->padded);
+    return;
+  }
+  respond(response, columns, k0, rows, p->kernels->respond_pairs[p->activation], p->native, 4, mean_from(response, k0),
+          pairs, ld);
+  pnn_columns_pad(columns, (rows + 1) / 2, pairs, ld, 4);
+}
+
+void pnn_response_column_pairs(const pnn_response *response, const pnn_columns *columns, int64_t k0, int64_t rows,
+                               void *pairs, void *panel, int64_t ld) {
+  const pnn_problem *p = response->problem;
+  if (!reads_in_place(p, p->native)) {
+    pnn_response_operand(response, columns, k0, rows, panel, ld);
+    p->kernels->pair_columns(pairs, ld / 2, panel, ld, rows, columns->padded);
+    return;
+  }
+  respond(response, columns, k0, rows, p->kernels->respond_bfloat16[p->activation], p->native, p->native,
+          mean_from(response, k0), pairs, ld);
+  pnn_columns_pad(columns, rows, pairs, ld, p->native);
 }
 
 bool pnn_response_source(const pnn_response *response, const pnn_columns *columns, int64_t k0, int64_t column,
@@ -101,7 +131,7 @@ bool pnn_response_source(const pnn_response *response, const pnn_columns *column
                          .ldx = p->input.channel,
                          .mask = mask,
                          .ldm = response->mask_ld,
-                         .mean = response->mean ? (const char *)response->mean + k0 * size : NULL,
+                         .mean = mean_from(response, k0),
                          .k0 = k0,
                          .masks = p->masks,
                          .shared = p->shared};
@@ -112,7 +142,7 @@ pnn_source pnn_source_at(const pnn_problem *problem, const pnn_source *source, i
   const int64_t size = problem->real_size, channel = source->k0 / source->masks;
   pnn_source at = *source;
   at.k0 += rows;
-  at.x = (const char *)at.x + (at.k0 / at.masks - channel) * at.ldx * size;
+  at.x = (const char *)at.x + (at.k0 / at.masks - channel) * at.ldx * problem->native;
   if (at.mask && !at.shared) at.mask = (const char *)at.mask + rows * at.ldm * size;
   if (at.mean) at.mean = (const char *)at.mean + rows * size;
   return at;

@@ -58,7 +58,7 @@ static void scale_item(void *job_, int32_t worker, int64_t item) {
   const scale_job *job = job_;
   const pnn_problem *problem = job->problem;
   const int64_t columns = problem->group_maps, end = PNN_MIN((item + 1) * SCALE_OUTPUTS, problem->outputs);
-  const bool narrow = problem->product_type == PNN_BFLOAT16 || problem->product_type == PNN_FLOAT16;
+  const bool narrow = problem->rounded;
   for (int64_t t = item * SCALE_OUTPUTS; t < end; t++) {
     const double *s = job->scale + t / problem->group_outputs * columns;
     char *row = (char *)job->weights + t * columns * problem->real_size;

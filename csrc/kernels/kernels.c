@@ -377,102 +377,6 @@ static void dot(int64_t columns, const void *a_, int64_t lda, const void *b_, in
   add_tile(sum, rows, width, out, ldo);
 }
 
-/* ---- bfloat16 dot products ---- */
-
-#if defined(PNN_ISA_AVX512) && defined(PNN_REAL_F32)
-#define HAVE_PAIRS 1
-#define PAIRS_TARGET __attribute__((target("avx512bf16")))
-
-/* VDPBF16PS adds two products to a float, rounding to nearest, with denormals as zero. */
-PAIRS_TARGET static void product_pairs(int64_t depth, const void *a_, const void *b_, int64_t ldb, void *c_,
-                                       int64_t ldc, const void *start_, pnn_ahead *ahead) {
-  const int32_t *restrict a = a_;
-  const int32_t *restrict b = b_;
-  const float *start = start_;
-  float *restrict c = c_;
-  __m512 sum[TILE_ROWS][TILE_VECTORS];
-#pragma GCC unroll 8
-  for (int i = 0; i < TILE_ROWS; i++)
-#pragma GCC unroll 2
-    for (int v = 0; v < TILE_VECTORS; v++)
-      sum[i][v] = start ? _mm512_set1_ps(start[i]) : _mm512_loadu_ps(c + i * ldc + v * VR);
-  for (int64_t left = depth; left > 0; left -= PNN_AHEAD_DEPTH, pnn_ahead_step(ahead))
-    for (int64_t k = 0; k < left && k < PNN_AHEAD_DEPTH; k++, a += TILE_ROWS, b += ldb) {
-      __m512i bv[TILE_VECTORS];
-#pragma GCC unroll 2
-      for (int v = 0; v < TILE_VECTORS; v++) bv[v] = _mm512_loadu_si512(b + v * VR);
-#pragma GCC unroll 8
-      for (int i = 0; i < TILE_ROWS; i++) {
-        const __m512i av = _mm512_set1_epi32(a[i]);
-#pragma GCC unroll 2
-        for (int v = 0; v < TILE_VECTORS; v++) sum[i][v] = _mm512_dpbf16_ps(sum[i][v], (__m512bh)av, (__m512bh)bv[v]);
-      }
-    }
-#pragma GCC unroll 8
-  for (int i = 0; i < TILE_ROWS; i++)
-#pragma GCC unroll 2
-    for (int v = 0; v < TILE_VECTORS; v++) _mm512_storeu_ps(c + i * ldc + v * VR, sum[i][v]);
-}
-
-PAIRS_TARGET static void dot_pairs(int64_t columns, const void *a_, int64_t lda, const void *b_, int64_t ldb,
-                                   int64_t rows, int64_t width, void *out, int64_t ldo, const pnn_ahead_run *ahead) {
-  const int32_t *restrict a = a_;
-  const int32_t *restrict b = b_;
-  __m512 sum[DOT_ROWS][DOT_COLUMNS];
-#pragma GCC unroll 4
-  for (int i = 0; i < DOT_ROWS; i++)
-#pragma GCC unroll 4
-    for (int j = 0; j < DOT_COLUMNS; j++) sum[i][j] = _mm512_setzero_ps();
-  const char *line = ahead->data;
-  const int64_t line_step = ahead->step;
-  for (int64_t p = 0; p < columns; p += VR) {
-    __builtin_prefetch(line, 0, 2);
-    line += line_step;
-    __m512i bv[DOT_COLUMNS];
-#pragma GCC unroll 4
-    for (int j = 0; j < DOT_COLUMNS; j++) bv[j] = _mm512_loadu_si512(b + j * ldb + p);
-#pragma GCC unroll 4
-    for (int i = 0; i < DOT_ROWS; i++) {
-      const __m512i av = _mm512_loadu_si512(a + i * lda + p);
-#pragma GCC unroll 4
-      for (int j = 0; j < DOT_COLUMNS; j++) sum[i][j] = _mm512_dpbf16_ps(sum[i][j], (__m512bh)av, (__m512bh)bv[j]);
-    }
-  }
-  vr lanes[DOT_ROWS * DOT_COLUMNS][LANE_VECTORS];
-  memcpy(lanes, sum, sizeof lanes);
-  add_tile(lanes, rows, width, out, ldo);
-}
-
-/* (bfloat16(low), bfloat16(high)) in each lane, to nearest even; denormals become 0, as in the products. */
-PAIRS_TARGET static inline __m512i pairs_of(__m512 low, __m512 high) {
-  /* Both halves one after the other, then lane by lane. */
-  const __m512i order = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6, 21,
-                                         5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
-  return _mm512_permutexvar_epi16(order, (__m512i)_mm512_cvtne2ps_pbh(high, low));
-}
-
-PAIRS_TARGET static void pair_rows(void *dst_, const void *a_, int64_t ld, int64_t rows, int64_t columns) {
-  uint32_t *dst = dst_;
-  const real *a = a_;
-  for (int64_t r = 0; r < rows; r += 2, a += 2 * ld, dst += ld)
-    for (int64_t j = 0; j < columns; j += VR) {
-      const __m512 high = r + 1 < rows ? _mm512_loadu_ps(a + ld + j) : _mm512_setzero_ps();
-      _mm512_storeu_si512(dst + j, pairs_of(_mm512_loadu_ps(a + j), high));
-    }
-}
-
-PAIRS_TARGET static void pair_columns(void *dst_, int64_t ldd, const void *a_, int64_t lda, int64_t rows,
-                                      int64_t columns) {
-  for (int64_t r = 0; r < rows; r++) {
-    uint32_t *dst = (uint32_t *)dst_ + r * ldd;
-    const real *a = (const real *)a_ + r * lda;
-    for (int64_t j = 0; j < columns; j += 2 * VR)
-      _mm512_storeu_si512(dst + j / 2,
-                          (__m512i)_mm512_cvtne2ps_pbh(_mm512_loadu_ps(a + j + VR), _mm512_loadu_ps(a + j)));
-  }
-}
-#endif
-
 static void sum_rows(int64_t columns, const void *a_, int64_t lda, int64_t rows, void *out_) {
   real *out = out_;
   for (int64_t r = 0; r < rows; r++) {
@@ -486,6 +390,14 @@ static void sum_rows(int64_t columns, const void *a_, int64_t lda, int64_t rows,
 }
 
 /* ---- element by element ---- */
+
+#if defined(PNN_REAL_F32)
+#define PNN_ACTIVATE(name) pnn_##name##_f32
+#define PNN_ACTIVATE_GRAD(name) pnn_##name##_grad_f32
+#else
+#define PNN_ACTIVATE(name) pnn_##name##_f64
+#define PNN_ACTIVATE_GRAD(name) pnn_##name##_grad_f64
+#endif
 
 /* min(n, VR) reals. */
 static inline vr load_some(const real *p, int64_t n) { return n >= VR ? vr_load(p) : vr_load_part(p, n); }
@@ -565,13 +477,6 @@ static inline void store_some(real *p, vr v, int64_t n) {
       }                                                                                                                \
     }                                                                                                                  \
   }
-#if defined(PNN_REAL_F32)
-#define PNN_ACTIVATE(name) pnn_##name##_f32
-#define PNN_ACTIVATE_GRAD(name) pnn_##name##_grad_f32
-#else
-#define PNN_ACTIVATE(name) pnn_##name##_f64
-#define PNN_ACTIVATE_GRAD(name) pnn_##name##_grad_f64
-#endif
 PNN_ACTIVATION_LIST(DEFINE_ACTIVATION)
 
 /* `product` whose panel is made on the way. */
@@ -1097,6 +1002,10 @@ static void recipe_fill(void *dst, int64_t ld, const pnn_recipe *recipe, double 
     recipe_uniform(dst, ld, recipe, (real)level, k0, rows, i, j, s, columns);
 }
 
+#if defined(PNN_ISA_AVX512) && defined(PNN_REAL_F32)
+#include "pairs.h"
+#endif
+
 /* ---- the table ---- */
 
 #define RESPOND_ROWS_ENTRY(suffix, name) [PNN_ACTIVATION_##suffix] = respond_rows_##name,
@@ -1144,6 +1053,12 @@ const pnn_kernels PNN_KERNEL_NAME(pnn_kernels) = {
     .dot_pairs = dot_pairs,
     .pair_rows = pair_rows,
     .pair_columns = pair_columns,
+    .pair_bfloat16 = pair_bfloat16,
+    .sum_bfloat16 = sum_bfloat16,
+    .respond_pairs = {PNN_ACTIVATION_LIST(RESPOND_PAIRS_ENTRY)},
+    .respond_bfloat16 = {PNN_ACTIVATION_LIST(RESPOND_BFLOAT16_ENTRY)},
+    .respond_product_pairs = {CHEAP_ACTIVATIONS(RESPOND_PRODUCT_PAIRS_ENTRY)},
+    .product_pairs_respond_grad = {CHEAP_ACTIVATIONS(PRODUCT_PAIRS_RESPOND_GRAD_ENTRY)},
 #endif
     .product_rows = product_rows,
     .pack_gradient = pack_gradient,

@@ -28,6 +28,10 @@ typedef void (*pnn_load_fn)(void *dst, int64_t ld, const void *src, int64_t rows
 typedef void (*pnn_store_fn)(void *dst, int64_t row_stride, int64_t column_stride, const void *src, int64_t ld,
                              int64_t rows, int64_t columns);
 
+/* Makes response maps in a panel: see respond. */
+typedef struct pnn_source pnn_source;
+typedef void (*pnn_respond_fn)(void *a, int64_t lda, const pnn_source *source, int64_t rows, int64_t columns);
+
 /* What a mask recipe needs to compute any of its values. */
 typedef struct pnn_recipe {
   pnn_noise noise;
@@ -41,13 +45,13 @@ typedef struct pnn_norm_terms {
 
 /* Where the response maps k0, k0 + 1, ... come from: u[r][j] = x[r'][j] + mask[r''][j], where r' = (k0 + r)/masks -
  * k0/masks counts channels, and r'' is r, or (k0 + r) mod masks where the masks are shared. mask NULL: nothing is
- * added; mean NULL: nothing is subtracted, else mean[r]. */
-typedef struct pnn_source {
+ * added; mean NULL: nothing is subtracted, else mean[r]. x holds reals, for the kernels on pairs bfloat16. */
+struct pnn_source {
   const void *x, *mask, *mean;
   int64_t ldx, ldm;
   int64_t k0, masks;
   int32_t shared;
-} pnn_source;
+};
 
 typedef enum pnn_product_mode { PNN_PRODUCT_START, PNN_PRODUCT_CONTINUE, PNN_PRODUCT_ADD } pnn_product_mode;
 
@@ -80,7 +84,7 @@ typedef struct pnn_kernels {
 
   /* a[r][j] = activation(u[r][j]) - mean[r] for `columns` columns. The input itself may stand for x. a may be x if
    * masks is 1. `respond[IDENTITY]` only perturbs. */
-  void (*respond[PNN_ACTIVATION_COUNT])(void *a, int64_t lda, const pnn_source *source, int64_t rows, int64_t columns);
+  pnn_respond_fn respond[PNN_ACTIVATION_COUNT];
   /* `product` with b as an output: the first tile of outputs makes the tile_columns columns of the panel as it goes, so
    * that the prologue runs beside the products. NULL where an activation takes more registers than the sums leave;
    * never for the identity. */
@@ -136,9 +140,11 @@ typedef struct pnn_kernels {
   /* ---- bfloat16 dot products; NULL where the instruction set has none (pnn_kernels_pairs) ---- */
 
   /* A pair is two bfloat16 values in 32 bits, the even one low. `product` and `dot` on pairs: the same tiles and
-   * layouts with `depth` and `columns` in pairs; A is packed [depth][tile_rows] pairs along the depth. */
+   * layouts with `depth` and `columns` in pairs; A is packed [depth][tile_rows] pairs along the depth. out not NULL:
+   * the sums are rounded to bfloat16 and stored there, [tile_rows][ldo], instead of to c, which is read only where
+   * start is NULL. */
   void (*product_pairs)(int64_t depth, const void *a, const void *b, int64_t ldb, void *c, int64_t ldc,
-                        const void *start, pnn_ahead *ahead);
+                        const void *start, void *out, int64_t ldo, pnn_ahead *ahead);
   void (*dot_pairs)(int64_t columns, const void *a, int64_t lda, const void *b, int64_t ldb, int64_t rows,
                     int64_t width, void *out, int64_t ldo, const pnn_ahead_run *ahead);
   /* dst[r/2][j] = (a[r][j], a[r+1][j]) rounded to bfloat16; behind an odd last row stands 0. columns: a multiple of
@@ -146,6 +152,22 @@ typedef struct pnn_kernels {
   void (*pair_rows)(void *dst, const void *a, int64_t ld, int64_t rows, int64_t columns);
   /* dst[r][j/2] = (a[r][j], a[r][j+1]); ldd in pairs; columns: a multiple of 2 * PNN_LANES. */
   void (*pair_columns)(void *dst, int64_t ldd, const void *a, int64_t lda, int64_t rows, int64_t columns);
+  /* pair_rows of a bfloat16 tensor's rows, for any number of columns. */
+  void (*pair_bfloat16)(void *dst, int64_t ld, const void *src, int64_t row_stride, int64_t rows, int64_t columns);
+  /* `sum` of rows of bfloat16 values. */
+  void (*sum_bfloat16)(int64_t columns, const void *a, int64_t lda, int64_t rows, void *out);
+  /* `respond` from a bfloat16 x to pairs of neighbouring maps, a[r/2][j] = (map r, map r+1), behind an odd last map 0;
+   * and to bfloat16 values a[r][j], pairs of neighbouring columns. Rounded once, as by pair_rows. */
+  pnn_respond_fn respond_pairs[PNN_ACTIVATION_COUNT];
+  pnn_respond_fn respond_bfloat16[PNN_ACTIVATION_COUNT];
+  /* respond_product on pairs, with a bfloat16 x; the depth is counted in maps. NULL as there. */
+  void (*respond_product_pairs[PNN_ACTIVATION_COUNT])(int64_t maps, const void *a, void *b, int64_t ldb, void *c,
+                                                      int64_t ldc, const void *start, void *out, int64_t ldo,
+                                                      const pnn_source *source, pnn_ahead *ahead);
+  /* product_respond_grad on pairs, x and dx bfloat16, without normalisation's terms and with the panel made before. */
+  void (*product_pairs_respond_grad[PNN_ACTIVATION_COUNT])(int64_t depth, const void *a, const void *b, int64_t ldb,
+                                                           void *dx, int64_t ldo, int64_t rows,
+                                                           const pnn_source *source, pnn_ahead *ahead);
 
   /* ---- panels whose rows are pixels, [pixels][ld], for channels-last tensors ---- */
 
