@@ -16,15 +16,16 @@ bool pnn_rows_fit(const pnn_problem *problem, const pnn_view *a, const pnn_view 
   if (problem->masks != 1 || problem->channels < 2 || problem->outputs < 2 ||
       problem->product_type != problem->params->input.dtype)
     return false;
+  if (problem->pairs && (problem->group_maps % 2 || problem->group_outputs % 2)) return false; /* none is cut in two */
   for (int i = 0; i < 3; i++)
-    if (views[i] && views[i]->data && (views[i]->channel != 1 || views[i]->element != problem->real_size)) return false;
+    if (views[i] && views[i]->data && (views[i]->channel != 1 || views[i]->element != problem->native)) return false;
   return true;
 }
 
-/* A panel's row holds `maps` reals, readable to a whole tile and written to whole PNN_LANES; the odd number of cache
- * lines keeps its rows apart. */
-static int64_t row_length(const pnn_problem *p, int64_t maps) {
-  const int64_t tile = p->kernels->tile_columns, line = 64 / p->real_size;
+/* A panel's row holds `maps` elements of `size` bytes, readable to a whole tile and written to whole PNN_LANES; the odd
+ * number of cache lines keeps its rows apart. */
+static int64_t row_length(const pnn_problem *p, int64_t maps, int64_t size) {
+  const int64_t tile = p->kernels->tile_columns, line = 64 / size;
   const int64_t tiles = (maps + tile - 1) / tile * tile, lanes = (maps + PNN_LANES - 1) / PNN_LANES * PNN_LANES;
   const int64_t lines = (PNN_MAX(tiles, lanes) + line - 1) / line;
   return (lines | 1) * line;
@@ -111,27 +112,30 @@ static input_run input_run_next(const pnn_problem *p, const row_masks *m, int64_
   const char *mask = m->ld ? m->panel + (p->shared ? 0 : k0 - mask_k0) * size : NULL;
   if (p->pixels == 1) { /* one mask row serves all images */
     *segment = columns->segments;
-    return (input_run){0, columns->columns, v->data + (s->image * v->batch + k0) * size, mask, 0};
+    return (input_run){0, columns->columns, v->data + (s->image * v->batch + k0) * p->native, mask, 0};
   }
   const bool rows_join = p->out_height == 1 || v->row == width * step;
   const int64_t pixel = s->pixel + *done, row = pixel / width, from = pixel % width;
   input_run run = {.column = s->column + *done, .mask_step = m->ld};
   run.columns = rows_join ? s->columns - *done : PNN_MIN(width - from, s->columns - *done);
-  run.x = v->data + (s->image * v->batch + k0 + row * v->row + from * v->column) * size;
+  run.x = v->data + (s->image * v->batch + k0 + row * v->row + from * v->column) * p->native;
   if (mask) run.mask = mask + (pixel - columns->range->pixel) * m->ld * size;
   *done += run.columns;
   if (*done == s->columns) *done = 0, ++*segment;
   return run;
 }
 
-/* panel[column][r] = activation(u) of response map k0 + r, minus its mean where there is one ([K] reals). */
+/* panel[column][r] = activation(u) of response map k0 + r, minus its mean where there is one ([K] reals); reals, or
+ * with pairs bfloat16. */
 static void respond(const pnn_problem *p, const row_masks *m, int64_t mask_k0, const pnn_columns *columns, int64_t k0,
                     int64_t maps, const void *mean, char *panel, int64_t ld) {
   const char *from = mean ? (const char *)mean + k0 * p->real_size : NULL;
+  const pnn_respond_rows_fn kernel =
+      (p->pairs ? p->kernels->respond_rows_bfloat16 : p->kernels->respond_rows)[p->activation];
   for (int64_t segment = 0, done = 0; segment < columns->segments;) {
     const input_run run = input_run_next(p, m, mask_k0, columns, k0, &segment, &done);
-    p->kernels->respond_rows[p->activation](panel + run.column * ld * p->real_size, ld, run.x, pixel_step(p, &p->input),
-                                            run.mask, run.mask_step, from, run.columns, maps, p->shared);
+    kernel(panel + run.column * ld * p->native, ld, run.x, pixel_step(p, &p->input), run.mask, run.mask_step, from,
+           run.columns, maps, p->shared);
   }
 }
 
@@ -149,8 +153,8 @@ typedef struct forward_scratch {
 
 static forward_scratch forward_take(const pnn_forward_state *f, pnn_arena *arena) {
   const pnn_problem *p = f->problem;
-  forward_scratch s = {.ld = row_length(p, f->block)};
-  s.panel = pnn_arena_take(arena, s.ld * f->width, p->real_size);
+  forward_scratch s = {.ld = row_length(p, f->block, p->native)};
+  s.panel = pnn_arena_take(arena, s.ld * f->width, p->native);
   s.masks = masks_take(p, p->group_maps, f->deal.pixels, arena);
   return s;
 }
@@ -163,7 +167,7 @@ void pnn_rows_forward_item(void *state, int32_t worker, int64_t item) {
   const pnn_forward_state *f = state;
   const pnn_problem *p = f->problem;
   const pnn_kernels *kernels = p->kernels;
-  const int64_t pieces = f->deal.ranges * f->deal.cuts, group = item / pieces, size = p->real_size;
+  const int64_t pieces = f->deal.ranges * f->deal.cuts, group = item / pieces;
   const int64_t k_first = group * p->group_maps, tile = kernels->tile_columns;
   pnn_range range;
   int64_t column, end;
@@ -182,7 +186,7 @@ void pnn_rows_forward_item(void *state, int32_t worker, int64_t item) {
     pnn_ahead_add(p, &ahead, &range, next, ahead_count, &p->input, group * p->group_channels, p->group_channels, false);
     pnn_ahead_add(p, &ahead, &range, next, ahead_count, &p->output, group * p->group_outputs, p->group_outputs, true);
     pnn_ahead_spread(&ahead, f->packing.block_tiles * (columns.columns / kernels->tile_rows + 1) *
-                                 (p->group_maps / PNN_AHEAD_DEPTH + 1));
+                                 (p->group_maps / (p->pairs ? 2 : 1) / PNN_AHEAD_DEPTH + 1));
     for (int64_t k = 0; k < p->group_maps || k == 0; k += PNN_MAX(f->block, 1)) {
       const int64_t depth = PNN_MIN(f->block, p->group_maps - k);
       int64_t made = 0; /* pixels of the panel, a few ahead of the first tile of outputs, which finds them in cache */
@@ -195,13 +199,20 @@ void pnn_rows_forward_item(void *state, int32_t worker, int64_t item) {
             if (made < PNN_MIN(runs[r].column + i + kernels->tile_rows, columns.columns)) {
               pnn_columns part;
               pnn_columns_part(&part, &columns, column, made, PNN_MIN(made + ROWS_MADE, columns.columns));
-              respond(p, &s.masks, k_first, &part, k_first + k, depth, f->mean, s.panel + made * s.ld * size, s.ld);
+              respond(p, &s.masks, k_first, &part, k_first + k, depth, f->mean, s.panel + made * s.ld * p->native,
+                      s.ld);
               made += part.columns;
             }
-            kernels->product_rows(k ? PNN_PRODUCT_CONTINUE : PNN_PRODUCT_START,
-                                  PNN_MIN(kernels->tile_rows, runs[r].columns - i), PNN_MIN(tile, p->group_outputs - t),
-                                  depth, s.panel + (runs[r].column + i) * s.ld * size, s.ld, 1, b, tile,
-                                  p->output.data + offset * size, step, start, &ahead);
+            const int64_t pixels = PNN_MIN(kernels->tile_rows, runs[r].columns - i);
+            const int64_t outputs = PNN_MIN(tile, p->group_outputs - t);
+            const char *a = s.panel + (runs[r].column + i) * s.ld * p->native;
+            char *c = p->output.data + offset * p->native;
+            if (p->pairs)
+              kernels->product_rows_pairs(PNN_PRODUCT_START, pixels, outputs, depth / 2, a, s.ld, 1, b, tile, c, step,
+                                          start, true, &ahead);
+            else
+              kernels->product_rows(k ? PNN_PRODUCT_CONTINUE : PNN_PRODUCT_START, pixels, outputs, depth, a, s.ld, 1, b,
+                                    tile, c, step, start, &ahead);
           }
       }
     }
@@ -212,19 +223,28 @@ void pnn_rows_forward_item(void *state, int32_t worker, int64_t item) {
 
 #define GRADIENT_TILES 2 /* side by side, so that a pixel's cache line is read once */
 
+#define ROWS_PAIRED 32 /* pixels whose response maps are made at a time, then paired; even */
+
 typedef struct sums_scratch {
-  char *maps, *outputs, *totals;
-  int64_t ld;
+  char *maps, *outputs, *totals; /* maps and outputs: reals, or with pairs those of two neighbouring pixels */
+  char *some_maps, *gradient;    /* with pairs: what is paired, as bfloat16 */
+  int64_t ld, some_ld;
   row_masks masks;
 } sums_scratch;
 
 static sums_scratch sums_take(const pnn_sums *s, pnn_arena *arena) {
   const pnn_problem *p = s->problem;
-  sums_scratch t = {.ld = row_length(p, s->block)};
-  t.outputs = pnn_arena_take(arena, GRADIENT_TILES * p->kernels->tile_rows * PNN_CHUNK, p->real_size);
+  sums_scratch t = {.ld = row_length(p, s->block, p->real_size)};
+  const int64_t columns = p->pairs ? PNN_CHUNK / 2 : PNN_CHUNK;
+  if (p->pairs) t.gradient = pnn_arena_take(arena, GRADIENT_TILES * p->kernels->tile_rows * PNN_CHUNK, p->native);
+  t.outputs = pnn_arena_take(arena, GRADIENT_TILES * p->kernels->tile_rows * columns, p->real_size);
   t.totals = pnn_arena_take(arena, p->kernels->tile_rows, p->real_size);
   if (!s->products) return t;
-  t.maps = pnn_arena_take(arena, t.ld * PNN_CHUNK, p->real_size);
+  t.maps = pnn_arena_take(arena, t.ld * columns, p->real_size);
+  if (p->pairs) {
+    t.some_ld = row_length(p, s->block, p->native);
+    t.some_maps = pnn_arena_take(arena, t.some_ld * ROWS_PAIRED, p->native);
+  }
   t.masks = masks_take(p, s->block, s->chunks.pixels, arena);
   return t;
 }
@@ -239,6 +259,31 @@ static void gradient_tiles(const pnn_problem *p, const pixel_run *runs, int64_t 
   for (int64_t r = 0; r < count; r++)
     p->kernels->pack_gradient(dst + runs[r].column * tile * size, PNN_CHUNK * tile,
                               g->data + (runs[r].offset + t) * size, pixel_step(p, g), runs[r].columns, rows);
+}
+
+/* The same for all outputs of the tiles side by side, with pairs: dst[column/2][outputs] of pairs, made of
+ * copy[column][outputs]. */
+static void gradient_pairs(const pnn_problem *p, const pixel_run *runs, int64_t count, int64_t columns, int64_t t,
+                           int64_t rows, char *copy, char *dst) {
+  const int64_t ld = GRADIENT_TILES * p->kernels->tile_rows, step = pixel_step(p, &p->grad_output);
+  for (int64_t r = 0; r < count; r++)
+    for (int64_t i = 0; i < runs[r].columns; i++)
+      memcpy(copy + (runs[r].column + i) * ld * p->native,
+             p->grad_output.data + (runs[r].offset + i * step + t) * p->native, (size_t)(rows * p->native));
+  p->kernels->pair_bfloat16(dst, ld, copy, ld, columns, rows);
+}
+
+/* The response maps of two neighbouring pixels as pairs, [column/2][ld]. */
+static void respond_pairs(const pnn_sums *s, const pnn_sums_place *at, const sums_scratch *t,
+                          const pnn_columns *columns, int64_t first) {
+  const pnn_problem *p = s->problem;
+  for (int64_t column = 0; column < columns->columns; column += ROWS_PAIRED) {
+    pnn_columns part;
+    pnn_columns_part(&part, columns, first, column, PNN_MIN(column + ROWS_PAIRED, columns->columns));
+    respond(p, &t->masks, at->k0, &part, at->k0, at->maps, s->mean, t->some_maps, t->some_ld);
+    p->kernels->pair_bfloat16(t->maps + column / 2 * t->ld * p->real_size, t->ld, t->some_maps, t->some_ld,
+                              part.columns, at->maps);
+  }
 }
 
 /* One part's chunks. `made` remembers whose masks the scratch holds; its pixel is -1 at first. */
@@ -259,26 +304,42 @@ static void sums_part(const pnn_sums *s, const pnn_sums_place at, const sums_scr
       if (at.maps) masks_make(p, &t.masks, at.k0, at.maps, made);
     }
     pnn_columns_set(&columns, made, first, count);
-    if (at.maps) {
+    if (at.maps && p->pairs)
+      respond_pairs(s, &at, &t, &columns, first);
+    else if (at.maps)
       respond(p, &t.masks, at.k0, &columns, at.k0, at.maps, s->mean, t.maps, t.ld);
-    }
     const int64_t run_count = pixel_runs(p, &columns, &p->grad_output, runs);
-    const int64_t packed = GRADIENT_TILES * tile;
+    const int64_t packed = GRADIENT_TILES * tile, depth = p->pairs ? (count + 1) / 2 : count;
     pnn_ahead ahead = {.streams = 0};
     for (int64_t o = at.first; o < at.end; o += tile) {
       const int64_t rows = PNN_MIN(tile, at.end - o), number = (o - at.first) / tile % GRADIENT_TILES;
-      const char *outputs = t.outputs + number * PNN_CHUNK * tile * size;
+      const char *outputs = t.outputs + number * (p->pairs ? 1 : PNN_CHUNK) * tile * size;
       if (number == 0) {
-        gradient_tiles(p, runs, run_count, o, PNN_MIN(packed, at.end - o), t.outputs);
+        const int64_t side_by_side = PNN_MIN(packed, at.end - o);
+        if (p->pairs)
+          gradient_pairs(p, runs, run_count, count, o, side_by_side, t.gradient, t.outputs);
+        else
+          gradient_tiles(p, runs, run_count, o, side_by_side, t.outputs);
         ahead = pnn_sums_ahead(s, &at, chunk, end, o, packed);
         pnn_ahead_spread(&ahead,
-                         GRADIENT_TILES * (at.maps / kernels->tile_columns + 1) * (count / PNN_AHEAD_DEPTH + 1));
+                         GRADIENT_TILES * (at.maps / kernels->tile_columns + 1) * (depth / PNN_AHEAD_DEPTH + 1));
       }
-      for (int64_t j = 0; j < at.maps; j += kernels->tile_columns)
-        kernels->product_rows(PNN_PRODUCT_ADD, rows, PNN_MIN(kernels->tile_columns, at.maps - j), count, outputs, 1,
-                              tile, t.maps + j * size, t.ld, at.products + (o * p->group_maps + at.k + j) * size,
-                              p->group_maps, NULL, &ahead);
+      for (int64_t j = 0; j < at.maps; j += kernels->tile_columns) {
+        const int64_t maps = PNN_MIN(kernels->tile_columns, at.maps - j);
+        char *into = at.products + (o * p->group_maps + at.k + j) * size;
+        if (p->pairs)
+          kernels->product_rows_pairs(PNN_PRODUCT_ADD, rows, maps, depth, outputs, 2, packed, t.maps + j * size, t.ld,
+                                      into, p->group_maps, NULL, false, &ahead);
+        else
+          kernels->product_rows(PNN_PRODUCT_ADD, rows, maps, depth, outputs, 1, tile, t.maps + j * size, t.ld, into,
+                                p->group_maps, NULL, &ahead);
+      }
       if (!at.totals) continue;
+      if (p->pairs) {
+        kernels->sum_columns_bfloat16(count, t.gradient + number * tile * p->native, packed, rows,
+                                      at.totals + o * size);
+        continue;
+      }
       memset(t.totals, 0, (size_t)(tile * size));
       kernels->sum_columns(count, outputs, t.totals);
       kernels->accumulate(at.totals + o * size, t.totals, rows);
@@ -304,7 +365,7 @@ typedef struct inputs_scratch {
 
 static inputs_scratch inputs_take(const pnn_inputs *in, pnn_arena *arena) {
   const pnn_problem *p = in->problem;
-  inputs_scratch s = {.ld = row_length(p, in->block)};
+  inputs_scratch s = {.ld = row_length(p, in->block, p->real_size)};
   s.d = pnn_arena_take(arena, s.ld * in->width, p->real_size);
   s.masks = masks_take(p, p->group_maps, in->deal.pixels, arena);
   return s;
@@ -317,6 +378,8 @@ static void inputs_epilogue(const pnn_inputs *in, const inputs_scratch *s, const
                             const pixel_run *out, int64_t mask_k0, int64_t k0, int64_t maps) {
   const pnn_problem *p = in->problem;
   const pnn_norm_terms norm = pnn_inputs_norm_terms(in, k0);
+  const pnn_respond_grad_rows_fn kernel =
+      (p->pairs ? p->kernels->respond_grad_rows_bfloat16 : p->kernels->respond_grad_rows)[p->activation];
   const int64_t size = p->real_size, x_step = pixel_step(p, &p->input), out_step = pixel_step(p, &p->grad_input);
   input_run run = {.columns = 0};
   int64_t segment = 0, next = 0;
@@ -326,11 +389,10 @@ static void inputs_epilogue(const pnn_inputs *in, const inputs_scratch *s, const
       if (column == run.column + run.columns) run = input_run_next(p, &s->masks, mask_k0, columns, k0, &segment, &next);
       const int64_t into = column - run.column;
       count = PNN_MIN(out[r].columns - i, run.columns - into);
-      char *dx = p->grad_input.data + (out[r].offset + i * out_step + k0) * size;
-      p->kernels->respond_grad_rows[p->activation](dx, out_step, s->d + column * s->ld * size, s->ld,
-                                                   run.x + into * x_step * size, x_step,
-                                                   run.mask ? run.mask + into * run.mask_step * size : NULL,
-                                                   run.mask_step, in->affine ? &norm : NULL, count, maps, p->shared);
+      char *dx = p->grad_input.data + (out[r].offset + i * out_step + k0) * p->native;
+      kernel(dx, out_step, s->d + column * s->ld * size, s->ld, run.x + into * x_step * p->native, x_step,
+             run.mask ? run.mask + into * run.mask_step * size : NULL, run.mask_step, in->affine ? &norm : NULL, count,
+             maps, p->shared);
     }
 }
 
@@ -361,7 +423,7 @@ void pnn_rows_inputs_item(void *inputs, int32_t worker, int64_t item) {
     pnn_ahead_add(p, &ahead, &range, next, count, &p->grad_output, group * p->group_outputs, p->group_outputs, false);
     pnn_ahead_add(p, &ahead, &range, next, count, &p->input, group * p->group_channels, p->group_channels, false);
     pnn_ahead_spread(&ahead, in->packing.blocks * in->packing.block_tiles * (columns.columns / kernels->tile_rows + 1) *
-                                 (p->group_outputs / PNN_AHEAD_DEPTH + 1));
+                                 (p->group_outputs / (p->pairs ? 2 : 1) / PNN_AHEAD_DEPTH + 1));
     for (int64_t block = 0; block < in->packing.blocks; block++) {
       const int64_t k = block * in->block, k0 = k_first + k, maps = PNN_MIN(in->block, p->group_maps - k);
       for (int64_t j = 0; j < maps; j += tile) {
@@ -369,10 +431,15 @@ void pnn_rows_inputs_item(void *inputs, int32_t worker, int64_t item) {
         for (int64_t r = 0; r < gradients; r++)
           for (int64_t i = 0; i < gradient[r].columns; i += kernels->tile_rows) {
             const int64_t offset = gradient[r].offset + i * gradient_step + group * p->group_outputs;
-            kernels->product_rows(PNN_PRODUCT_START, PNN_MIN(kernels->tile_rows, gradient[r].columns - i),
-                                  PNN_MIN(tile, maps - j), p->group_outputs, p->grad_output.data + offset * size,
-                                  gradient_step, 1, b, tile, s.d + ((gradient[r].column + i) * s.ld + j) * size, s.ld,
-                                  NULL, &ahead);
+            const int64_t pixels = PNN_MIN(kernels->tile_rows, gradient[r].columns - i);
+            const char *a = p->grad_output.data + offset * p->native;
+            char *d = s.d + ((gradient[r].column + i) * s.ld + j) * size;
+            if (p->pairs)
+              kernels->product_rows_pairs(PNN_PRODUCT_START, pixels, PNN_MIN(tile, maps - j), p->group_outputs / 2, a,
+                                          gradient_step, 1, b, tile, d, s.ld, NULL, false, &ahead);
+            else
+              kernels->product_rows(PNN_PRODUCT_START, pixels, PNN_MIN(tile, maps - j), p->group_outputs, a,
+                                    gradient_step, 1, b, tile, d, s.ld, NULL, &ahead);
           }
       }
       inputs_epilogue(in, &s, &columns, outs, out, k_first, k0, maps);
@@ -389,7 +456,7 @@ typedef struct moments_scratch {
 } moments_scratch;
 
 static moments_scratch moments_take(const pnn_problem *p, const pnn_moments_plan *plan, pnn_arena *arena) {
-  moments_scratch s = {.ld = row_length(p, plan->block)};
+  moments_scratch s = {.ld = row_length(p, plan->block, p->real_size)};
   s.panel = pnn_arena_take(arena, s.ld * PNN_CHUNK, p->real_size);
   s.masks = masks_take(p, plan->block, plan->chunks.pixels, arena);
   return s;

@@ -203,7 +203,8 @@ static void start_values(const pnn_problem *problem, const pnn_host *host, const
 void pnn_forward_pass(const pnn_problem *problem, const pnn_host *host, pnn_arena *arena, bool run) {
   const pnn_problem *p = problem;
   const bool rows = pnn_rows_fit(p, &p->output, NULL);
-  pnn_forward_state f = {.problem = p, .block = PNN_MIN(p->group_maps, MAPS)};
+  /* Sums can wait in an output of reals only. */
+  pnn_forward_state f = {.problem = p, .block = rows && p->pairs ? p->group_maps : PNN_MIN(p->group_maps, MAPS)};
   f.width = pnn_panel_columns(p, f.block, PNN_MAX(p->group_outputs, p->group_maps));
   f.packing = pnn_packing_forward(p, rows ? p->kernels->tile_columns : p->kernels->tile_rows);
   /* With many maps a piece's masks would fill the second-level cache for a few pixels. Where the sums can wait in the

@@ -26,7 +26,7 @@ static moments_scratch scratch_take(const pnn_problem *p, const pnn_moments_plan
 
 pnn_moments_plan pnn_moments_prepare(const pnn_problem *problem, const pnn_host *host, pnn_arena *arena) {
   pnn_moments_plan plan = {.chunks = pnn_chunks_make(problem)};
-  plan.rows = pnn_rows_fit(problem, NULL, NULL);
+  plan.rows = !problem->pairs && pnn_rows_fit(problem, NULL, NULL);
   plan.block = PNN_MIN(problem->maps, plan.rows ? ROWS_BLOCK : BLOCK);
   plan.blocks = plan.block ? (problem->maps + plan.block - 1) / plan.block : 0;
   const int64_t workers = pnn_workers(host, plan.blocks * plan.chunks.parts);

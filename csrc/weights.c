@@ -155,15 +155,17 @@ static void packing_item(void *job_, int32_t worker, int64_t item) {
                                     p->depth);
     return;
   }
-  for (int64_t k = 0; k < p->depth; k++)
-    for (int64_t i = 0; i < rows; i++) {
-      const float *from = (const float *)(const void *)job->weights;
-      from += p->transposed ? (t + k) * columns + first + i : (t + first + i) * columns + k;
-      uint32_t bits; /* the values are bfloat16 already: their upper half says it all */
-      memcpy(&bits, from, sizeof bits);
-      const uint16_t half = (uint16_t)(bits >> 16);
-      memcpy(dst + ((k / 2 * p->tile + i) * 2 + k % 2) * 2, &half, sizeof half);
-    }
+  /* The values are bfloat16 already: their upper halves say it all. */
+  const uint32_t *const from = (const uint32_t *)(const void *)job->weights;
+  uint32_t *pairs = (uint32_t *)(void *)dst;
+  for (int64_t k = 0; k < p->depth; k += 2, pairs += p->tile) {
+    const bool two = k + 1 < p->depth;
+    const uint32_t *low = from + (p->transposed ? (t + k) * columns + first : (t + first) * columns + k);
+    const uint32_t *high = two ? low + (p->transposed ? columns : 1) : NULL;
+    const int64_t step = p->transposed ? 1 : columns;
+    for (int64_t i = 0; i < rows; i++)
+      pairs[i] = low[i * step] >> 16 | (two ? high[i * step] & UINT32_C(0xffff0000) : 0);
+  }
 }
 
 void pnn_packing_fill(const pnn_problem *problem, const pnn_host *host, const pnn_packing *packing, const void *weights,

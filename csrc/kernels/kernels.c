@@ -1058,6 +1058,10 @@ const pnn_kernels PNN_KERNEL_NAME(pnn_kernels) = {
     .respond_pairs = {PNN_ACTIVATION_LIST(RESPOND_PAIRS_ENTRY)},
     .respond_bfloat16 = {PNN_ACTIVATION_LIST(RESPOND_BFLOAT16_ENTRY)},
     .respond_product_pairs = {CHEAP_ACTIVATIONS(RESPOND_PRODUCT_PAIRS_ENTRY)},
+    .product_rows_pairs = product_rows_pairs,
+    .respond_rows_bfloat16 = {PNN_ACTIVATION_LIST(RESPOND_ROWS_BFLOAT16_ENTRY)},
+    .respond_grad_rows_bfloat16 = {PNN_ACTIVATION_LIST(RESPOND_GRAD_ROWS_BFLOAT16_ENTRY)},
+    .sum_columns_bfloat16 = sum_columns_bfloat16,
     .product_pairs_respond_grad = {CHEAP_ACTIVATIONS(PRODUCT_PAIRS_RESPOND_GRAD_ENTRY)},
 #endif
     .product_rows = product_rows,

@@ -313,16 +313,137 @@ static void sum_bfloat16(int64_t columns, const void *a_, int64_t lda, int64_t r
   }
 }
 
+/* ---- panels whose rows are pixels ---- */
+
+/* a: element (i, k) is the pair at (uint16_t *)a + i*a_row + 2*k*a_step. */
+PAIRS_TARGET static void product_rows_pairs(pnn_product_mode mode, int64_t rows, int64_t columns, int64_t depth,
+                                            const void *a_, int64_t a_row, int64_t a_step, const void *b_, int64_t ldb,
+                                            void *c, int64_t ldc, const void *start_, int32_t to_bfloat16,
+                                            pnn_ahead *ahead) {
+  const int32_t *restrict b = b_;
+  const real *start = mode == PNN_PRODUCT_START ? start_ : NULL;
+  const char *a[TILE_ROWS];
+  __m512 sum[TILE_ROWS][TILE_VECTORS];
+  __mmask16 there[TILE_VECTORS];
+#pragma GCC unroll 2
+  for (int v = 0; v < TILE_VECTORS; v++) {
+    const int64_t n = columns - v * VR;
+    there[v] = n >= VR ? 0xffff : n > 0 ? (__mmask16)((1u << n) - 1) : 0;
+    const __m512 s = start ? _mm512_maskz_loadu_ps(there[v], start + v * VR) : _mm512_setzero_ps();
+#pragma GCC unroll 8
+    for (int i = 0; i < TILE_ROWS; i++) sum[i][v] = s;
+  }
+#pragma GCC unroll 8
+  for (int i = 0; i < TILE_ROWS; i++) /* rows that are not there repeat the last one and are not written */
+    a[i] = (const char *)a_ + (i < rows ? i : rows - 1) * a_row * 2;
+  for (int64_t k = 0; k < depth; pnn_ahead_step(ahead)) {
+    const int64_t next = k + PNN_AHEAD_DEPTH;
+    for (; k < depth && k < next; k++, b += ldb) {
+      __m512i bv[TILE_VECTORS];
+#pragma GCC unroll 2
+      for (int v = 0; v < TILE_VECTORS; v++) bv[v] = _mm512_loadu_si512(b + v * VR);
+#pragma GCC unroll 8
+      for (int i = 0; i < TILE_ROWS; i++) {
+        int32_t pair;
+        memcpy(&pair, a[i] + k * a_step * 4, sizeof pair);
+        const __m512i av = _mm512_set1_epi32(pair);
+#pragma GCC unroll 2
+        for (int v = 0; v < TILE_VECTORS; v++) sum[i][v] = _mm512_dpbf16_ps(sum[i][v], (__m512bh)av, (__m512bh)bv[v]);
+      }
+    }
+  }
+#pragma GCC unroll 8
+  for (int i = 0; i < TILE_ROWS; i++) {
+    if (i >= rows) continue;
+#pragma GCC unroll 2
+    for (int v = 0; v < TILE_VECTORS; v++) {
+      if (to_bfloat16) {
+        _mm256_mask_storeu_epi16((uint16_t *)c + i * ldc + v * VR, there[v], narrow((vr)sum[i][v]));
+      } else {
+        real *to = (real *)c + i * ldc + v * VR;
+        __m512 s = sum[i][v];
+        if (mode == PNN_PRODUCT_ADD) s = _mm512_add_ps(_mm512_maskz_loadu_ps(there[v], to), s);
+        _mm512_mask_storeu_ps(to, there[v], s);
+      }
+    }
+  }
+}
+
+static inline vr load_some_bfloat16(const uint16_t *p, int64_t n) {
+  return n >= VR ? load_vector_bfloat16(p) : load_bfloat16_part(p, n);
+}
+
+PAIRS_INLINE vr rows_respond(const uint16_t *x, const real *mask, const real *mean, int64_t r, int64_t rows, vr one,
+                             bool shared, vr (*activate)(vr)) {
+  const int64_t n = rows - r;
+  vr u = load_some_bfloat16(x + r, n);
+  if (mask) u += shared ? one : load_some(mask + r, n);
+  u = activate(u);
+  return mean ? u - load_some(mean + r, n) : u;
+}
+
+PAIRS_INLINE void respond_rows_bfloat16(uint16_t *a, int64_t lda, const uint16_t *x, int64_t ldx, const real *mask,
+                                        int64_t ldm, const real *mean, int64_t pixels, int64_t rows, bool shared,
+                                        vr (*activate)(vr)) {
+  for (int64_t p = 0; p < pixels; p++, a += lda, x += ldx, mask += mask ? ldm : 0) {
+    const vr one = vr_set1(mask && shared ? mask[0] : 0);
+    int64_t r = 0;
+    for (; r + 2 * VR <= rows; r += 2 * VR)
+      _mm512_storeu_si512(
+          a + r, (__m512i)_mm512_cvtne2ps_pbh((__m512)rows_respond(x, mask, mean, r + VR, rows, one, shared, activate),
+                                              (__m512)rows_respond(x, mask, mean, r, rows, one, shared, activate)));
+    for (; r < rows; r += VR) {
+      const __mmask16 there = rows - r >= VR ? 0xffff : (__mmask16)((1u << (rows - r)) - 1);
+      const vr u = rows_respond(x, mask, mean, r, rows, one, shared, activate);
+      _mm256_mask_storeu_epi16(a + r, there, (__m256i)_mm512_cvtneps_pbh((__m512)u));
+    }
+  }
+}
+
+PAIRS_INLINE void respond_grad_rows_bfloat16(uint16_t *dx, int64_t ldx, const real *d, int64_t ldd, const uint16_t *x,
+                                             int64_t step, const real *mask, int64_t ldm, int64_t pixels, int64_t rows,
+                                             bool shared, vr (*activate_grad)(vr, vr)) {
+  for (int64_t p = 0; p < pixels; p++, dx += ldx, d += ldd, x += step, mask += mask ? ldm : 0) {
+    const vr one = vr_set1(mask && shared ? mask[0] : 0);
+    for (int64_t r = 0; r < rows; r += VR) {
+      const int64_t n = rows - r;
+      vr u = load_some_bfloat16(x + r, n);
+      if (mask) u += shared ? one : load_some(mask + r, n);
+      const __mmask16 there = n >= VR ? 0xffff : (__mmask16)((1u << n) - 1);
+      _mm256_mask_storeu_epi16(dx + r, there, narrow(activate_grad(u, load_some(d + r, n))));
+    }
+  }
+}
+
+/* 16 columns at most. */
+static void sum_columns_bfloat16(int64_t depth, const void *a_, int64_t lda, int64_t columns, void *out) {
+  const uint16_t *a = a_;
+  vr sum = vr_set1(0);
+  for (int64_t k = 0; k < depth; k++) sum += load_some_bfloat16(a + k * lda, columns);
+  store_some(out, load_some(out, columns) + sum, columns);
+}
+
 /* ---- one of each for an activation ---- */
 
-#define DEFINE_RESPOND_PAIRS(suffix, name)                                                                        \
-  PAIRS_TARGET static void respond_pairs_##name(void *dst, int64_t ld, const pnn_source *source, int64_t rows,    \
-                                                int64_t columns) {                                                \
-    respond_pairs(dst, ld, source, rows, columns, PNN_ACTIVATE(name));                                            \
-  }                                                                                                               \
-  PAIRS_TARGET static void respond_bfloat16_##name(void *dst, int64_t ld, const pnn_source *source, int64_t rows, \
-                                                   int64_t columns) {                                             \
-    respond_bfloat16(dst, ld, source, rows, columns, PNN_ACTIVATE(name));                                         \
+#define DEFINE_RESPOND_PAIRS(suffix, name)                                                                           \
+  PAIRS_TARGET static void respond_pairs_##name(void *dst, int64_t ld, const pnn_source *source, int64_t rows,       \
+                                                int64_t columns) {                                                   \
+    respond_pairs(dst, ld, source, rows, columns, PNN_ACTIVATE(name));                                               \
+  }                                                                                                                  \
+  PAIRS_TARGET static void respond_bfloat16_##name(void *dst, int64_t ld, const pnn_source *source, int64_t rows,    \
+                                                   int64_t columns) {                                                \
+    respond_bfloat16(dst, ld, source, rows, columns, PNN_ACTIVATE(name));                                            \
+  }                                                                                                                  \
+  PAIRS_TARGET static void respond_rows_bfloat16_##name(void *a, int64_t lda, const void *x, int64_t ldx,            \
+                                                        const void *mask, int64_t ldm, const void *mean,             \
+                                                        int64_t pixels, int64_t rows, int32_t shared) {              \
+    respond_rows_bfloat16(a, lda, x, ldx, mask, ldm, mean, pixels, rows, shared, PNN_ACTIVATE(name));                \
+  }                                                                                                                  \
+  PAIRS_TARGET static void respond_grad_rows_bfloat16_##name(                                                        \
+      void *dx, int64_t ldx, const void *d, int64_t ldd, const void *x, int64_t step, const void *mask, int64_t ldm, \
+      const pnn_norm_terms *norm, int64_t pixels, int64_t rows, int32_t shared) {                                    \
+    (void)norm;                                                                                                      \
+    respond_grad_rows_bfloat16(dx, ldx, d, ldd, x, step, mask, ldm, pixels, rows, shared, PNN_ACTIVATE_GRAD(name));  \
   }
 PNN_ACTIVATION_LIST(DEFINE_RESPOND_PAIRS)
 
@@ -348,6 +469,8 @@ CHEAP_ACTIVATIONS(DEFINE_RESPOND_PRODUCT_PAIRS)
 
 #define RESPOND_PAIRS_ENTRY(suffix, name) [PNN_ACTIVATION_##suffix] = respond_pairs_##name,
 #define RESPOND_BFLOAT16_ENTRY(suffix, name) [PNN_ACTIVATION_##suffix] = respond_bfloat16_##name,
+#define RESPOND_ROWS_BFLOAT16_ENTRY(suffix, name) [PNN_ACTIVATION_##suffix] = respond_rows_bfloat16_##name,
+#define RESPOND_GRAD_ROWS_BFLOAT16_ENTRY(suffix, name) [PNN_ACTIVATION_##suffix] = respond_grad_rows_bfloat16_##name,
 #define RESPOND_PRODUCT_PAIRS_ENTRY(suffix, name) [PNN_ACTIVATION_##suffix] = respond_product_pairs_##name,
 #define PRODUCT_PAIRS_RESPOND_GRAD_ENTRY(suffix, name) [PNN_ACTIVATION_##suffix] = product_pairs_respond_grad_##name,
 

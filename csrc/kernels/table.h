@@ -28,9 +28,12 @@ typedef void (*pnn_load_fn)(void *dst, int64_t ld, const void *src, int64_t rows
 typedef void (*pnn_store_fn)(void *dst, int64_t row_stride, int64_t column_stride, const void *src, int64_t ld,
                              int64_t rows, int64_t columns);
 
-/* Makes response maps in a panel: see respond. */
+/* Makes response maps in a panel: see respond and respond_rows. */
 typedef struct pnn_source pnn_source;
 typedef void (*pnn_respond_fn)(void *a, int64_t lda, const pnn_source *source, int64_t rows, int64_t columns);
+
+typedef void (*pnn_respond_rows_fn)(void *a, int64_t lda, const void *x, int64_t ldx, const void *mask, int64_t ldm,
+                                    const void *mean, int64_t pixels, int64_t rows, int32_t shared);
 
 /* What a mask recipe needs to compute any of its values. */
 typedef struct pnn_recipe {
@@ -42,6 +45,10 @@ typedef struct pnn_recipe {
 typedef struct pnn_norm_terms {
   const void *mean, *offset, *slope;
 } pnn_norm_terms;
+
+typedef void (*pnn_respond_grad_rows_fn)(void *dx, int64_t ldx, const void *d, int64_t ldd, const void *x, int64_t step,
+                                         const void *mask, int64_t ldm, const pnn_norm_terms *norm, int64_t pixels,
+                                         int64_t rows, int32_t shared);
 
 /* Where the response maps k0, k0 + 1, ... come from: u[r][j] = x[r'][j] + mask[r''][j], where r' = (k0 + r)/masks -
  * k0/masks counts channels, and r'' is r, or (k0 + r) mod masks where the masks are shared. mask NULL: nothing is
@@ -185,16 +192,24 @@ typedef struct pnn_kernels {
   void (*sum_columns)(int64_t depth, const void *a, void *out);
   /* a[p][r] = activation(x[p][r] + mask[p][r]) - mean[r], one mask a channel; where shared, mask[p][0]. mask NULL:
    * nothing is added; mean NULL: nothing is subtracted. */
-  void (*respond_rows[PNN_ACTIVATION_COUNT])(void *a, int64_t lda, const void *x, int64_t ldx, const void *mask,
-                                             int64_t ldm, const void *mean, int64_t pixels, int64_t rows,
-                                             int32_t shared);
+  pnn_respond_rows_fn respond_rows[PNN_ACTIVATION_COUNT];
   /* respond_grad, one mask a channel; where shared, mask[p][0]. */
-  void (*respond_grad_rows[PNN_ACTIVATION_COUNT])(void *dx, int64_t ldx, const void *d, int64_t ldd, const void *x,
-                                                  int64_t step, const void *mask, int64_t ldm,
-                                                  const pnn_norm_terms *norm, int64_t pixels, int64_t rows,
-                                                  int32_t shared);
+  pnn_respond_grad_rows_fn respond_grad_rows[PNN_ACTIVATION_COUNT];
   /* Mean and sum of squared deviations of each of `rows` columns over n >= 1 pixels. */
   void (*moments_rows)(const void *a, int64_t lda, int64_t n, int64_t rows, double *mean, double *m2);
+
+  /* The same on bfloat16 tensors and panels, with pairs along the depth; NULL as above. */
+
+  /* product_rows: pair (i, k) of a stands at a[i*a_row + 2*k*a_step], counted in bfloat16 values; b: [depth][ldb]
+   * pairs. Never PNN_PRODUCT_CONTINUE. to_bfloat16, with PNN_PRODUCT_START only: c holds bfloat16 values. */
+  void (*product_rows_pairs)(pnn_product_mode mode, int64_t rows, int64_t columns, int64_t depth, const void *a,
+                             int64_t a_row, int64_t a_step, const void *b, int64_t ldb, void *c, int64_t ldc,
+                             const void *start, int32_t to_bfloat16, pnn_ahead *ahead);
+  /* a and x, or dx and x, hold bfloat16 values; norm is NULL. */
+  pnn_respond_rows_fn respond_rows_bfloat16[PNN_ACTIVATION_COUNT];
+  pnn_respond_grad_rows_fn respond_grad_rows_bfloat16[PNN_ACTIVATION_COUNT];
+  /* out[j] += sum over depth of a[k][j], one chain from 0, for at most 16 columns. */
+  void (*sum_columns_bfloat16)(int64_t depth, const void *a, int64_t lda, int64_t columns, void *out);
 } pnn_kernels;
 
 /* The tables of the instruction set in use; precision 0 is float, 1 is double. */
