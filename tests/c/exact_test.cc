@@ -65,6 +65,35 @@ TEST_P(ExactTypes, OutputsAndMaps) {
   }
 }
 
+TEST_P(ExactTypes, WholeTilesAndTheirEdges) {
+  // Tiles that are read and written where they stand, tiles that span images, last ones that are not whole, and more
+  // maps than a block; nothing is trained but the weights, so that the shortest ways are taken.
+  struct Size {
+    int64_t C, T, H, W, B;
+  };
+  const std::vector<Size> sizes = {{2, 2, 8, 8, 2},    {16, 8, 8, 8, 3},   {34, 18, 16, 32, 1}, {66, 70, 7, 7, 5},
+                                   {258, 10, 4, 8, 3}, {10, 258, 5, 7, 2}, {32, 32, 1, 33, 2},  {6, 40, 23, 23, 2},
+                                   {64, 64, 1, 1, 45}, {18, 36, 31, 1, 2}, {31, 33, 8, 12, 2}};
+  uint64_t seed = 250;
+  for (const Size &size : sizes) {
+    for (LayoutKind layout : {LayoutKind::kContiguous, LayoutKind::kChannelsLast}) {
+      for (int64_t groups : {1, 2}) {
+        for (int64_t M : {1, 2}) {
+          if (size.C % groups || size.T % groups || (M > 1 && size.C > 100)) continue;
+          Case c = base();
+          c.C = size.C, c.T = size.T, c.H = size.H, c.W = size.W, c.B = size.B, c.groups = groups, c.M = M;
+          c.noise = seed % 3 ? PNN_NOISE_TENSOR : seed % 2 ? PNN_NOISE_UNIFORM : PNN_NOISE_NONE;
+          c.shared = c.noise == PNN_NOISE_UNIFORM;
+          c.activation = seed % 4 ? PNN_ACTIVATION_RELU : PNN_ACTIVATION_HARDTANH;
+          c.gradients = kGradInput | kGradWeight | kGradBias, c.seed = seed++;
+          c.input_layout = c.output_layout = c.grad_output_layout = c.grad_input_layout = layout;
+          run(c);
+        }
+      }
+    }
+  }
+}
+
 TEST_P(ExactTypes, ManyMaps) {
   // Sums longer than any block of maps.
   for (int64_t M : {1, 3, 64}) {

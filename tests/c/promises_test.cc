@@ -43,6 +43,15 @@ std::vector<Case> cases() {
     // Few pixels, many outputs: the weight gradient's outputs are cut, and the last cut may be left with none.
     c.C = 6, c.T = 66, c.H = 5, c.W = 3, c.B = 2, c.M = 4, c.seed = seed++;
     list.push_back(c);
+    // Whole tiles of one image, then tiles that span images; zeros, infinities and NaN among the data.
+    c = Case();
+    set_types(c, pair);
+    c.gradients = kGradInput | kGradWeight | kGradBias, c.noise = PNN_NOISE_TENSOR, c.fill = Fill::kSpecial;
+    c.C = 34, c.T = 40, c.H = 16, c.W = 20, c.B = 3, c.seed = seed++;
+    list.push_back(c);
+    c.C = 260, c.T = 18, c.H = 4, c.W = 12, c.B = 5, c.norm = true, c.activation = PNN_ACTIVATION_LEAKY_RELU;
+    c.eps = 1e-5, c.fill = Fill::kRandom, c.seed = seed++;
+    list.push_back(c);
   }
   // A smaller scale (the sanitizers', say) keeps every so many.
   const size_t step = static_cast<size_t>(100 / std::min<int64_t>(scaled(100), 100));
