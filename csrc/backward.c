@@ -282,7 +282,8 @@ void pnn_sums_begin(const pnn_sums *s, const pnn_sums_place *at) {
 
 /* ---- input and masks ---- */
 
-#define INPUT_MAPS 64 /* response maps at a time, at least one channel's */
+#define INPUT_MAPS 64      /* response maps at a time, at least one channel's */
+#define INPUT_OUTPUTS 1024 /* outputs at a time, where all maps' sums can wait for the next ones */
 
 typedef struct inputs_scratch {
   char *gradient, *pairs, *d, *u, *c, *mask, *channels, *mask_gradient;
@@ -293,15 +294,13 @@ static inputs_scratch inputs_take(const pnn_inputs *in, pnn_arena *arena) {
   const int64_t size = p->real_size;
   inputs_scratch s;
   memset(&s, 0, sizeof s);
-  s.gradient = pnn_arena_take(arena, p->group_outputs * in->width, size);
-  if (p->pairs) s.pairs = pnn_arena_take(arena, (p->group_outputs + 1) / 2 * in->width, 4);
+  s.gradient = pnn_arena_take(arena, in->depth * in->width, size);
+  if (p->pairs) s.pairs = pnn_arena_take(arena, (in->depth + 1) / 2 * in->width, 4);
   s.d = pnn_arena_take(arena, in->packing.block_tiles * in->packing.tile * in->width, size);
   s.u = pnn_arena_take(arena, in->block * in->width, size);
   if (in->affine && in->steps) s.c = pnn_arena_take(arena, in->block * in->width, size);
   s.mask = pnn_arena_take(arena, pnn_mask_rows(p, p->group_maps) * pnn_mask_ld(p, in->deal.pixels), size);
   if (p->masks > 1) s.channels = pnn_arena_take(arena, pnn_response_channels(p, in->block) * in->width, size);
-  if (in->masks)
-    s.mask_gradient = pnn_arena_take(arena, pnn_mask_rows(p, p->maps) * pnn_mask_ld(p, in->deal.pixels), size);
   return s;
 }
 
@@ -386,14 +385,16 @@ typedef struct inputs_tile {
   bool fused;           /* from the products to the input's gradient in one kernel */
 } inputs_tile;
 
-/* Finds what can be read and written where it stands, and loads the rest of the gradient's panel. */
+/* Finds what can be read and written where it stands, and loads the rest of the gradient's panel, outputs [first, first
+ * + depth) of the group. */
 static void inputs_tiles(const pnn_inputs *in, const inputs_scratch *s, const pnn_columns *columns, int64_t column,
-                         int64_t group, inputs_tile *tiles) {
+                         int64_t group, int64_t first, int64_t depth, inputs_tile *tiles) {
   const pnn_problem *p = in->problem;
-  const int64_t tile = p->kernels->tile_columns, t = group * p->group_outputs, channel = group * p->group_channels;
+  const int64_t tile = p->kernels->tile_columns, t = group * p->group_outputs + first,
+                channel = group * p->group_channels;
   const bool kernel = p->pairs ? p->kernels->product_pairs_respond_grad[p->activation] != NULL
                                : !p->rounded && p->kernels->product_respond_grad[p->activation];
-  const bool fused = p->masks == 1 && !in->steps && kernel;
+  const bool fused = p->masks == 1 && !in->steps && kernel && depth == p->group_outputs;
   const bool paired = p->pairs && pnn_columns_native(p, &p->grad_output);
   for (int64_t j = 0, next; j < columns->columns; j = next) {
     for (next = j; next < columns->columns; next += tile) {
@@ -407,29 +408,29 @@ static void inputs_tiles(const pnn_inputs *in, const inputs_scratch *s, const pn
       pnn_columns part;
       pnn_columns_part(&part, columns, column, j, PNN_MIN(next, columns->columns));
       if (paired)
-        pnn_columns_pair(p, &part, &p->grad_output, t, p->group_outputs, s->pairs + j * 4, in->width);
+        pnn_columns_pair(p, &part, &p->grad_output, t, depth, s->pairs + j * 4, in->width);
       else
-        pnn_columns_load(p, &part, &p->grad_output, t, p->group_outputs, s->gradient + j * p->real_size, in->width);
+        pnn_columns_load(p, &part, &p->grad_output, t, depth, s->gradient + j * p->real_size, in->width);
     }
     next += tile;
   }
-  if (p->pairs && !paired) p->kernels->pair_rows(s->pairs, s->gradient, in->width, p->group_outputs, columns->padded);
+  if (p->pairs && !paired) p->kernels->pair_rows(s->pairs, s->gradient, in->width, depth, columns->padded);
 }
 
-/* One tile of da, from the gradient's columns from j on; `gradient` NULL: they are in the panel already. */
-static void inputs_product(const pnn_inputs *in, const inputs_scratch *s, const void *a, const char *gradient,
-                           int64_t j, char *to, pnn_ahead *ahead) {
+/* One tile of da over `depth` outputs, from `start` or going on, from the gradient's columns from j on; `gradient`
+ * NULL: they are in the panel already. */
+static void inputs_product(const pnn_inputs *in, const inputs_scratch *s, const void *a, int64_t depth,
+                           const void *start, const char *gradient, int64_t j, char *to, pnn_ahead *ahead) {
   const pnn_problem *p = in->problem;
   char *const panel = s->gradient + j * p->real_size;
   if (p->pairs) {
-    p->kernels->product_pairs((p->group_outputs + 1) / 2, a, s->pairs + j * 4, in->width, to, in->width, zero_start,
-                              NULL, 0, ahead);
+    p->kernels->product_pairs((depth + 1) / 2, a, s->pairs + j * 4, in->width, to, in->width, start, NULL, 0, ahead);
   } else if (gradient) {
     const pnn_source source = {.x = gradient, .ldx = p->grad_output.channel, .masks = 1};
-    p->kernels->respond_product[PNN_ACTIVATION_IDENTITY](p->group_outputs, a, panel, in->width, to, in->width,
-                                                         zero_start, &source, ahead);
+    p->kernels->respond_product[PNN_ACTIVATION_IDENTITY](depth, a, panel, in->width, to, in->width, start, &source,
+                                                         ahead);
   } else {
-    p->kernels->product(p->group_outputs, a, panel, in->width, to, in->width, zero_start, ahead);
+    p->kernels->product(depth, a, panel, in->width, to, in->width, start, ahead);
   }
 }
 
@@ -453,11 +454,33 @@ static void inputs_fused(const pnn_inputs *in, const inputs_scratch *s, const pn
                                                   maps, &source, in->affine ? &norm : NULL, ahead);
 }
 
+/* The products of one block of maps with the outputs [first, first + depth) of the group. */
+static void inputs_products(const pnn_inputs *in, const inputs_scratch *s, const pnn_response *response,
+                            const pnn_columns *columns, const inputs_tile *tiles, int64_t group, int64_t block,
+                            int64_t first, int64_t depth, pnn_ahead *ahead) {
+  const pnn_problem *p = in->problem;
+  const pnn_kernels *kernels = p->kernels;
+  const int64_t k = block * in->block, maps = PNN_MIN(in->block, p->group_maps - k);
+  for (int64_t i = 0; i < maps; i += kernels->tile_rows) {
+    const void *a = pnn_packing_tile(p, &in->packing, in->packed, group, block, i / kernels->tile_rows, first);
+    for (int64_t j = 0; j < columns->columns; j += kernels->tile_columns) {
+      const inputs_tile *at = &tiles[j / kernels->tile_columns];
+      const char *gradient = block == 0 && i == 0 ? at->gradient : NULL;
+      if (at->fused)
+        inputs_fused(in, s, response, columns, a, gradient, j, group * p->group_maps + k + i,
+                     PNN_MIN(kernels->tile_rows, maps - i), ahead);
+      else
+        inputs_product(in, s, a, depth, first ? NULL : zero_start, gradient, j,
+                       s->d + (i * in->width + j) * p->real_size, ahead);
+    }
+  }
+}
+
 static void inputs_group(const pnn_inputs *in, const inputs_scratch *s, int64_t group, const pnn_range *range,
                          int64_t column, int64_t end) {
   const pnn_problem *p = in->problem;
   const pnn_kernels *kernels = p->kernels;
-  const int64_t size = p->real_size, k_first = group * p->group_maps, width = kernels->tile_columns;
+  const int64_t k_first = group * p->group_maps, width = kernels->tile_columns;
   const pnn_response response = {.problem = p,
                                  .mask = s->mask,
                                  .mask_ld = pnn_mask_ld(p, in->deal.pixels),
@@ -469,7 +492,6 @@ static void inputs_group(const pnn_inputs *in, const inputs_scratch *s, int64_t 
   inputs_tile tiles[PNN_WIDEST / 4];
   for (; column < end; column += in->width) {
     pnn_columns_set(&columns, range, column, PNN_MIN(in->width, end - column));
-    inputs_tiles(in, s, &columns, column, group, tiles);
     const int64_t next = column + in->width, count = PNN_MIN(in->width, end - next);
     const int64_t tile_steps = p->group_outputs / (p->pairs ? 2 : 1) / PNN_AHEAD_DEPTH + 1;
     pnn_ahead ahead = {.streams = 0};
@@ -479,20 +501,17 @@ static void inputs_group(const pnn_inputs *in, const inputs_scratch *s, int64_t 
     pnn_ahead_add(p, &ahead, range, next, count, &p->grad_output, group * p->group_outputs, p->group_outputs, false);
     pnn_ahead_add(p, &ahead, range, next, count, &p->input, group * p->group_channels, p->group_channels, false);
     pnn_ahead_spread(&ahead, in->packing.blocks * in->packing.block_tiles * (columns.padded / width) * tile_steps);
+    /* But for the last outputs there is one block of maps, whose sums wait for the next ones. */
+    int64_t first = 0, depth = in->depth;
+    for (; first + depth < p->group_outputs; first += depth) {
+      inputs_tiles(in, s, &columns, column, group, first, depth, tiles);
+      inputs_products(in, s, &response, &columns, tiles, group, 0, first, depth, &ahead);
+    }
+    depth = p->group_outputs - first;
+    inputs_tiles(in, s, &columns, column, group, first, depth, tiles);
     for (int64_t block = 0; block < in->packing.blocks; block++) {
       const int64_t k = block * in->block, maps = PNN_MIN(in->block, p->group_maps - k);
-      for (int64_t i = 0; i < maps; i += kernels->tile_rows) {
-        const void *a = pnn_packing_tile(p, &in->packing, in->packed, group, block, i / kernels->tile_rows, 0);
-        for (int64_t j = 0; j < columns.columns; j += width) {
-          const inputs_tile *at = &tiles[j / width];
-          const char *gradient = block == 0 && i == 0 ? at->gradient : NULL;
-          if (at->fused)
-            inputs_fused(in, s, &response, &columns, a, gradient, j, k_first + k + i,
-                         PNN_MIN(kernels->tile_rows, maps - i), &ahead);
-          else
-            inputs_product(in, s, a, gradient, j, s->d + (i * in->width + j) * size, &ahead);
-        }
-      }
+      inputs_products(in, s, &response, &columns, tiles, group, block, first, depth, &ahead);
       if (in->steps) {
         inputs_block_in_steps(in, s, &response, &columns, k_first + k, maps);
         continue;
@@ -518,12 +537,13 @@ static void inputs_item(void *inputs_, int32_t worker, int64_t item) {
   int64_t column, end;
   pnn_deal_piece(p, &in->deal, item % pieces, &range, &column, &end);
   pnn_arena own = {.base = in->scratch + worker * in->scratch_bytes};
-  const inputs_scratch s = inputs_take(in, &own);
+  inputs_scratch s = inputs_take(in, &own);
   if (!in->masks) {
     if (column < end) inputs_group(in, &s, item / pieces, &range, column, end);
     return;
   }
-  memset(s.mask_gradient, 0, (size_t)(pnn_mask_rows(p, p->maps) * pnn_mask_ld(p, in->deal.pixels) * p->real_size));
+  s.mask_gradient = in->mask_gradients + worker * in->mask_gradient_bytes;
+  memset(s.mask_gradient, 0, (size_t)in->mask_gradient_bytes);
   for (int64_t group = 0; group < p->groups; group++) inputs_group(in, &s, group, &range, column, end);
   pnn_mask_grad_store(p, &range, s.mask_gradient, pnn_mask_ld(p, in->deal.pixels));
 }
@@ -541,6 +561,7 @@ static pnn_inputs inputs_prepare(const pnn_problem *p, const pnn_host *host, boo
   in.packing = pnn_packing_backward(p, in.rows ? p->kernels->tile_columns : p->kernels->tile_rows, in.block);
   in.deal = pnn_deal_columns(p, host, in.width, in.masks ? p->maps : pnn_mask_rows(p, p->group_maps),
                              in.masks ? 1 : p->groups, in.masks);
+  in.depth = in.packing.blocks == 1 ? PNN_MIN(p->group_outputs, INPUT_OUTPUTS) : p->group_outputs;
   const int64_t bytes = pnn_packing_bytes(p, &in.packing);
   in.packed = spare_bytes > 0 && bytes <= spare_bytes ? spare : pnn_arena_take(arena, 1, bytes);
   if (affine) {
@@ -554,14 +575,27 @@ static int64_t inputs_items(const pnn_inputs *in) {
   return in->deal.ranges * in->deal.cuts * (in->masks ? 1 : in->problem->groups);
 }
 
-static void inputs_scratch_prepare(pnn_inputs *in, const pnn_host *host, pnn_arena *arena) {
+/* `spare` (or NULL) offers spare_bytes that the scratch may take. */
+static void inputs_scratch_prepare(pnn_inputs *in, const pnn_host *host, void *spare, int64_t spare_bytes,
+                                   pnn_arena *arena) {
   pnn_arena one = {.base = NULL};
   if (in->rows)
     pnn_rows_inputs_scratch(in, &one);
   else
     inputs_take(in, &one);
   in->scratch_bytes = (int64_t)one.used;
-  in->scratch = pnn_arena_take(arena, pnn_workers(host, inputs_items(in)), in->scratch_bytes);
+  const int64_t workers = pnn_workers(host, inputs_items(in));
+  in->scratch = in->scratch_bytes <= spare_bytes / PNN_MAX(workers, 1)
+                    ? spare
+                    : pnn_arena_take(arena, workers, in->scratch_bytes);
+  if (in->masks) {
+    pnn_arena sums = {.base = NULL};
+    pnn_arena_take(&sums, pnn_mask_rows(in->problem, in->problem->maps) * pnn_mask_ld(in->problem, in->deal.pixels),
+                   in->problem->real_size);
+    in->mask_gradient_bytes = (int64_t)sums.used;
+    in->mask_gradients = pnn_arena_take(arena, workers, in->mask_gradient_bytes);
+    arena->overflow |= sums.overflow;
+  }
   arena->overflow |= one.overflow;
 }
 
@@ -694,7 +728,7 @@ void pnn_backward_pass(const pnn_problem *problem, const pnn_host *host, pnn_are
   pnn_inputs in;
   if (want_sums) s = sums_prepare(p, host, want_products, arena);
   /* The weights are read and packed after the sums, when the parts of G but the first are free, each as large as they.
-   * Packed weights keep to the workspace's alignment. */
+   * Packed weights keep to the workspace's alignment. Then the other parts are free for the workers. */
   int64_t part;
   if (__builtin_mul_overflow(p->outputs * p->group_maps, p->real_size, &part)) part = 0; /* the arena reports it */
   const int64_t parts = want_products ? s.chunks.parts : 1;
@@ -706,7 +740,8 @@ void pnn_backward_pass(const pnn_problem *problem, const pnn_host *host, pnn_are
   /* One after the other, the two share their workers' scratch. */
   pnn_arena sums_arena = *arena;
   if (want_sums) sums_scratch_prepare(&s, host, &sums_arena);
-  if (want_inputs) inputs_scratch_prepare(&in, host, arena);
+  const int64_t spare_parts = parts > 1 && part <= INT64_MAX / 4 ? (reuse ? 2 : parts) : 0;
+  if (want_inputs) inputs_scratch_prepare(&in, host, free_parts ? s.maps_part : NULL, spare_parts * part, arena);
   arena->used = PNN_MAX(arena->used, sums_arena.used);
   arena->overflow |= sums_arena.overflow;
   if (!run) return;

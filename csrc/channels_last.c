@@ -11,10 +11,18 @@
 
 #include "passes.h"
 
+#define FEW 16
+#define MANY 2048
+
 bool pnn_rows_fit(const pnn_problem *problem, const pnn_view *a, const pnn_view *b) {
   const pnn_view *views[] = {&problem->input, a, b};
   if (problem->masks != 1 || problem->channels < 2 || problem->outputs < 2 ||
       problem->product_type != problem->params->input.dtype)
+    return false;
+  /* Few outputs (or maps, in the input gradient) leave most of a tile's columns idle, and packed weights are mostly
+   * padding; beside many maps (or outputs) that takes more memory than all else. */
+  if (PNN_MIN(problem->group_outputs, problem->group_maps) < FEW &&
+      PNN_MAX(problem->group_outputs, problem->group_maps) > MANY)
     return false;
   if (problem->pairs && (problem->group_maps % 2 || problem->group_outputs % 2)) return false; /* none is cut in two */
   for (int i = 0; i < 3; i++)

@@ -164,8 +164,11 @@ void pnn_ahead_add(const pnn_problem *problem, pnn_ahead *ahead, const pnn_range
     *s = (pnn_ahead_stream){.data = s->data, .bytes = s->rows * s->bytes, .rows = 1, .write = write};
 }
 
-/* A range's masks should stay in the second-level cache beside the panels. */
+/* A range's masks should stay in the second-level cache beside the panels... */
 #define MASK_BYTES (256 * 1024)
+/* ...and may take this and once dV's bytes, where not even a panel's columns would fit (few outputs,
+ * many maps). */
+#define LEAST_MASK_BYTES (128 * 1024)
 
 static int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
@@ -179,9 +182,14 @@ pnn_deal pnn_deal_columns(const pnn_problem *problem, const pnn_host *host, int6
     const int64_t ranges = whole_batch ? wanted : ceil_div(wanted, PNN_MAX(images, 1));
     most = PNN_MIN(most, ceil_div(pixels, ranges));
   }
-  most = PNN_MAX(ceil_div(most, width) * width, width);
+  const int64_t group_rows = PNN_MIN(pnn_mask_rows(problem, problem->group_maps), mask_rows);
+  const int64_t room = LEAST_MASK_BYTES / problem->real_size + problem->outputs * problem->group_maps;
+  int64_t least = group_rows ? PNN_MAX(PNN_MIN(room / group_rows, width), 1) : width;
+  if (least > PNN_LANES) least = least / PNN_LANES * PNN_LANES; /* whole cache lines */
+  const int64_t step = most < width ? least : width;
+  most = PNN_MAX(ceil_div(most, step) * step, step);
   pnn_deal deal = {.ranges = ceil_div(pixels, most)};
-  deal.pixels = deal.ranges ? PNN_MIN(ceil_div(ceil_div(pixels, deal.ranges), width) * width, pixels) : 0;
+  deal.pixels = deal.ranges ? PNN_MIN(ceil_div(ceil_div(pixels, deal.ranges), step) * step, pixels) : 0;
   deal.ranges = deal.pixels ? ceil_div(pixels, deal.pixels) : 0;
   /* No piece without columns: it would wake a thread for nothing. */
   const int64_t panels = PNN_MAX(ceil_div(deal.pixels * images, width), 1);

@@ -11,7 +11,8 @@
 
 #include "passes.h"
 
-#define MAPS 256 /* response maps in a panel */
+#define MAPS 256     /* response maps in a panel */
+#define SUM_ROWS 512 /* outputs whose sums wait at a time, where they wait for no further maps */
 
 typedef struct worker_scratch {
   char *panel, *pairs, *sums, *mask, *channels;
@@ -22,22 +23,23 @@ static worker_scratch scratch_take(const pnn_forward_state *f, pnn_arena *arena)
   worker_scratch s;
   s.panel = pnn_arena_take(arena, f->block * f->width, p->real_size);
   s.pairs = p->pairs ? pnn_arena_take(arena, (f->block + 1) / 2 * f->width, 4) : NULL;
-  s.sums = pnn_arena_take(arena, f->sum_rows * f->width, p->real_size);
+  s.sums = pnn_arena_take(arena, f->tiles * f->packing.tile * f->width, p->real_size);
   s.mask = pnn_arena_take(arena, pnn_mask_rows(p, f->slab) * pnn_mask_ld(p, f->deal.pixels), p->real_size);
   s.channels =
       p->masks == 1 ? NULL : pnn_arena_take(arena, pnn_response_channels(p, f->block) * f->width, p->real_size);
   return s;
 }
 
-/* Columns [j, j + count) of the panel, outputs from `row` of the group on: what the tiles left in `sums`. */
+/* Columns [j, j + count) of the panel, outputs [row, end) of the group: what the tiles left in `sums`, whose first row
+ * is output `first`. */
 static void output_rest(const pnn_forward_state *f, const pnn_range *range, int64_t column, int64_t j, int64_t count,
-                        int64_t group, int64_t row, const char *sums) {
+                        int64_t group, int64_t first, int64_t row, int64_t end, const char *sums) {
   const pnn_problem *p = f->problem;
-  if (row == p->group_outputs) return;
+  if (row >= end) return;
   pnn_columns part;
   pnn_columns_set(&part, range, column + j, count);
-  pnn_columns_store(p, &part, &p->output, group * p->group_outputs + row, p->group_outputs - row,
-                    sums + (row * f->width + j) * p->real_size, f->width);
+  pnn_columns_store(p, &part, &p->output, group * p->group_outputs + row, end - row,
+                    sums + ((row - first) * f->width + j) * p->real_size, f->width);
 }
 
 /* Makes the response maps [k0, k0 + depth) of the panel, which begins at `column` of the range, but for the tiles whose
@@ -69,6 +71,65 @@ static void prologue(const pnn_forward_state *f, const pnn_response *response, c
   }
 }
 
+/* A panel of columns on its way through the maps. */
+typedef struct panel_walk {
+  const pnn_columns *columns;
+  const pnn_range *range;
+  int64_t column, group;             /* the panel's first column of the range */
+  char *place[PNN_WIDEST / 4];       /* of each tile's columns, or NULL; no tile has fewer than four */
+  pnn_source source[PNN_WIDEST / 4]; /* of a tile's response maps, where its first product makes them */
+} panel_walk;
+
+/* The products of the response maps [k, k + depth) with the tiles of outputs [first, end), into the output where whole
+ * tiles fit, else to sums, which go out behind the last map. */
+static void panel_products(const pnn_forward_state *f, const worker_scratch *s, const panel_walk *w, int64_t k,
+                           int64_t depth, int64_t first, int64_t end, pnn_ahead *ahead) {
+  const pnn_problem *p = f->problem;
+  const pnn_kernels *kernels = p->kernels;
+  const int64_t size = p->real_size, columns = w->columns->columns, rows = kernels->tile_rows,
+                wide = kernels->tile_columns;
+  const int64_t whole_rows = p->group_outputs / rows * rows;
+  const bool last = k + depth == p->group_maps;
+  for (int64_t j = 0; j < columns; j += wide) {
+    char *const at = w->place[j / wide];
+    const pnn_source *from = &w->source[j / wide];
+    for (int64_t tile = first; tile < end; tile++) {
+      const void *a = pnn_packing_tile(p, &f->packing, f->packed, w->group, 0, tile, k);
+      const int64_t row = tile * rows;
+      const char *start = k ? NULL : (const char *)f->bias + (w->group * f->sum_rows + row) * size;
+      char *const to = at && row < whole_rows ? at + row * p->output.channel * p->native : NULL;
+      char *const sums = s->sums + ((row - first * rows) * f->width + j) * size;
+      if (p->pairs) { /* sums become bfloat16 behind the last map */
+        char *const out = last ? to : NULL;
+        if (tile == 0 && from->x)
+          kernels->respond_product_pairs[p->activation](depth, a, s->pairs + j * 4, f->width, sums, f->width, start,
+                                                        out, p->output.channel, from, ahead);
+        else
+          kernels->product_pairs((depth + 1) / 2, a, s->pairs + j * 4, f->width, sums, f->width, start, out,
+                                 p->output.channel, ahead);
+        continue;
+      }
+      char *const c = to ? to : sums;
+      const int64_t ldc = to ? p->output.channel : f->width;
+      if (tile == 0 && from->x)
+        kernels->respond_product[p->activation](depth, a, s->panel + j * size, f->width, c, ldc, start, from, ahead);
+      else
+        kernels->product(depth, a, s->panel + j * size, f->width, c, ldc, start, ahead);
+    }
+  }
+  if (!last) return;
+  /* Neighbouring tiles that wait in `sums` go out together. */
+  for (int64_t j = 0, rest; j < columns; j = rest) {
+    const bool here = w->place[j / wide];
+    for (rest = j + wide; rest < columns; rest += wide)
+      if ((w->place[rest / wide] != NULL) != here) break;
+    rest = PNN_MIN(rest, columns);
+    output_rest(f, w->range, w->column, j, rest - j, w->group, first * rows,
+                here ? PNN_MAX(whole_rows, first * rows) : first * rows, PNN_MIN(end * rows, p->group_outputs),
+                s->sums);
+  }
+}
+
 /* One panel of the piece [begin, end), from `column` of the range on, and the response maps [first, last) of the group.
  */
 static void forward_panel(const pnn_forward_state *f, const worker_scratch *s, const pnn_response *response,
@@ -76,14 +137,14 @@ static void forward_panel(const pnn_forward_state *f, const worker_scratch *s, c
                           int64_t first, int64_t last) {
   const pnn_problem *p = f->problem;
   const pnn_kernels *kernels = p->kernels;
-  const int64_t size = p->real_size, k_group = group * p->group_maps, channel = (k_group + first) / p->masks;
+  const int64_t k_group = group * p->group_maps, channel = (k_group + first) / p->masks;
   pnn_columns columns;
   pnn_columns_set(&columns, range, column, PNN_MIN(f->width, end - column));
-  char *place[PNN_WIDEST / 4]; /* of each tile's columns, or NULL; no tile has fewer than four */
+  panel_walk w;
+  w.columns = &columns, w.range = range, w.column = column, w.group = group;
   for (int64_t j = 0; j < columns.columns; j += kernels->tile_columns)
-    place[j / kernels->tile_columns] =
+    w.place[j / kernels->tile_columns] =
         pnn_columns_place(p, &columns, &p->output, group * p->group_outputs, j, kernels->tile_columns);
-  const int64_t whole_rows = p->group_outputs / kernels->tile_rows * kernels->tile_rows;
   const int64_t next = column + f->width, count = PNN_MIN(f->width, end - next);
   pnn_ahead ahead = {.streams = 0};
   if (first < last)
@@ -96,44 +157,9 @@ static void forward_panel(const pnn_forward_state *f, const worker_scratch *s, c
                                ((last - first) / (p->pairs ? 2 : 1) / PNN_AHEAD_DEPTH + 1));
   for (int64_t k = first; k < last || k == 0; k += PNN_MAX(f->block, 1)) {
     const int64_t depth = PNN_MIN(f->block, last - k);
-    pnn_source source[PNN_WIDEST / 4]; /* of a tile's response maps, where its first product makes them */
-    prologue(f, response, &columns, column, k_group + k, depth, s, source);
-    for (int64_t j = 0; j < columns.columns; j += kernels->tile_columns) {
-      char *const at = place[j / kernels->tile_columns];
-      const pnn_source *from = &source[j / kernels->tile_columns];
-      for (int64_t tile = 0; tile < f->packing.block_tiles; tile++) {
-        const void *a = pnn_packing_tile(p, &f->packing, f->packed, group, 0, tile, k);
-        const int64_t row = tile * kernels->tile_rows;
-        const char *start = k ? NULL : (const char *)f->bias + (group * f->sum_rows + row) * size;
-        const bool here = at && row < whole_rows;
-        char *const to = here ? at + row * p->output.channel * p->native : NULL;
-        char *const sums = s->sums + (row * f->width + j) * size;
-        if (p->pairs) { /* sums become bfloat16 behind the last map */
-          char *const out = k + depth == p->group_maps ? to : NULL;
-          if (tile == 0 && from->x)
-            kernels->respond_product_pairs[p->activation](depth, a, s->pairs + j * 4, f->width, sums, f->width, start,
-                                                          out, p->output.channel, from, &ahead);
-          else
-            kernels->product_pairs((depth + 1) / 2, a, s->pairs + j * 4, f->width, sums, f->width, start, out,
-                                   p->output.channel, &ahead);
-          continue;
-        }
-        char *const c = here ? to : sums;
-        const int64_t ldc = here ? p->output.channel : f->width;
-        if (tile == 0 && from->x)
-          kernels->respond_product[p->activation](depth, a, s->panel + j * size, f->width, c, ldc, start, from, &ahead);
-        else
-          kernels->product(depth, a, s->panel + j * size, f->width, c, ldc, start, &ahead);
-      }
-    }
-  }
-  /* Neighbouring tiles that wait in `sums` go out together. */
-  for (int64_t j = 0, rest; j < columns.columns; j = rest) {
-    const bool here = place[j / kernels->tile_columns];
-    for (rest = j + kernels->tile_columns; rest < columns.columns; rest += kernels->tile_columns)
-      if ((place[rest / kernels->tile_columns] != NULL) != here) break;
-    rest = PNN_MIN(rest, columns.columns);
-    output_rest(f, range, column, j, rest - j, group, here ? whole_rows : 0, s->sums);
+    prologue(f, response, &columns, column, k_group + k, depth, s, w.source);
+    for (int64_t tile = 0; tile < f->packing.block_tiles; tile += f->tiles)
+      panel_products(f, s, &w, k, depth, tile, PNN_MIN(tile + f->tiles, f->packing.block_tiles), &ahead);
   }
 }
 
@@ -217,18 +243,20 @@ void pnn_forward_pass(const pnn_problem *problem, const pnn_host *host, pnn_aren
     f.deal = pnn_deal_columns(p, host, f.width, pnn_mask_rows(p, f.slab), p->groups, false);
   }
   f.sum_rows = f.packing.block_tiles * f.packing.tile;
+  f.tiles = PNN_MAX(f.packing.block_tiles, 1);
+  if (f.block == p->group_maps) f.tiles = PNN_MIN(f.tiles, SUM_ROWS / f.packing.tile);
   const int64_t items = p->group_outputs ? p->groups * f.deal.ranges * f.deal.cuts : 0;
 
   void *weights = pnn_arena_take(arena, p->outputs * p->group_maps, p->real_size);
-  f.packed = pnn_arena_take(arena, 1, pnn_packing_bytes(p, &f.packing));
   double *start = pnn_arena_take(arena, p->outputs, 8);
   f.bias = pnn_arena_take(arena, p->groups * f.sum_rows, p->real_size);
   pnn_norm norm;
   if (p->norm) pnn_norm_plan(p, arena, &norm);
-  /* The moments are done with their scratch before the products begin with theirs. */
+  /* The moments are done with their part before the weights are packed and the products begin. */
   pnn_arena moments_arena = *arena;
   pnn_moments_plan moments_plan;
   if (p->training) moments_plan = pnn_moments_prepare(p, host, &moments_arena);
+  f.packed = pnn_arena_take(arena, 1, pnn_packing_bytes(p, &f.packing));
   pnn_arena one = {.base = NULL};
   if (rows)
     pnn_rows_forward_scratch(&f, &one);

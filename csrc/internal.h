@@ -186,8 +186,8 @@ typedef struct pnn_deal {
   int64_t ranges, pixels, cuts, columns;
 } pnn_deal;
 
-/* Ranges and pieces are whole panels of `width` columns; `mask_rows` rows of masks are kept per range, and `share`
- * (groups, say) multiplies the number of items. */
+/* Ranges and pieces are whole panels of `width` columns, but for ranges whose masks would take too much memory;
+ * `mask_rows` rows of masks are kept per range, and `share` (groups, say) multiplies the number of items. */
 pnn_deal pnn_deal_columns(const pnn_problem *problem, const pnn_host *host, int64_t width, int64_t mask_rows,
                           int64_t share, bool whole_batch);
 /* Piece i, 0 <= i < ranges * cuts; *end may equal *first (nothing to do). */

@@ -21,6 +21,7 @@ int64_t pnn_mask_rows(const pnn_problem *problem, int64_t rows) {
 int64_t pnn_mask_ld(const pnn_problem *problem, int64_t pixels) {
   /* An odd number of cache lines, so that the rows of images of 2^n pixels don't all fall into the same few sets. */
   const int64_t line = 64 / problem->real_size, lines = (pixels + line - 1) / line;
+  if (pixels < line) return pixels;
   return (lines < 16 ? lines : lines | 1) * line;
 }
 

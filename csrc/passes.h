@@ -23,6 +23,7 @@ typedef struct pnn_forward_state {
   int64_t slab;     /* response maps whose masks are there at a time: all of a group, or a panel's */
   int64_t width;    /* columns of a panel */
   int64_t sum_rows; /* outputs of a group, in whole tiles */
+  int64_t tiles;    /* tiles of outputs whose sums may wait in the workspace at a time */
   void *packed;
   void *bias;       /* where the sums start: [G][sum_rows] */
   const void *mean; /* NULL without normalisation */
@@ -68,6 +69,7 @@ typedef struct pnn_inputs {
   pnn_deal deal;
   pnn_packing packing;
   int64_t block; /* response maps at a time: whole channels */
+  int64_t depth; /* outputs whose gradients are in a panel: all of a group, but where there are many beside few maps */
   int64_t width; /* columns of a panel */
   bool masks;    /* grad_mask is wanted: an item takes all groups and the whole batch */
   bool steps;    /* from da to dx in steps, not in one kernel */
@@ -78,6 +80,8 @@ typedef struct pnn_inputs {
   void *offset, *slope; /* [K] reals, where affine */
   char *scratch;
   int64_t scratch_bytes;
+  char *mask_gradients; /* with masks, each worker's sums over its range: [masks of all maps][pixels] */
+  int64_t mask_gradient_bytes;
 } pnn_inputs;
 
 /* What the batch's moments add to da, from response map k0 on; only where affine. */

@@ -14,9 +14,12 @@
 
 /* ---- bfloat16 values and pairs of them, 16 at a time ---- */
 
+/* The first n lanes; all where n is at least 16. */
+static inline __mmask16 lanes(int64_t n) { return (__mmask16)(n >= VR ? 0xffffu : n > 0 ? (1u << n) - 1 : 0u); }
+
 /* The first n < 16 values; the others are 0. */
 static inline vr load_bfloat16_part(const uint16_t *p, int64_t n) {
-  const __m256i half = _mm256_maskz_loadu_epi16((__mmask16)((1u << n) - 1), p);
+  const __m256i half = _mm256_maskz_loadu_epi16(lanes(n), p);
   return (vr)_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16);
 }
 
@@ -69,18 +72,18 @@ PAIRS_TARGET static void pair_bfloat16(void *dst_, int64_t ld, const void *src_,
   uint32_t *dst = dst_;
   const uint16_t *src = src_;
   const int64_t whole = columns / VR * VR;
-  const __mmask16 rest = (__mmask16)((1u << (columns - whole)) - 1);
+  const __mmask16 rest = lanes(columns - whole);
   for (int64_t r = 0; r < rows; r += 2, src += 2 * row_stride, dst += ld) {
     const bool two = r + 1 < rows;
     const uint16_t *const high = two ? src + row_stride : src;
-    const __mmask16 all = two ? 0xffff : 0;
+    const __mmask16 all = two ? lanes(VR) : 0;
     for (int64_t j = 0; j < whole; j += VR)
       _mm512_storeu_si512(dst + j, interleave(_mm256_loadu_si256((const __m256i *)(const void *)(src + j)),
                                               _mm256_maskz_loadu_epi16(all, high + j)));
     if (rest)
-      _mm512_mask_storeu_epi32(
-          dst + whole, rest,
-          interleave(_mm256_maskz_loadu_epi16(rest, src + whole), _mm256_maskz_loadu_epi16(rest & all, high + whole)));
+      _mm512_mask_storeu_epi32(dst + whole, rest,
+                               interleave(_mm256_maskz_loadu_epi16(rest, src + whole),
+                                          _mm256_maskz_loadu_epi16((__mmask16)(rest & all), high + whole)));
   }
 }
 
@@ -137,7 +140,7 @@ PAIRS_INLINE void respond_pairs(uint32_t *dst, int64_t ld, const pnn_source *sou
                                             two ? walk_respond(&high, j, activate, masked, centred) : vr_set1(0)));
     if (rest)
       _mm512_mask_storeu_epi32(
-          dst + whole, (__mmask16)((1u << rest) - 1),
+          dst + whole, lanes(rest),
           pairs_of(walk_respond_part(&low, whole, rest, activate, masked, centred),
                    two ? walk_respond_part(&high, whole, rest, activate, masked, centred) : vr_set1(0)));
     low = high;
@@ -160,7 +163,7 @@ PAIRS_INLINE void respond_bfloat16(uint16_t *dst, int64_t ld, const pnn_source *
       n = columns - j < VR ? columns - j : VR;
       const vr a = n == VR ? walk_respond(&w, j, activate, masked, centred)
                            : walk_respond_part(&w, j, n, activate, masked, centred);
-      _mm256_mask_storeu_epi16(dst + j, (__mmask16)((1u << n) - 1), (__m256i)_mm512_cvtneps_pbh((__m512)a));
+      _mm256_mask_storeu_epi16(dst + j, lanes(n), (__m256i)_mm512_cvtneps_pbh((__m512)a));
     }
     if (r + 1 < rows) walk_next(&w, source, masked, centred);
   }
@@ -327,8 +330,7 @@ PAIRS_TARGET static void product_rows_pairs(pnn_product_mode mode, int64_t rows,
   __mmask16 there[TILE_VECTORS];
 #pragma GCC unroll 2
   for (int v = 0; v < TILE_VECTORS; v++) {
-    const int64_t n = columns - v * VR;
-    there[v] = n >= VR ? 0xffff : n > 0 ? (__mmask16)((1u << n) - 1) : 0;
+    there[v] = lanes(columns - v * VR);
     const __m512 s = start ? _mm512_maskz_loadu_ps(there[v], start + v * VR) : _mm512_setzero_ps();
 #pragma GCC unroll 8
     for (int i = 0; i < TILE_ROWS; i++) sum[i][v] = s;
@@ -393,9 +395,8 @@ PAIRS_INLINE void respond_rows_bfloat16(uint16_t *a, int64_t lda, const uint16_t
           a + r, (__m512i)_mm512_cvtne2ps_pbh((__m512)rows_respond(x, mask, mean, r + VR, rows, one, shared, activate),
                                               (__m512)rows_respond(x, mask, mean, r, rows, one, shared, activate)));
     for (; r < rows; r += VR) {
-      const __mmask16 there = rows - r >= VR ? 0xffff : (__mmask16)((1u << (rows - r)) - 1);
       const vr u = rows_respond(x, mask, mean, r, rows, one, shared, activate);
-      _mm256_mask_storeu_epi16(a + r, there, (__m256i)_mm512_cvtneps_pbh((__m512)u));
+      _mm256_mask_storeu_epi16(a + r, lanes(rows - r), (__m256i)_mm512_cvtneps_pbh((__m512)u));
     }
   }
 }
@@ -409,8 +410,7 @@ PAIRS_INLINE void respond_grad_rows_bfloat16(uint16_t *dx, int64_t ldx, const re
       const int64_t n = rows - r;
       vr u = load_some_bfloat16(x + r, n);
       if (mask) u += shared ? one : load_some(mask + r, n);
-      const __mmask16 there = n >= VR ? 0xffff : (__mmask16)((1u << n) - 1);
-      _mm256_mask_storeu_epi16(dx + r, there, narrow(activate_grad(u, load_some(d + r, n))));
+      _mm256_mask_storeu_epi16(dx + r, lanes(n), narrow(activate_grad(u, load_some(d + r, n))));
     }
   }
 }

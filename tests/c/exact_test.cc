@@ -94,6 +94,26 @@ TEST_P(ExactTypes, WholeTilesAndTheirEdges) {
   }
 }
 
+TEST_P(ExactTypes, LopsidedLayers) {
+  // So many maps beside few outputs that a range of pixels is narrower than a panel, down to one pixel; so many outputs
+  // beside few maps that they are taken in blocks.
+  struct Size {
+    int64_t C, T, M, groups;
+  };
+  uint64_t seed = 290;
+  for (const Size &size : {Size{5000, 1, 1, 1}, Size{40000, 1, 1, 1}, Size{2050, 2, 1, 2}, Size{700, 3, 4, 1},
+                           Size{3, 1100, 1, 1}, Size{2, 2101, 3, 1}, Size{2, 2100, 1, 2}}) {
+    for (LayoutKind layout : {LayoutKind::kContiguous, LayoutKind::kChannelsLast}) {
+      Case c = base();
+      c.C = size.C, c.T = size.T, c.M = size.M, c.groups = size.groups, c.B = 2, c.H = 3, c.W = size.C > 9999 ? 3 : 11;
+      c.noise = PNN_NOISE_TENSOR, c.seed = seed++;
+      if (layout == LayoutKind::kChannelsLast) c.gradients = kAllGradients & ~kGradMask;
+      c.input_layout = c.output_layout = c.grad_output_layout = c.grad_input_layout = layout;
+      run(c);
+    }
+  }
+}
+
 TEST_P(ExactTypes, ManyMaps) {
   // Sums longer than any block of maps.
   for (int64_t M : {1, 3, 64}) {
