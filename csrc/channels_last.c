@@ -475,7 +475,7 @@ void pnn_rows_moments_scratch(const pnn_problem *problem, const pnn_moments_plan
 }
 
 void pnn_rows_moments_chunk(const pnn_problem *problem, const pnn_moments_plan *plan, pnn_arena scratch, int64_t k0,
-                            int64_t rows, int64_t chunk, pnn_range *made, double *mean, double *m2) {
+                            int64_t rows, int64_t chunk, int64_t end, pnn_range *made, double *mean, double *m2) {
   const moments_scratch s = moments_take(problem, plan, &scratch);
   pnn_columns columns;
   pnn_range range;
@@ -487,5 +487,11 @@ void pnn_rows_moments_chunk(const pnn_problem *problem, const pnn_moments_plan *
   }
   pnn_columns_set(&columns, made, first, count);
   respond(problem, &s.masks, k0, &columns, k0, rows, NULL, s.panel, s.ld);
-  problem->kernels->moments_rows(s.panel, s.ld, count, rows, mean, m2);
+  pnn_ahead ahead = {.streams = 0};
+  if (chunk + 1 < end) {
+    const int64_t next = pnn_chunk_locate(problem, &plan->chunks, chunk + 1, &range, &first);
+    pnn_ahead_add(problem, &ahead, &range, first, next, &problem->input, k0, rows, false);
+  }
+  pnn_ahead_spread(&ahead, count);
+  problem->kernels->moments_rows(s.panel, s.ld, count, rows, mean, m2, &ahead);
 }

@@ -209,10 +209,14 @@ static void start_item(void *job_, int32_t worker, int64_t item) {
   const start_job *job = job_;
   const pnn_problem *p = job->problem;
   const int64_t end = PNN_MIN((item + 1) * START_OUTPUTS, p->outputs);
-  for (int64_t t = item * START_OUTPUTS; t < end; t++) {
+  for (int64_t t = item * START_OUTPUTS, count; t < end; t += count) {
+    count = PNN_MIN(end - t, p->group_outputs - t % p->group_outputs); /* of one group */
     const double *b = job->beta + t / p->group_outputs * p->group_maps;
+    double sum[START_OUTPUTS]; /* side by side: one sum waits for each of its additions */
+    memcpy(sum, job->start + t, (size_t)count * sizeof *sum);
     for (int64_t k = 0; k < p->group_maps; k++)
-      job->start[t] += pnn_real_get(p, job->weights, t * p->group_maps + k) * b[k];
+      for (int64_t i = 0; i < count; i++) sum[i] += pnn_real_get(p, job->weights, (t + i) * p->group_maps + k) * b[k];
+    memcpy(job->start + t, sum, (size_t)count * sizeof *sum);
   }
 }
 

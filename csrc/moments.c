@@ -10,6 +10,7 @@
 
 /* Response maps at a time: a panel of 32 x 512 or 512 x 64 floats. */
 #define BLOCK 32
+#define NEAR_ROWS 8 /* of these, as many as stay in the first-level cache from their making to their sums */
 #define ROWS_BLOCK 64
 
 typedef struct moments_scratch {
@@ -18,9 +19,9 @@ typedef struct moments_scratch {
 
 static moments_scratch scratch_take(const pnn_problem *p, const pnn_moments_plan *plan, pnn_arena *arena) {
   moments_scratch s = {NULL, NULL, NULL};
-  s.panel = pnn_arena_take(arena, plan->block * PNN_CHUNK, p->real_size);
+  s.panel = pnn_arena_take(arena, NEAR_ROWS * PNN_CHUNK, p->real_size);
   s.mask = pnn_arena_take(arena, pnn_mask_rows(p, plan->block) * pnn_mask_ld(p, plan->chunks.pixels), p->real_size);
-  if (p->masks > 1) s.channels = pnn_arena_take(arena, pnn_response_channels(p, plan->block) * PNN_CHUNK, p->real_size);
+  if (p->masks > 1) s.channels = pnn_arena_take(arena, pnn_response_channels(p, NEAR_ROWS) * PNN_CHUNK, p->real_size);
   return s;
 }
 
@@ -29,7 +30,11 @@ pnn_moments_plan pnn_moments_prepare(const pnn_problem *problem, const pnn_host 
   plan.rows = !problem->pairs && pnn_rows_fit(problem, NULL, NULL);
   plan.block = PNN_MIN(problem->maps, plan.rows ? ROWS_BLOCK : BLOCK);
   plan.blocks = plan.block ? (problem->maps + plan.block - 1) / plan.block : 0;
-  const int64_t workers = pnn_workers(host, plan.blocks * plan.chunks.parts);
+  plan.part_run = 1;
+  while (plan.part_run * 2 <= plan.chunks.parts && plan.chunks.parts % (plan.part_run * 2) == 0 &&
+         plan.blocks * plan.chunks.parts / (plan.part_run * 2) >= 8 * (int64_t)(host ? host->threads : 1))
+    plan.part_run *= 2;
+  const int64_t workers = pnn_workers(host, plan.blocks * (plan.chunks.parts / plan.part_run));
   plan.partial = pnn_arena_take(arena, plan.chunks.parts * problem->maps, 16);
   pnn_arena one = {.base = NULL};
   if (plan.rows)
@@ -54,8 +59,8 @@ typedef struct joined {
 static joined join(joined a, joined b) {
   if (a.n == 0) return b;
   if (b.n == 0) return a;
-  const double n = a.n + b.n, delta = b.mean - a.mean;
-  joined r = {.n = n, .mean = a.mean + delta * (b.n / n), .m2 = a.m2 + b.m2 + delta * delta * (a.n * b.n / n)};
+  const double n = a.n + b.n, delta = b.mean - a.mean, share = b.n / n, both = a.n * b.n / n;
+  joined r = {.n = n, .mean = a.mean + delta * share, .m2 = a.m2 + b.m2 + delta * delta * both};
   if (!isfinite(delta)) r.mean = (a.mean * a.n + b.mean * b.n) / n; /* infinity minus infinity is none of the mean's */
   return r;
 }
@@ -73,7 +78,7 @@ static int64_t part_columns(const pnn_problem *problem, const pnn_chunks *chunks
 
 /* One chunk's moments of the maps [k0, k0 + rows). */
 static void moments_chunk(const pnn_problem *p, const pnn_moments_plan *plan, pnn_arena scratch, int64_t k0,
-                          int64_t rows, int64_t chunk, pnn_range *made, double *mean, double *m2) {
+                          int64_t rows, int64_t chunk, int64_t end, pnn_range *made, double *mean, double *m2) {
   const moments_scratch s = scratch_take(p, plan, &scratch);
   const pnn_response response = {.problem = p,
                                  .mask = s.mask,
@@ -89,24 +94,30 @@ static void moments_chunk(const pnn_problem *p, const pnn_moments_plan *plan, pn
     pnn_mask_panel(p, k0, rows, made, s.mask, pnn_mask_ld(p, plan->chunks.pixels));
   }
   pnn_columns_set(&columns, made, first, count);
-  pnn_response_activated(&response, &columns, k0, rows, s.panel, PNN_CHUNK);
-  for (int64_t r = 0; r < rows; r++)
-    p->kernels->moments(s.panel + r * PNN_CHUNK * p->real_size, count, &mean[r], &m2[r]);
+  for (int64_t r = 0; r < rows; r += NEAR_ROWS) {
+    const int64_t near = PNN_MIN(NEAR_ROWS, rows - r);
+    pnn_response_activated(&response, &columns, k0 + r, near, s.panel, PNN_CHUNK);
+    const int64_t next = r + near < rows ? r + near : 0; /* the next rows, or the first ones of the next chunk */
+    pnn_ahead ahead = {.streams = 0};
+    if (next || chunk + 1 < end) {
+      const int64_t then = next ? chunk : chunk + 1, channel = (k0 + next) / p->masks;
+      const int64_t columns_then = pnn_chunk_locate(p, &plan->chunks, then, &range, &first);
+      pnn_ahead_add(p, &ahead, &range, first, columns_then, &p->input, channel,
+                    (k0 + PNN_MIN(next + NEAR_ROWS, rows) - 1) / p->masks - channel + 1, false);
+    }
+    pnn_ahead_spread(&ahead, near * (columns.padded / PNN_LANES) / 4);
+    p->kernels->moments(s.panel, PNN_CHUNK, near, count, &mean[r], &m2[r], &ahead);
+  }
 }
 
-static void moments_item(void *moments_, int32_t worker, int64_t item) {
-  const moments *m = moments_;
-  const pnn_problem *p = m->problem;
-  const pnn_moments_plan *plan = m->plan;
-  const int64_t part = item / plan->blocks, k0 = item % plan->blocks * plan->block;
-  const int64_t rows = PNN_MIN(plan->block, p->maps - k0);
-  const pnn_arena own = {.base = plan->scratch + worker * plan->scratch_bytes};
+/* One part's moments of the maps [k0, k0 + rows). */
+static void moments_part(const pnn_problem *p, const pnn_moments_plan *plan, pnn_arena own, int64_t part, int64_t k0,
+                         int64_t rows, pnn_range *made) {
   joined sum[ROWS_BLOCK] = {{0, 0, 0}};
-  pnn_range made = {.pixel = -1};
   int64_t chunk, end;
   for (pnn_chunks_part(&plan->chunks, part, &chunk, &end); chunk < end; chunk++) {
     double mean[ROWS_BLOCK], m2[ROWS_BLOCK];
-    (plan->rows ? pnn_rows_moments_chunk : moments_chunk)(p, plan, own, k0, rows, chunk, &made, mean, m2);
+    (plan->rows ? pnn_rows_moments_chunk : moments_chunk)(p, plan, own, k0, rows, chunk, end, made, mean, m2);
     pnn_range range;
     int64_t first;
     const double n = (double)pnn_chunk_locate(p, &plan->chunks, chunk, &range, &first);
@@ -119,6 +130,16 @@ static void moments_item(void *moments_, int32_t worker, int64_t item) {
   }
 }
 
+static void moments_item(void *moments_, int32_t worker, int64_t item) {
+  const moments *m = moments_;
+  const pnn_moments_plan *plan = m->plan;
+  const int64_t k0 = item % plan->blocks * plan->block, first = item / plan->blocks * plan->part_run;
+  const pnn_arena own = {.base = plan->scratch + worker * plan->scratch_bytes};
+  pnn_range made = {.pixel = -1};
+  for (int64_t part = first; part < first + plan->part_run; part++)
+    moments_part(m->problem, plan, own, part, k0, PNN_MIN(plan->block, m->problem->maps - k0), &made);
+}
+
 void pnn_moments_run(const pnn_problem *problem, const pnn_host *host, const pnn_moments_plan *plan, double *mean,
                      double *variance) {
   const pnn_chunks *chunks = &plan->chunks;
@@ -127,7 +148,7 @@ void pnn_moments_run(const pnn_problem *problem, const pnn_host *host, const pnn
     return;
   }
   moments m = {problem, plan};
-  pnn_parallel(host, plan->blocks * chunks->parts, moments_item, &m);
+  pnn_parallel(host, plan->blocks * (chunks->parts / plan->part_run), moments_item, &m);
   double n[PNN_PARTS] = {0};
   for (int64_t part = 0; part < chunks->parts; part++) n[part] = (double)part_columns(problem, chunks, part);
   for (int64_t k = 0; k < problem->maps; k++) {

@@ -105,6 +105,6 @@ void pnn_rows_inputs_item(void *inputs, int32_t worker, int64_t item);
 /* One chunk's moments of the maps [k0, k0 + rows). `made` remembers whose masks the scratch holds; its pixel is -1 at
  * first. */
 void pnn_rows_moments_chunk(const pnn_problem *problem, const pnn_moments_plan *plan, pnn_arena scratch, int64_t k0,
-                            int64_t rows, int64_t chunk, pnn_range *made, double *mean, double *m2);
+                            int64_t rows, int64_t chunk, int64_t end, pnn_range *made, double *mean, double *m2);
 
 #endif

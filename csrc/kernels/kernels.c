@@ -291,11 +291,19 @@ static void product(int64_t depth, const void *a_, const void *b_, int64_t ldb, 
 
 /* The tree over PNN_LANES partial sums: (i, i+8), (i, i+4), (i, i+2), (0, 1). */
 static inline real lanes_sum(const vr lane[LANE_VECTORS]) {
+#if LANE_VECTORS == 1
+  vr v = lane[0];
+  v += __builtin_shufflevector(v, v, 8, 9, 10, 11, 12, 13, 14, 15, 0, 1, 2, 3, 4, 5, 6, 7);
+  v += __builtin_shufflevector(v, v, 4, 5, 6, 7, 0, 1, 2, 3, 12, 13, 14, 15, 8, 9, 10, 11);
+  v += __builtin_shufflevector(v, v, 2, 3, 0, 1, 6, 7, 4, 5, 10, 11, 8, 9, 14, 15, 12, 13);
+  return v[0] + v[1];
+#else
   real x[PNN_LANES];
   memcpy(x, lane, sizeof x);
   for (int width = PNN_LANES / 2; width > 0; width /= 2)
     for (int i = 0; i < width; i++) x[i] += x[i + width];
   return x[0];
+#endif
 }
 
 /* The same tree for DOT_ROWS * DOT_COLUMNS sums at once: the steps within a vector fold two vectors into one, so that
@@ -851,48 +859,89 @@ static void moments_finish(real center, real sum, real squares, const real *a, i
   if (!(*m2 <= 1e300)) moments_in_double(a, step, n, mean, m2);
 }
 
-static void moments_rows(const void *a_, int64_t lda, int64_t n, int64_t rows, double *mean, double *m2) {
-  for (int64_t r = 0; r < rows; r += VR) {
-    const real *a = (const real *)a_ + r;
-    const int64_t count = rows - r < VR ? rows - r : VR;
-    const vr first = load_some(a, count);
-    vr sum = vr_set1(0), rest = vr_set1(0), squares = vr_set1(0), center;
-    for (int64_t p = 0; p < n; p++) sum += load_some(a + p * lda, count) - first;
-    for (int64_t i = 0; i < count; i++) center[i] = (real)((double)first[i] + (double)sum[i] / (double)n);
-    for (int64_t i = count; i < VR; i++) center[i] = 0;
-    for (int64_t p = 0; p < n; p++) {
-      const vr d = load_some(a + p * lda, count) - center;
-      rest += d;
-      squares = vr_fma(d, d, squares);
-    }
-    for (int64_t i = 0; i < count; i++)
-      moments_finish(center[i], rest[i], squares[i], a + i, lda, n, &mean[r + i], &m2[r + i]);
+/* Rows, or vectors of columns, whose sums run side by side: one sum waits for each of its additions. */
+#if defined(PNN_ISA_AVX512)
+#define MOMENTS_ABREAST 4
+#elif defined(PNN_ISA_AVX2)
+#define MOMENTS_ABREAST 2
+#else
+#define MOMENTS_ABREAST 1
+#endif
+
+static inline __attribute__((always_inline)) void moments_columns(const real *a, int64_t lda, int64_t n,
+                                                                  int64_t columns, int vectors, double *mean,
+                                                                  double *m2, pnn_ahead *ahead) {
+  vr first[MOMENTS_ABREAST], sum[MOMENTS_ABREAST], rest[MOMENTS_ABREAST], squares[MOMENTS_ABREAST];
+  vr center[MOMENTS_ABREAST];
+  for (int v = 0; v < vectors; v++) {
+    first[v] = load_some(a + v * VR, columns - v * VR);
+    sum[v] = rest[v] = squares[v] = vr_set1(0);
   }
+  for (int64_t p = 0; p < n; p++, pnn_ahead_step(ahead))
+    for (int v = 0; v < vectors; v++) sum[v] += load_some(a + p * lda + v * VR, columns - v * VR) - first[v];
+  for (int v = 0; v < vectors; v++)
+    for (int64_t i = 0; i < VR; i++)
+      center[v][i] = v * VR + i < columns ? (real)((double)first[v][i] + (double)sum[v][i] / (double)n) : 0;
+  for (int64_t p = 0; p < n; p++)
+    for (int v = 0; v < vectors; v++) {
+      const vr d = load_some(a + p * lda + v * VR, columns - v * VR) - center[v];
+      rest[v] += d;
+      squares[v] = vr_fma(d, d, squares[v]);
+    }
+  for (int v = 0; v < vectors; v++)
+    for (int64_t i = v * VR; i < columns && i < (v + 1) * VR; i++)
+      moments_finish(center[v][i - v * VR], rest[v][i - v * VR], squares[v][i - v * VR], a + i, lda, n, &mean[i],
+                     &m2[i]);
+}
+
+static void moments_rows(const void *a_, int64_t lda, int64_t n, int64_t rows, double *mean, double *m2,
+                         pnn_ahead *ahead) {
+  const real *a = a_;
+  int64_t r = 0;
+  for (; r + MOMENTS_ABREAST * VR <= rows; r += MOMENTS_ABREAST * VR)
+    moments_columns(a + r, lda, n, MOMENTS_ABREAST * VR, MOMENTS_ABREAST, mean + r, m2 + r, ahead);
+  for (; r < rows; r += VR) moments_columns(a + r, lda, n, rows - r < VR ? rows - r : VR, 1, mean + r, m2 + r, ahead);
 }
 
 /* ---- moments ---- */
 
 /* Sums about a value of the row itself, then about the mean: neither cancels where a map is nearly constant. */
-static void moments(void *a_, int64_t n, double *mean, double *m2) {
-  real *a = a_;
+static inline __attribute__((always_inline)) void moments_abreast(real *a, int64_t lda, int rows, int64_t n,
+                                                                  double *mean, double *m2, pnn_ahead *ahead) {
   const int64_t padded = (n + PNN_LANES - 1) / PNN_LANES * PNN_LANES;
-  const real first = a[0];
-  for (int64_t j = n; j < padded; j++) a[j] = first;
-  vr sum[LANE_VECTORS], squares[LANE_VECTORS];
+  real first[MOMENTS_ABREAST], middle[MOMENTS_ABREAST];
+  vr sum[MOMENTS_ABREAST][LANE_VECTORS], squares[MOMENTS_ABREAST][LANE_VECTORS];
   memset(sum, 0, sizeof sum);
-  for (int64_t p = 0; p < padded; p += PNN_LANES)
-    for (int v = 0; v < LANE_VECTORS; v++) sum[v] += vr_load(a + p + v * VR) - vr_set1(first);
-  const real middle = (real)((double)first + (double)lanes_sum(sum) / (double)n);
-  for (int64_t j = n; j < padded; j++) a[j] = middle;
+  for (int r = 0; r < rows; r++) {
+    first[r] = a[r * lda];
+    for (int64_t j = n; j < padded; j++) a[r * lda + j] = first[r];
+  }
+  for (int64_t p = 0; p < padded; p += PNN_LANES, pnn_ahead_step(ahead))
+    for (int r = 0; r < rows; r++)
+      for (int v = 0; v < LANE_VECTORS; v++) sum[r][v] += vr_load(a + r * lda + p + v * VR) - vr_set1(first[r]);
+  for (int r = 0; r < rows; r++) {
+    middle[r] = (real)((double)first[r] + (double)lanes_sum(sum[r]) / (double)n);
+    for (int64_t j = n; j < padded; j++) a[r * lda + j] = middle[r];
+  }
   memset(sum, 0, sizeof sum);
   memset(squares, 0, sizeof squares);
   for (int64_t p = 0; p < padded; p += PNN_LANES)
-    for (int v = 0; v < LANE_VECTORS; v++) {
-      const vr d = vr_load(a + p + v * VR) - vr_set1(middle);
-      sum[v] += d;
-      squares[v] = vr_fma(d, d, squares[v]);
-    }
-  moments_finish(middle, lanes_sum(sum), lanes_sum(squares), a, 1, n, mean, m2);
+    for (int r = 0; r < rows; r++)
+      for (int v = 0; v < LANE_VECTORS; v++) {
+        const vr d = vr_load(a + r * lda + p + v * VR) - vr_set1(middle[r]);
+        sum[r][v] += d;
+        squares[r][v] = vr_fma(d, d, squares[r][v]);
+      }
+  for (int r = 0; r < rows; r++)
+    moments_finish(middle[r], lanes_sum(sum[r]), lanes_sum(squares[r]), a + r * lda, 1, n, &mean[r], &m2[r]);
+}
+
+static void moments(void *a_, int64_t lda, int64_t rows, int64_t n, double *mean, double *m2, pnn_ahead *ahead) {
+  real *a = a_;
+  int64_t r = 0;
+  for (; r + MOMENTS_ABREAST <= rows; r += MOMENTS_ABREAST)
+    moments_abreast(a + r * lda, lda, MOMENTS_ABREAST, n, mean + r, m2 + r, ahead);
+  for (; r < rows; r++) moments_abreast(a + r * lda, lda, 1, n, mean + r, m2 + r, ahead);
 }
 
 /* ---- masks ---- */

@@ -137,8 +137,8 @@ typedef struct pnn_kernels {
   /* Rounds to bfloat16 (which = PNN_BFLOAT16) or float16 and back, in place. */
   void (*round16)(pnn_dtype which, void *a, int64_t lda, int64_t rows, int64_t columns);
 
-  /* Mean and sum of squared deviations of a row's first n columns, n >= 1. Overwrites the padding. */
-  void (*moments)(void *a, int64_t n, double *mean, double *m2);
+  /* Mean and sum of squared deviations of each row's first n columns, n >= 1. Overwrites the padding. */
+  void (*moments)(void *a, int64_t lda, int64_t rows, int64_t n, double *mean, double *m2, pnn_ahead *ahead);
 
   /* dst[r*ld + j] = fl(fl(level) * N) of response map k0 + r at the pixel (row, column + j*step). */
   void (*recipe)(void *dst, int64_t ld, const pnn_recipe *recipe, double level, int64_t k0, int64_t rows, int64_t row,
@@ -196,7 +196,7 @@ typedef struct pnn_kernels {
   /* respond_grad, one mask a channel; where shared, mask[p][0]. */
   pnn_respond_grad_rows_fn respond_grad_rows[PNN_ACTIVATION_COUNT];
   /* Mean and sum of squared deviations of each of `rows` columns over n >= 1 pixels. */
-  void (*moments_rows)(const void *a, int64_t lda, int64_t n, int64_t rows, double *mean, double *m2);
+  void (*moments_rows)(const void *a, int64_t lda, int64_t n, int64_t rows, double *mean, double *m2, pnn_ahead *ahead);
 
   /* The same on bfloat16 tensors and panels, with pairs along the depth; NULL as above. */
 
