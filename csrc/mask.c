@@ -50,19 +50,19 @@ void pnn_mask_panel(const pnn_problem *problem, int64_t k0, int64_t rows, const 
   const int64_t width = problem->out_width, end = range->pixel + range->pixels;
   const int64_t mask_rows = pnn_mask_rows(problem, rows), first = problem->shared ? 0 : k0;
   if (!mask_rows) return;
-  /* A tensor's rows may follow each other without a gap; a recipe goes row by row. */
+  if (problem->noise != PNN_NOISE_TENSOR) {
+    const pnn_grid grid = {range->pixel, range->pixels, width, problem->stride[0], problem->stride[1]};
+    problem->kernels->recipe(panel, ld, &problem->recipe, problem->level, first, mask_rows, &grid);
+    return;
+  }
+  /* A tensor's rows may follow each other without a gap. */
   const pnn_view *v = &problem->mask;
-  const bool joined = problem->noise == PNN_NOISE_TENSOR && v->row == width * v->column;
+  const bool joined = v->row == width * v->column;
   for (int64_t pixel = range->pixel; pixel < end;) {
     const int64_t i = pixel / width, j = pixel % width, count = joined ? end - pixel : PNN_MIN(width - j, end - pixel);
     char *dst = (char *)panel + (pixel - range->pixel) * problem->real_size;
-    if (problem->noise == PNN_NOISE_TENSOR) {
-      move_rows(problem, v, true, first, mask_rows, i, j, count, dst, ld);
-      problem->kernels->scale(dst, ld, problem->level, mask_rows, count);
-    } else {
-      problem->kernels->recipe(dst, ld, &problem->recipe, problem->level, first, mask_rows, i * problem->stride[0],
-                               j * problem->stride[1], problem->stride[1], count);
-    }
+    move_rows(problem, v, true, first, mask_rows, i, j, count, dst, ld);
+    problem->kernels->scale(dst, ld, problem->level, mask_rows, count);
     pixel += count;
   }
 }
@@ -114,7 +114,8 @@ static void fill_item(void *fill_, int32_t worker, int64_t item) {
   const int64_t real_size = t->dtype == PNN_FLOAT64 ? 8 : 4;
   for (int64_t column = 0; column < width; column += PNN_PANEL) {
     const int64_t count = PNN_MIN(PNN_PANEL, width - column);
-    f->kernels->recipe(&values, PNN_PANEL, &f->recipe, 1.0, k0, rows, row, column, 1, count);
+    const pnn_grid grid = {row * width + column, count, width, 1, 1};
+    f->kernels->recipe(&values, PNN_PANEL, &f->recipe, 1.0, k0, rows, &grid);
     for (int64_t r = 0; r < rows; r++) {
       const int64_t c = (k0 + r) / masks, m = (k0 + r) % masks;
       char *dst =

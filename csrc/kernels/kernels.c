@@ -951,26 +951,67 @@ static inline real lattice(uint32_t byte, real level) {
   return level * ((real)((int32_t)byte * 2 - 255) * (real)0x1p-8);
 }
 
+/* Rows and columns of the next pixels of a grid, PHILOX_LANES at a time. They count modulo 2^32, as the generator's
+ * counters do. */
+typedef struct grid_walk {
+  int64_t row, column; /* of the grid */
+  uint32_t rows[PHILOX_LANES], columns[PHILOX_LANES];
+} grid_walk;
+
+static inline grid_walk grid_begin(const pnn_grid *grid) {
+  grid_walk w;
+  w.row = grid->first / grid->width;
+  w.column = grid->first % grid->width;
+  return w;
+}
+
+static inline void grid_next(grid_walk *w, const pnn_grid *grid) {
+  const uint32_t step = (uint32_t)grid->column_step;
+  if (w->column + PHILOX_LANES <= grid->width) {
+    const uint32_t row = (uint32_t)(w->row * grid->row_step), column = (uint32_t)(w->column * grid->column_step);
+    for (int i = 0; i < PHILOX_LANES; i++) {
+      w->rows[i] = row;
+      w->columns[i] = column + (uint32_t)i * step;
+    }
+    w->column += PHILOX_LANES;
+    return;
+  }
+  for (int i = 0; i < PHILOX_LANES; i++) {
+    if (w->column == grid->width) w->column = 0, w->row++;
+    w->rows[i] = (uint32_t)(w->row * grid->row_step);
+    w->columns[i] = (uint32_t)(w->column++ * grid->column_step);
+  }
+}
+
+static inline void copy_some(real *dst, const real values[PHILOX_LANES], int64_t n) {
+  if (n >= PHILOX_LANES)
+    memcpy(dst, values, PHILOX_LANES * sizeof(real));
+  else
+    memcpy(dst, values, (size_t)n * sizeof(real));
+}
+
 static void recipe_uniform(real *dst, int64_t ld, const pnn_recipe *recipe, real level, int64_t k0, int64_t rows,
-                           uint32_t row, uint32_t column, uint32_t step, int64_t columns) {
-  for (int64_t block = k0 / 16; block * 16 < k0 + rows; block++) {
-    const int64_t first = k0 > block * 16 ? k0 - block * 16 : 0;
-    const int64_t last = k0 + rows < block * 16 + 16 ? k0 + rows - block * 16 : 16;
-    for (int64_t j0 = 0; j0 < columns; j0 += PHILOX_LANES) {
+                           const pnn_grid *grid) {
+  grid_walk at = grid_begin(grid);
+  for (int64_t p = 0; p < grid->count; p += PHILOX_LANES) {
+    grid_next(&at, grid);
+    for (int64_t block = k0 / 16; block * 16 < k0 + rows; block++) {
+      const int64_t first = k0 > block * 16 ? k0 - block * 16 : 0;
+      const int64_t last = k0 + rows < block * 16 + 16 ? k0 + rows - block * 16 : 16;
       uint32_t words[4][PHILOX_LANES];
       for (int j = 0; j < PHILOX_LANES; j++) {
-        words[0][j] = column + (uint32_t)(j0 + j) * step;
-        words[1][j] = row;
+        words[0][j] = at.columns[j];
+        words[1][j] = at.rows[j];
         words[2][j] = (uint32_t)block;
         words[3][j] = 0;
       }
       philox4x32_10(words, recipe->key);
-      const int64_t n = columns - j0 < PHILOX_LANES ? columns - j0 : PHILOX_LANES;
       for (int64_t i = first; i < last; i++) {
         const uint32_t *word = words[i / 4];
         const int shift = (int)(i % 4) * 8;
-        real *d = dst + (block * 16 + i - k0) * ld + j0;
-        for (int64_t j = 0; j < n; j++) d[j] = lattice((word[j] >> shift) & 0xff, level);
+        real values[PHILOX_LANES];
+        for (int j = 0; j < PHILOX_LANES; j++) values[j] = lattice((word[j] >> shift) & 0xff, level);
+        copy_some(dst + (block * 16 + i - k0) * ld + p, values, grid->count - p);
       }
     }
   }
@@ -982,28 +1023,30 @@ static inline uint32_t byte_sum(uint32_t a, uint32_t b) {
 }
 
 static void recipe_normal(real *dst, int64_t ld, const pnn_recipe *recipe, real level, int64_t k0, int64_t rows,
-                          uint32_t row, uint32_t column, uint32_t step, int64_t columns) {
+                          const pnn_grid *grid) {
   /* The sum of eight bytes has mean 1020 and variance 8 * (256^2 - 1) / 12 = 43690. 1/sqrt(43690) to float. */
   const float inverse_deviation = 0x1.39897ep-8f;
-  for (int64_t block = k0 / 2; block * 2 < k0 + rows; block++) {
-    for (int64_t j0 = 0; j0 < columns; j0 += PHILOX_LANES) {
+  grid_walk at = grid_begin(grid);
+  for (int64_t p = 0; p < grid->count; p += PHILOX_LANES) {
+    grid_next(&at, grid);
+    for (int64_t block = k0 / 2; block * 2 < k0 + rows; block++) {
       uint32_t words[4][PHILOX_LANES];
       for (int j = 0; j < PHILOX_LANES; j++) {
-        words[0][j] = column + (uint32_t)(j0 + j) * step;
-        words[1][j] = row;
+        words[0][j] = at.columns[j];
+        words[1][j] = at.rows[j];
         words[2][j] = (uint32_t)block;
         words[3][j] = 2;
       }
       philox4x32_10(words, recipe->key);
-      const int64_t n = columns - j0 < PHILOX_LANES ? columns - j0 : PHILOX_LANES;
       for (int64_t i = 0; i < 2; i++) {
         const int64_t k = block * 2 + i;
         if (k < k0 || k >= k0 + rows) continue;
-        real *d = dst + (k - k0) * ld + j0;
-        for (int64_t j = 0; j < n; j++) {
+        real values[PHILOX_LANES];
+        for (int j = 0; j < PHILOX_LANES; j++) {
           const int32_t sum = (int32_t)byte_sum(words[2 * i][j], words[2 * i + 1][j]);
-          d[j] = level * (real)((float)(sum - 1020) * inverse_deviation);
+          values[j] = level * (real)((float)(sum - 1020) * inverse_deviation);
         }
+        copy_some(dst + (k - k0) * ld + p, values, grid->count - p);
       }
     }
   }
@@ -1015,40 +1058,49 @@ static inline uint32_t wave_frequency(uint32_t word) {
   return word & 4 ? UINT32_C(0) - magnitude : magnitude;
 }
 
+#define WAVE_PIXELS 256 /* whose coordinates are found at a time, for all maps */
+
 static void recipe_waves(real *dst, int64_t ld, const pnn_recipe *recipe, real level, int64_t k0, int64_t rows,
-                         uint32_t row, uint32_t column, uint32_t step, int64_t columns) {
-  for (int64_t r0 = 0; r0 < rows; r0 += PHILOX_LANES) {
-    uint32_t words[4][PHILOX_LANES];
-    for (int i = 0; i < PHILOX_LANES; i++) {
-      words[0][i] = (uint32_t)(k0 + r0 + i);
-      words[1][i] = 0;
-      words[2][i] = 0;
-      words[3][i] = 1;
+                         const pnn_grid *grid) {
+  grid_walk at = grid_begin(grid);
+  for (int64_t p = 0; p < grid->count; p += WAVE_PIXELS) {
+    const int64_t count = grid->count - p < WAVE_PIXELS ? grid->count - p : WAVE_PIXELS;
+    uint32_t row[WAVE_PIXELS], column[WAVE_PIXELS];
+    for (int64_t j = 0; j < count; j += PHILOX_LANES) {
+      grid_next(&at, grid);
+      memcpy(row + j, at.rows, sizeof at.rows);
+      memcpy(column + j, at.columns, sizeof at.columns);
     }
-    philox4x32_10(words, recipe->key);
-    const int64_t n = rows - r0 < PHILOX_LANES ? rows - r0 : PHILOX_LANES;
-    for (int64_t i = 0; i < n; i++) {
-      const uint32_t down = wave_frequency(words[0][i]), across = wave_frequency(words[1][i]);
-      const uint32_t start = down * row + across * column + words[2][i], advance = across * step;
-      real *d = dst + (r0 + i) * ld;
-      for (int64_t j = 0; j < columns; j++) {
-        const uint32_t t = (start + advance * (uint32_t)j) >> 23;
-        d[j] = lattice(t < 256 ? t : 511 - t, level);
+    for (int64_t r0 = 0; r0 < rows; r0 += PHILOX_LANES) {
+      uint32_t words[4][PHILOX_LANES];
+      for (int i = 0; i < PHILOX_LANES; i++) {
+        words[0][i] = (uint32_t)(k0 + r0 + i);
+        words[1][i] = 0;
+        words[2][i] = 0;
+        words[3][i] = 1;
+      }
+      philox4x32_10(words, recipe->key);
+      const int64_t n = rows - r0 < PHILOX_LANES ? rows - r0 : PHILOX_LANES;
+      for (int64_t i = 0; i < n; i++) {
+        const uint32_t down = wave_frequency(words[0][i]), across = wave_frequency(words[1][i]), start = words[2][i];
+        real *restrict d = dst + (r0 + i) * ld + p;
+        for (int64_t j = 0; j < count; j++) {
+          const uint32_t t = (start + down * row[j] + across * column[j]) >> 23;
+          d[j] = lattice(t < 256 ? t : 511 - t, level);
+        }
       }
     }
   }
 }
 
 static void recipe_fill(void *dst, int64_t ld, const pnn_recipe *recipe, double level, int64_t k0, int64_t rows,
-                        int64_t row, int64_t column, int64_t step, int64_t columns) {
-  /* Coordinates count modulo 2^32, as the generator's counters do. */
-  const uint32_t i = (uint32_t)row, j = (uint32_t)column, s = (uint32_t)step;
+                        const pnn_grid *grid) {
   if (recipe->noise == PNN_NOISE_WAVES)
-    recipe_waves(dst, ld, recipe, (real)level, k0, rows, i, j, s, columns);
+    recipe_waves(dst, ld, recipe, (real)level, k0, rows, grid);
   else if (recipe->noise == PNN_NOISE_NORMAL)
-    recipe_normal(dst, ld, recipe, (real)level, k0, rows, i, j, s, columns);
+    recipe_normal(dst, ld, recipe, (real)level, k0, rows, grid);
   else
-    recipe_uniform(dst, ld, recipe, (real)level, k0, rows, i, j, s, columns);
+    recipe_uniform(dst, ld, recipe, (real)level, k0, rows, grid);
 }
 
 #if defined(PNN_ISA_AVX512) && defined(PNN_REAL_F32)

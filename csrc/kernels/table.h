@@ -41,6 +41,12 @@ typedef struct pnn_recipe {
   uint32_t key[2]; /* the seed: low word, high word */
 } pnn_recipe;
 
+/* Pixels first, ..., first + count - 1 of a grid with `width` pixels a row: pixel p stands in the masks' row p / width
+ * * row_step and column p mod width * column_step. */
+typedef struct pnn_grid {
+  int64_t first, count, width, row_step, column_step;
+} pnn_grid;
+
 /* What the batch's own moments add to da, a real for each response map (backward.c). */
 typedef struct pnn_norm_terms {
   const void *mean, *offset, *slope;
@@ -140,9 +146,9 @@ typedef struct pnn_kernels {
   /* Mean and sum of squared deviations of each row's first n columns, n >= 1. Overwrites the padding. */
   void (*moments)(void *a, int64_t lda, int64_t rows, int64_t n, double *mean, double *m2, pnn_ahead *ahead);
 
-  /* dst[r*ld + j] = fl(fl(level) * N) of response map k0 + r at the pixel (row, column + j*step). */
-  void (*recipe)(void *dst, int64_t ld, const pnn_recipe *recipe, double level, int64_t k0, int64_t rows, int64_t row,
-                 int64_t column, int64_t step, int64_t columns);
+  /* dst[r*ld + p] = fl(fl(level) * N) of response map k0 + r at pixel p of the grid's. */
+  void (*recipe)(void *dst, int64_t ld, const pnn_recipe *recipe, double level, int64_t k0, int64_t rows,
+                 const pnn_grid *grid);
 
   /* ---- bfloat16 dot products; NULL where the instruction set has none (pnn_kernels_pairs) ---- */
 
