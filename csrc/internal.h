@@ -324,6 +324,7 @@ typedef struct pnn_moments_plan {
   pnn_chunks chunks;
   bool rows;             /* the channels-last form */
   int64_t block, blocks; /* response maps at a time */
+  int64_t near;          /* of these, what is made at a time */
   int64_t part_run;      /* parts of an item: over the same pixels they share their masks */
   double *partial;       /* [parts][K][2] */
   char *scratch;

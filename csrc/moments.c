@@ -19,9 +19,9 @@ typedef struct moments_scratch {
 
 static moments_scratch scratch_take(const pnn_problem *p, const pnn_moments_plan *plan, pnn_arena *arena) {
   moments_scratch s = {NULL, NULL, NULL};
-  s.panel = pnn_arena_take(arena, NEAR_ROWS * PNN_CHUNK, p->real_size);
+  s.panel = pnn_arena_take(arena, plan->near * PNN_CHUNK, p->real_size);
   s.mask = pnn_arena_take(arena, pnn_mask_rows(p, plan->block) * pnn_mask_ld(p, plan->chunks.pixels), p->real_size);
-  if (p->masks > 1) s.channels = pnn_arena_take(arena, pnn_response_channels(p, NEAR_ROWS) * PNN_CHUNK, p->real_size);
+  if (p->masks > 1) s.channels = pnn_arena_take(arena, pnn_response_channels(p, plan->near) * PNN_CHUNK, p->real_size);
   return s;
 }
 
@@ -30,6 +30,8 @@ pnn_moments_plan pnn_moments_prepare(const pnn_problem *problem, const pnn_host 
   plan.rows = !problem->pairs && pnn_rows_fit(problem, NULL, NULL);
   plan.block = PNN_MIN(problem->maps, plan.rows ? ROWS_BLOCK : BLOCK);
   plan.blocks = plan.block ? (problem->maps + plan.block - 1) / plan.block : 0;
+  /* Channels that have to be turned are loaded for the whole block. */
+  plan.near = problem->input.column == 1 ? PNN_MIN(NEAR_ROWS, plan.block) : plan.block;
   plan.part_run = 1;
   while (plan.part_run * 2 <= plan.chunks.parts && plan.chunks.parts % (plan.part_run * 2) == 0 &&
          plan.blocks * plan.chunks.parts / (plan.part_run * 2) >= 8 * (int64_t)(host ? host->threads : 1))
@@ -94,8 +96,8 @@ static void moments_chunk(const pnn_problem *p, const pnn_moments_plan *plan, pn
     pnn_mask_panel(p, k0, rows, made, s.mask, pnn_mask_ld(p, plan->chunks.pixels));
   }
   pnn_columns_set(&columns, made, first, count);
-  for (int64_t r = 0; r < rows; r += NEAR_ROWS) {
-    const int64_t near = PNN_MIN(NEAR_ROWS, rows - r);
+  for (int64_t r = 0; r < rows; r += plan->near) {
+    const int64_t near = PNN_MIN(plan->near, rows - r);
     pnn_response_activated(&response, &columns, k0 + r, near, s.panel, PNN_CHUNK);
     const int64_t next = r + near < rows ? r + near : 0; /* the next rows, or the first ones of the next chunk */
     pnn_ahead ahead = {.streams = 0};
@@ -103,7 +105,7 @@ static void moments_chunk(const pnn_problem *p, const pnn_moments_plan *plan, pn
       const int64_t then = next ? chunk : chunk + 1, channel = (k0 + next) / p->masks;
       const int64_t columns_then = pnn_chunk_locate(p, &plan->chunks, then, &range, &first);
       pnn_ahead_add(p, &ahead, &range, first, columns_then, &p->input, channel,
-                    (k0 + PNN_MIN(next + NEAR_ROWS, rows) - 1) / p->masks - channel + 1, false);
+                    (k0 + PNN_MIN(next + plan->near, rows) - 1) / p->masks - channel + 1, false);
     }
     pnn_ahead_spread(&ahead, near * (columns.padded / PNN_LANES) / 4);
     p->kernels->moments(s.panel, PNN_CHUNK, near, count, &mean[r], &m2[r], &ahead);
