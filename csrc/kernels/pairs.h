@@ -23,10 +23,11 @@ static inline vr load_bfloat16_part(const uint16_t *p, int64_t n) {
   return (vr)_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16);
 }
 
+#define DENORMAL_CLASS 0x20 /* of vfpclass */
+
 /* As store_vector_bfloat16, denormals included, by the processor's own rounding where there are none. */
 PAIRS_INLINE __m256i narrow(vr v) {
-  const int denormal = 0x20;
-  if (__builtin_expect(_mm512_fpclass_ps_mask((__m512)v, denormal) != 0, 0))
+  if (__builtin_expect(_mm512_fpclass_ps_mask((__m512)v, DENORMAL_CLASS) != 0, 0))
     return _mm512_cvtepi32_epi16((__m512i)(upper_half(v) >> 16));
   return (__m256i)_mm512_cvtneps_pbh((__m512)v);
 }

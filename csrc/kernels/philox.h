@@ -11,6 +11,7 @@
 #include <stdint.h>
 
 #define PHILOX_LANES 16
+#define PHILOX_XOR 0x96 /* what vpternlog calls the exclusive or of all three */
 
 /* words[w][lane]: the counter's word w on entry, the output's on return. */
 static inline void philox4x32_10(uint32_t words[4][PHILOX_LANES], const uint32_t key[2]) {
@@ -24,14 +25,13 @@ static inline void philox4x32_10(uint32_t words[4][PHILOX_LANES], const uint32_t
       w[i][h] = _mm512_cvtepu32_epi64(_mm256_loadu_si256((const __m256i *)(const void *)(words[i] + 8 * h)));
   __m512i k0 = _mm512_set1_epi64(key[0]), k1 = _mm512_set1_epi64(key[1]);
   const __m512i m0 = _mm512_set1_epi64(0xD2511F53), m1 = _mm512_set1_epi64(0xCD9E8D57);
-  const int exclusive_or = 0x96; /* of all three */
 #pragma GCC unroll 10
   for (int round = 0; round < 10; round++) {
 #pragma GCC unroll 2
     for (int h = 0; h < 2; h++) {
       const __m512i a = _mm512_mul_epu32(m0, w[0][h]), b = _mm512_mul_epu32(m1, w[2][h]);
-      w[0][h] = _mm512_ternarylogic_epi64(_mm512_srli_epi64(b, 32), w[1][h], k0, exclusive_or);
-      w[2][h] = _mm512_ternarylogic_epi64(_mm512_srli_epi64(a, 32), w[3][h], k1, exclusive_or);
+      w[0][h] = _mm512_ternarylogic_epi64(_mm512_srli_epi64(b, 32), w[1][h], k0, PHILOX_XOR);
+      w[2][h] = _mm512_ternarylogic_epi64(_mm512_srli_epi64(a, 32), w[3][h], k1, PHILOX_XOR);
       w[1][h] = b;
       w[3][h] = a;
     }
