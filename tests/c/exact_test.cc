@@ -75,17 +75,19 @@ TEST_P(ExactTypes, WholeTilesAndTheirEdges) {
                                    {258, 10, 4, 8, 3}, {10, 258, 5, 7, 2}, {32, 32, 1, 33, 2},  {6, 40, 23, 23, 2},
                                    {64, 64, 1, 1, 45}, {18, 36, 31, 1, 2}, {31, 33, 8, 12, 2}};
   uint64_t seed = 250;
+  const uint64_t step = scaled(100) < 100 ? 3 : 1;  // a smaller scale (the sanitizers') keeps a third
   for (const Size &size : sizes) {
     for (LayoutKind layout : {LayoutKind::kContiguous, LayoutKind::kChannelsLast}) {
       for (int64_t groups : {1, 2}) {
         for (int64_t M : {1, 2}) {
           if (size.C % groups || size.T % groups || (M > 1 && size.C > 100)) continue;
+          if (++seed % step) continue;
           Case c = base();
           c.C = size.C, c.T = size.T, c.H = size.H, c.W = size.W, c.B = size.B, c.groups = groups, c.M = M;
           c.noise = seed % 3 ? PNN_NOISE_TENSOR : seed % 2 ? PNN_NOISE_UNIFORM : PNN_NOISE_NONE;
           c.shared = c.noise == PNN_NOISE_UNIFORM;
           c.activation = seed % 4 ? PNN_ACTIVATION_RELU : PNN_ACTIVATION_HARDTANH;
-          c.gradients = kGradInput | kGradWeight | kGradBias, c.seed = seed++;
+          c.gradients = kGradInput | kGradWeight | kGradBias, c.seed = seed;
           c.input_layout = c.output_layout = c.grad_output_layout = c.grad_input_layout = layout;
           run(c);
         }
