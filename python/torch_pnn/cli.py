@@ -114,30 +114,30 @@ def _parser() -> argparse.ArgumentParser:
 
 def _study(arguments: argparse.Namespace) -> Study:
     """The study that the arguments ask for."""
-    from .ablation.arms import ARMS
+    from .ablation.arms import CATALOGUE, find_arm
     from .ablation.errors import UsageError
-    from .ablation.study import find_study
+    from .ablation.ready import find_study
 
     study = find_study(arguments.study, quick=arguments.quick)
     changes: dict[str, Any] = {}
     if arguments.seeds is not None:
         changes["seeds"] = tuple(range(arguments.seeds))
     if arguments.epochs is not None:
-        changes["epochs"] = arguments.epochs
+        changes["schedule"] = dataclasses.replace(study.schedule, epochs=arguments.epochs)
     if arguments.arms is not None:
         wanted = [name.strip() for name in arguments.arms.split(",")]
-        unknown = [name for name in wanted if name not in ARMS]
+        unknown = [name for name in wanted if name not in CATALOGUE]
         if unknown:
-            raise UsageError(f"unknown arm {unknown[0]!r}; there is: {', '.join(ARMS)}")
+            raise UsageError(f"unknown arm {unknown[0]!r}; there is: {', '.join(CATALOGUE)}")
         if len(set(wanted)) != len(wanted):
             raise UsageError(f"--arms {arguments.arms} names an arm twice")
-        lacking = [name for name in (study.candidate, study.control) if name not in wanted]
+        lacking = [name for name in (study.question.candidate, study.question.control) if name not in wanted]
         if lacking:
             raise UsageError(
-                f"--arms {arguments.arms} lacks {' and '.join(lacking)}: the study compares {study.candidate} "
-                f"with {study.control}"
+                f"--arms {arguments.arms} lacks {' and '.join(lacking)}: the study compares {study.question.candidate} "
+                f"with {study.question.control}"
             )
-        changes["arms"] = tuple(wanted)
+        changes["arms"] = tuple(map(find_arm, wanted))
     return dataclasses.replace(study, **changes)
 
 
@@ -153,7 +153,7 @@ def _ablate(arguments: argparse.Namespace, command: str) -> int:
     # Before minutes of training, not after: what the report will need.
     require("scipy", "scipy", "the intervals and tests of the report")
     require("matplotlib", "matplotlib", "the report's plots")
-    data = datasets.load(study.data)
+    data = datasets.load(study.data.name)
     environment = environments.describe()
     jobs = arguments.jobs or min(environment["cores"], MOST_JOBS)
     invocation = {
@@ -164,7 +164,7 @@ def _ablate(arguments: argparse.Namespace, command: str) -> int:
     }
     with Store(arguments.out, study, data.sha256, invocation) as store:
         done = len(study.runs) - len(store.records.missing)
-        progress = make_progress(len(study.runs), done, study.epochs)
+        progress = make_progress(len(study.runs), done, study.schedule.epochs)
         started = time.monotonic()
         try:
             if environment["operators"] != "compiled":
@@ -204,7 +204,7 @@ def _report(arguments: argparse.Namespace) -> int:
     from .ablation.errors import AblationError
 
     found = records.read(arguments.directory)
-    data = datasets.load(found.study.data)
+    data = datasets.load(found.study.data.name)
     if data.sha256 != found.data_sha256:
         raise AblationError(
             f"{arguments.directory} holds results on other data than is installed here (scikit-learn's version?)"

@@ -17,7 +17,7 @@ import torch
 from ablation_support import tiny_data, tiny_study
 
 from torch_pnn.ablation import progress, report, tables
-from torch_pnn.ablation.arms import ARMS
+from torch_pnn.ablation.arms import CATALOGUE
 from torch_pnn.ablation.records import Records
 
 ENVIRONMENT = {
@@ -209,7 +209,7 @@ def test_the_report_says_what_matters_in_order():
     assert -1 not in places, order[places.index(-1)]
     assert places == sorted(places)
     for arm in SIX:
-        assert ARMS[arm].summary.split(":")[0] in words
+        assert CATALOGUE[arm].summary.split(":")[0] in words
 
 
 def test_both_colour_schemes_and_no_colour_left_behind():
@@ -266,7 +266,7 @@ def test_masks_of_the_showcase_are_those_of_the_run():
     study, data = tiny_study(arms=("pnn", "control", "waves"), width=8), tiny_data()
     showcase = make_showcase(study, data)
     assert [row.title for row in showcase.rows] == ["PNN", "PNN, waves"]
-    layer = next(m for m in build(study, "pnn", 0, data).model.modules() if isinstance(m, PerturbConv2d))
+    layer = next(m for m in build(study, "pnn", study.streams(0), data).model.modules() if isinstance(m, PerturbConv2d))
     row = showcase.rows[0]
     masks = layer.perturbation(8, 8)[:, 0] * layer.level
     assert any(torch.equal(row.mask, mask) for mask in masks)

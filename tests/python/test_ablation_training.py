@@ -6,12 +6,12 @@ import dataclasses
 
 import pytest
 import torch
-from ablation_support import tiny_data, tiny_study
+from ablation_support import changed, tiny_data, tiny_study
 from torch import nn
 
 from torch_pnn.ablation import arms, data, training
 from torch_pnn.ablation.errors import UsageError
-from torch_pnn.ablation.study import STUDIES
+from torch_pnn.ablation.ready import STUDIES
 from torch_pnn.ablation.worker import attempt
 
 
@@ -20,12 +20,16 @@ def _train(study, arm, seed, dataset=None, epochs=None):
     return training.train(study, arm, seed, dataset or tiny_data(), rows.append)
 
 
+def _build(study, arm, seed, dataset):
+    return arms.build(study, arm, study.streams(seed), dataset)
+
+
 def _same_but_for_time(first, second):
     timings = ("seconds", "seconds_per_epoch")
     return {k: v for k, v in first.items() if k not in timings} == {k: v for k, v in second.items() if k not in timings}
 
 
-@pytest.mark.parametrize("arm", list(arms.ARMS))
+@pytest.mark.parametrize("arm", list(arms.CATALOGUE))
 def test_a_run_done_twice_gives_the_same_bits(arm):
     study = tiny_study(epochs=2)
     curves = [], []
@@ -60,8 +64,8 @@ def test_the_bits_do_not_depend_on_what_ran_before_or_on_threads():
 def test_paired_arms_start_from_the_same_bits(network, arm):
     study = tiny_study(network=network, width=8)
     dataset = tiny_data()
-    pnn = dict(arms.build(study, "pnn", 5, dataset).model.named_parameters())
-    other = dict(arms.build(study, arm, 5, dataset).model.named_parameters())
+    pnn = dict(_build(study, "pnn", 5, dataset).model.named_parameters())
+    other = dict(_build(study, arm, 5, dataset).model.named_parameters())
     assert pnn.keys() == other.keys()
     for name, parameter in pnn.items():
         assert torch.equal(parameter, other[name]), name
@@ -70,13 +74,13 @@ def test_paired_arms_start_from_the_same_bits(network, arm):
 def test_pairing_does_not_rest_on_how_the_layers_draw_their_weights(monkeypatch):
     plain = arms._network
 
-    def restless(study, arm, seed, *rest):
-        return plain(study, arm, seed + len(arm.name), *rest)
+    def restless(study, arm, streams, *rest):
+        return plain(study, arm, {name: seed + len(arm.name) for name, seed in streams.items()}, *rest)
 
     monkeypatch.setattr(arms, "_network", restless)
     study, dataset = tiny_study(width=8), tiny_data()
-    pnn = dict(arms.build(study, "pnn", 5, dataset).model.named_parameters())
-    other = dict(arms.build(study, "control", 5, dataset).model.named_parameters())
+    pnn = dict(_build(study, "pnn", 5, dataset).model.named_parameters())
+    other = dict(_build(study, "control", 5, dataset).model.named_parameters())
     assert all(torch.equal(parameter, other[name]) for name, parameter in pnn.items())
 
 
@@ -85,12 +89,12 @@ def test_the_control_differs_in_its_output_by_the_noise_alone():
     with torch.no_grad():
         outputs = {}
         for arm in ("pnn", "control", "waves"):
-            outputs[arm] = arms.build(study, arm, 1, dataset).model(dataset.test_images)
+            outputs[arm] = _build(study, arm, 1, dataset).model(dataset.test_images)
     assert not torch.equal(outputs["pnn"], outputs["control"])
     assert not torch.equal(outputs["pnn"], outputs["waves"])
-    quiet = dataclasses.replace(arms.ARMS["pnn"], options={**arms.ARMS["pnn"].options, "level": 0.0})
-    model = arms._network(study, quiet, 1, 8, 1, 10)
-    arms.share_weights(model, arms.build(study, "pnn", 1, dataset).model)
+    quiet = dataclasses.replace(arms.CATALOGUE["pnn"], options={**arms.CATALOGUE["pnn"].options, "level": 0.0})
+    model = arms._network(study, quiet, study.streams(1), 8, 1, 10)
+    arms.share_weights(model, _build(study, "pnn", 1, dataset).model)
     with torch.no_grad():
         assert torch.equal(model(dataset.test_images), outputs["control"])
 
@@ -98,19 +102,19 @@ def test_the_control_differs_in_its_output_by_the_noise_alone():
 @pytest.mark.parametrize("network", list(arms.NETWORKS))
 def test_costs_of_the_arms(network):
     study, dataset = tiny_study(network=network, width=16), tiny_data()
-    built = {name: arms.build(study, name, 0, dataset) for name in arms.ARMS}
+    built = {name: _build(study, name, 0, dataset) for name in arms.CATALOGUE}
     assert built["pnn"].parameters == built["control"].parameters == built["waves"].parameters
     assert built["pnn"].macs == built["control"].macs == built["waves"].macs
     assert built["cnn"].parameters > 3 * built["pnn"].parameters
     # As near as whole channels allow: a wider or narrower one is further off.
-    narrow = built["cnn-narrow"]
+    narrow = built["cnn-params"]
     target = built["pnn"].parameters
     assert 0 < narrow.width < 16
     for width in (narrow.width - 1, narrow.width + 1):
         if width:
-            off = arms._learnable(arms._network(study, arms.ARMS["cnn"], 0, width, 1, 10)) - target
+            off = arms._learnable(arms._network(study, arms.CATALOGUE["cnn"], study.streams(0), width, 1, 10)) - target
             assert abs(narrow.parameters - target) <= abs(off)
-    assert built["cnn"].mask_bytes == built["cnn-narrow"].mask_bytes == 0
+    assert built["cnn"].mask_bytes == built["cnn-params"].mask_bytes == 0
     assert built["lbcnn"].mask_bytes > built["pnn"].mask_bytes > 0
 
 
@@ -135,10 +139,10 @@ def test_every_arm_sees_the_same_batches(monkeypatch):
     monkeypatch.setattr(training, "build", build)
     study = tiny_study(epochs=2, batch_size=24)
     dataset = tiny_data()
-    for arm in ("pnn", "cnn-narrow"):
+    for arm in ("pnn", "cnn-params"):
         _train(study, arm, 7, dataset)
     assert [len(batch) for batch in seen["pnn"]] == [24, 24, 16] * 2
-    for first, second in zip(seen["pnn"], seen["cnn-narrow"], strict=True):
+    for first, second in zip(seen["pnn"], seen["cnn-params"], strict=True):
         assert torch.equal(first, second)
     # Every image once an epoch, in another order each epoch.
     first_epoch, second_epoch = torch.cat(seen["pnn"][:3]), torch.cat(seen["pnn"][3:])
@@ -198,7 +202,7 @@ def test_a_run_that_breaks_becomes_a_row(monkeypatch):
 
 
 def test_learning_rate_rises_and_falls_to_zero():
-    study = dataclasses.replace(STUDIES["digits"], epochs=10, warmup_epochs=2, learning_rate=0.5)
+    study = changed(STUDIES["digits"], epochs=10, warmup_epochs=2, learning_rate=0.5)
     rates = [training.learning_rate(study, step, 7) for step in range(70)]
     assert max(rates) == rates[13] == 0.5
     assert all(a < b for a, b in zip(rates[:13], rates[1:14], strict=True))
@@ -210,7 +214,7 @@ def test_small_things_are_not_decayed():
     study = tiny_study()
     model = nn.Sequential(nn.Conv2d(1, 2, 3), nn.BatchNorm2d(2), nn.Flatten(), nn.Linear(2, 2))
     decayed, plain = training._optimizer(model, study).param_groups
-    assert decayed["weight_decay"] == study.weight_decay
+    assert decayed["weight_decay"] == study.schedule.weight_decay
     assert [p.ndim for p in decayed["params"]] == [4, 2]
     assert plain["weight_decay"] == 0
     assert [p.ndim for p in plain["params"]] == [1, 1, 1, 1]
@@ -219,9 +223,9 @@ def test_small_things_are_not_decayed():
 def test_unknown_names():
     dataset = tiny_data()
     with pytest.raises(UsageError, match="unknown arm 'ppn'"):
-        arms.build(tiny_study(), "ppn", 0, dataset)
+        _build(tiny_study(), "ppn", 0, dataset)
     with pytest.raises(UsageError, match="unknown network 'vgg'"):
-        arms.build(tiny_study(network="vgg"), "pnn", 0, dataset)
+        _build(tiny_study(network="vgg"), "pnn", 0, dataset)
     with pytest.raises(UsageError, match="unknown data set 'letters'; there is: digits"):
         data.load("letters")
 

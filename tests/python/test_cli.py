@@ -20,7 +20,8 @@ import torch
 from ablation_support import command, environment, one_line_error
 
 from torch_pnn import cli
-from torch_pnn.ablation import study
+from torch_pnn.ablation import ready
+from torch_pnn.ablation.study import SEEDS_TO_DECIDE
 
 TINY = ("--epochs", "1", "--seeds", "2", "--arms", "pnn,control")
 
@@ -148,7 +149,7 @@ def test_a_diverged_run_is_said_and_the_others_go_on(tmp_path, capsys, monkeypat
     build = training.build
 
     def poisoned(chosen, arm, seed, data):
-        built = build(chosen, arm, seed, data)
+        built = build(chosen, arm, streams, data)
         if arm == "pnn":
             with torch.no_grad():
                 built.model.classifier.bias.fill_(float("nan"))
@@ -173,10 +174,10 @@ def test_a_run_that_breaks_is_said_and_done_again(tmp_path, capsys, monkeypatch)
 
     build = training.build
 
-    def fail_once(chosen, arm, seed, data):
-        if (arm, seed) == ("control", 0):
+    def fail_once(chosen, arm, streams, data):
+        if (arm, streams["masks"]) == ("control", 0):
             raise RuntimeError("out of\nluck")
-        return build(chosen, arm, seed, data)
+        return build(chosen, arm, streams, data)
 
     monkeypatch.setattr(training, "build", fail_once)
     assert _run("ablate", "--out", tmp_path / "b", "--jobs", 1, *TINY) == 1
@@ -223,7 +224,7 @@ def test_wrong_usage(arguments, words, capsys, tmp_path, monkeypatch, no_trainin
     "arguments, status, words",
     [
         (("ablate", "digit", "--out", "x"), 2, "unknown study 'digit' (did you mean digits?)"),
-        (("ablate", "--out", "x", "--arms", "pnn,ctrl"), 2, "unknown arm 'ctrl'; there is: cnn, cnn-narrow"),
+        (("ablate", "--out", "x", "--arms", "pnn,ctrl"), 2, "unknown arm 'ctrl'; there is: cnn, cnn-params"),
         (("ablate", "--out", "x", "--arms", ""), 2, "unknown arm ''"),
         (("ablate", "--out", "x", "--arms", "pnn,pnn,control"), 2, "names an arm twice"),
         (("ablate", "--out", "x", "--arms", "cnn,pnn"), 2, "lacks control: the study compares pnn with control"),
@@ -320,10 +321,10 @@ def test_version(capsys):
 
 
 def test_the_default_study_can_decide():
-    for name, chosen in study.STUDIES.items():
-        assert len(chosen.seeds) >= study.SEEDS_TO_DECIDE, name
-        assert chosen.candidate in chosen.arms
-        assert chosen.control in chosen.arms
+    for name, chosen in ready.STUDIES.items():
+        assert len(chosen.seeds) >= SEEDS_TO_DECIDE, name
+        assert chosen.question.candidate in chosen.arm_names
+        assert chosen.question.control in chosen.arm_names
 
 
 def test_an_unwritable_result_is_an_error_and_not_a_traceback():

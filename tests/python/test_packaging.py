@@ -122,8 +122,17 @@ def test_without_pytorch_the_build_says_so(tmp_path: Path) -> None:
     if cmake is None:
         pytest.skip("no cmake")
     done = subprocess.run(
-        [cmake, "-S", str(ROOT), "-B", str(tmp_path / "b"), "-DPNN_TORCH=ON", "-G", "Ninja",
-         f"-DPython_EXECUTABLE={tmp_path}/empty/bin/python"],
+        [
+            cmake,
+            "-S",
+            str(ROOT),
+            "-B",
+            str(tmp_path / "b"),
+            "-DPNN_TORCH=ON",
+            "-G",
+            "Ninja",
+            f"-DPython_EXECUTABLE={tmp_path}/empty/bin/python",
+        ],
         env=clean_environment(tmp_path),
         check=False,
         capture_output=True,
@@ -147,8 +156,17 @@ def test_pytorch_without_headers_is_named(tmp_path: Path) -> None:
     for version, expected in (("2.13.0", "lacks include/ATen/ATen.h"), ("2.10.1", "too old: torch-pnn needs 2.11")):
         (site / "torch" / "version.py").write_text(f"__version__ = '{version}'\n", encoding="utf-8")
         done = subprocess.run(
-            [cmake, "-S", str(ROOT), "-B", str(tmp_path / version), "-DPNN_TORCH=ON", "-G", "Ninja",
-             f"-DPython_EXECUTABLE={python}"],
+            [
+                cmake,
+                "-S",
+                str(ROOT),
+                "-B",
+                str(tmp_path / version),
+                "-DPNN_TORCH=ON",
+                "-G",
+                "Ninja",
+                f"-DPython_EXECUTABLE={python}",
+            ],
             env=clean_environment(tmp_path),
             check=False,
             capture_output=True,

@@ -1,16 +1,14 @@
 """The arms of a study: which network is built, and how it differs from its neighbours.
 
-An arm is one entry in ``ARMS``, a network one entry in ``NETWORKS``. An arm can be matched to another's cost
+An arm is one entry in ``CATALOGUE``, a network one entry in ``NETWORKS``. An arm can be matched to another's cost
 (``match``: its width is searched until it has as many learnable parameters) and paired with another (``weights_from``:
 it starts from that arm's weights, bit for bit, wherever names and shapes agree).
 """
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
-from types import MappingProxyType
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -22,82 +20,52 @@ from torch_pnn.presets import layer_options
 
 from .data import Dataset
 from .errors import UsageError
-from .study import Study
-
-
-@dataclass(frozen=True)
-class Arm:
-    """How an arm differs from the others.
-
-    Attributes:
-        name: what the command line calls it.
-        title: its name in tables and plots.
-        summary: one sentence for the report.
-        layer: what stands where the network has 3×3 convolutions; ``layer=`` of ``torch_pnn.models``.
-        options: further options of ``torch_pnn.models``: a preset, a noise level.
-        match: the arm whose number of learnable parameters this one's width is chosen to meet.
-        weights_from: the arm whose initial weights it starts from.
-        phrase: what a sentence calls it; "" = its title.
-    """
-
-    name: str
-    title: str
-    summary: str
-    layer: str
-    options: Mapping[str, Any] = field(default_factory=lambda: MappingProxyType({}))
-    match: str | None = None
-    weights_from: str | None = None
-    phrase: str = ""
-
-
-def _arms(*arms: Arm) -> dict[str, Arm]:
-    return {arm.name: arm for arm in arms}
-
+from .study import Arm, Study
 
 #: Every arm by its name.
-ARMS: dict[str, Arm] = _arms(
-    Arm("cnn", "CNN", "The same network with ordinary 3×3 convolutions.", "conv"),
-    Arm(
-        "cnn-narrow",
-        "CNN, narrowed",
-        "The CNN made narrower, until it has as many learnable parameters as the PNN.",
-        "conv",
-        match="pnn",
-    ),
-    Arm(
-        "lbcnn",
-        "LBCNN",
-        "Fixed sparse ternary 3×3 filters, ReLU, then a learnable 1×1 convolution (local binary convolution).",
-        "lbc",
-    ),
-    Arm(
-        "pnn",
-        "PNN",
-        "Fixed noise added to the input (level 0.1), ReLU, batch normalisation, then a learnable 1×1 convolution: "
-        "the layer that the authors published.",
-        "perturb",
-        {"preset": "juefeix2018"},
-    ),
-    Arm(
-        "control",
-        "control",
-        "The PNN at noise level 0: the same modules, pooling, normalisation, initial weights and seeds, no noise.",
-        "perturb",
-        {"preset": "juefeix2018", "level": 0.0},
-        weights_from="pnn",
-        phrase="its control without noise",
-    ),
-    Arm(
-        "waves",
-        "PNN, waves",
-        "The PNN with smooth waves in place of noise: the same mask values, arranged so that they still tell a pixel "
-        "where it is, but are no noise.",
-        "perturb",
-        {"preset": "juefeix2018", "noise": "waves"},
-        weights_from="pnn",
-    ),
-    Arm("conv1x1", "plain 1×1", "The same network with plain 1×1 convolutions.", "conv1x1"),
-)
+CATALOGUE: dict[str, Arm] = {
+    arm.name: arm
+    for arm in (
+        Arm("cnn", "CNN", "The same network with ordinary 3×3 convolutions.", "conv"),
+        Arm(
+            "cnn-params",
+            "CNN, narrowed",
+            "The CNN made narrower, until it has as many learnable parameters as the PNN.",
+            "conv",
+            match="pnn",
+        ),
+        Arm(
+            "lbcnn",
+            "LBCNN",
+            "Fixed sparse ternary 3×3 filters, ReLU, then a learnable 1×1 convolution (local binary convolution).",
+            "lbc",
+        ),
+        Arm(
+            "pnn",
+            "PNN",
+            "Fixed noise added to the input (level 0.1), ReLU, batch normalisation, then a learnable 1×1 convolution: "
+            "the layer that the authors published.",
+            options={"preset": "juefeix2018"},
+        ),
+        Arm(
+            "control",
+            "control",
+            "The PNN at noise level 0: the same modules, pooling, normalisation, initial weights and seeds, no noise.",
+            options={"preset": "juefeix2018", "level": 0.0},
+            weights_from="pnn",
+            phrase="its control without noise",
+        ),
+        Arm(
+            "waves",
+            "PNN, waves",
+            "The PNN with smooth waves in place of noise: the same mask values, arranged so that they still tell a "
+            "pixel where it is, but are no noise.",
+            options={"preset": "juefeix2018", "noise": "waves"},
+            weights_from="pnn",
+        ),
+        Arm("conv1x1", "plain 1×1", "The same network with plain 1×1 convolutions.", "conv1x1"),
+    )
+}
 
 
 def _resnet(
@@ -141,19 +109,35 @@ class Built:
     macs: int
 
 
-def _arm(name: str) -> Arm:
-    if name not in ARMS:
-        raise UsageError(f"unknown arm {name!r}; there is: {', '.join(ARMS)}")
-    return ARMS[name]
+def find_arm(name: str) -> Arm:
+    """An arm of the catalogue.
+
+    Raises:
+        UsageError: there is none of that name.
+    """
+    if name not in CATALOGUE:
+        raise UsageError(f"unknown arm {name!r}; there is: {', '.join(CATALOGUE)}")
+    return CATALOGUE[name]
 
 
-def _network(study: Study, arm: Arm, seed: int, width: int, channels: int, classes: int) -> nn.Module:
+def _arm(study: Study, name: str) -> Arm:
+    """An arm of the study; one that it only refers to (``match``, ``weights_from``) may come from the catalogue."""
+    return study.arm(name) if name in study.arm_names else find_arm(name)
+
+
+def _network(study: Study, arm: Arm, streams: Mapping[str, int], width: int, channels: int, classes: int) -> nn.Module:
     """The arm's network with the initial weights that the seed gives."""
-    if study.network not in NETWORKS:
-        raise UsageError(f"unknown network {study.network!r}; there is: {', '.join(NETWORKS)}")
-    torch.manual_seed(seed)
-    return NETWORKS[study.network](
-        classes, in_channels=channels, width=width, layer=arm.layer, seed=seed, **arm.options
+    if study.model.network not in NETWORKS:
+        raise UsageError(f"unknown network {study.model.network!r}; there is: {', '.join(NETWORKS)}")
+    torch.manual_seed(streams["initialisation"])
+    return NETWORKS[study.model.network](
+        classes,
+        in_channels=channels,
+        width=width,
+        layer=arm.layer,
+        seed=streams["masks"],
+        **study.model.options,
+        **arm.options,
     )
 
 
@@ -161,7 +145,6 @@ def _learnable(model: nn.Module) -> int:
     return sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
 
 
-@functools.lru_cache(maxsize=64)
 def matched_width(study: Study, name: str, channels: int, classes: int) -> int:
     """The width with which an arm comes nearest to the number of learnable parameters of the arm that it is matched to.
 
@@ -174,12 +157,13 @@ def matched_width(study: Study, name: str, channels: int, classes: int) -> int:
     Returns:
         The study's own width where the arm is not matched.
     """
-    arm = _arm(name)
-    if arm.match is None:
-        return study.width
+    arm = _arm(study, name)
+    if not arm.match:
+        return study.model.width
     with torch.random.fork_rng(devices=[]):
-        target = _learnable(_network(study, _arm(arm.match), 0, study.width, channels, classes))
-    return models.match_width(lambda width: _network(study, arm, 0, width, channels, classes), target)
+        streams = study.streams(study.seeds[0])
+        target = _learnable(_network(study, _arm(study, arm.match), streams, study.model.width, channels, classes))
+        return models.match_width(lambda width: _network(study, arm, streams, width, channels, classes), target)
 
 
 def share_weights(target: nn.Module, source: nn.Module) -> int:
@@ -205,20 +189,23 @@ def share_weights(target: nn.Module, source: nn.Module) -> int:
     return copied
 
 
-def build(study: Study, name: str, seed: int, data: Dataset) -> Built:
-    """An arm's network for one seed, ready to be trained.
+def build(study: Study, name: str, streams: Mapping[str, int], data: Dataset) -> Built:
+    """An arm's network for one run, ready to be trained.
+
+    ``streams`` is ``study.streams(seed)``.
 
     Sets PyTorch's default generator; a caller who minds wraps it in ``torch.random.fork_rng``.
 
     Raises:
         UsageError: the arm or the network is unknown.
     """
-    arm = _arm(name)
+    arm = _arm(study, name)
     channels, height, columns = data.image_shape
     width = matched_width(study, name, channels, data.classes)
-    model = _network(study, arm, seed, width, channels, data.classes)
-    if arm.weights_from is not None:
-        share_weights(model, _network(study, _arm(arm.weights_from), seed, study.width, channels, data.classes))
+    model = _network(study, arm, streams, width, channels, data.classes)
+    if arm.weights_from:
+        source = _arm(study, arm.weights_from)
+        share_weights(model, _network(study, source, streams, study.model.width, channels, data.classes))
     model.train()
     costs = models.costs(model, (channels, height, columns))
     return Built(model, width, costs.parameters, costs.mask_bytes, costs.macs)

@@ -108,7 +108,7 @@ def _figure(draw: Callable[[Figure], None], name: str, label: str, height: float
 
 
 def _style(records: Records, arm: str) -> tuple[str, str]:
-    number = records.study.arms.index(arm)
+    number = records.study.arm_names.index(arm)
     return ARM_COLOURS[number % len(ARM_COLOURS)], _MARKERS[number % len(_MARKERS)]
 
 
@@ -122,7 +122,7 @@ def paired_differences(records: Records, result: StudyResult) -> str:
             paired = arm.difference
             assert paired is not None
             colour, marker = _style(records, arm.arm)
-            primary = arm.arm == records.study.candidate
+            primary = arm.arm == records.study.question.candidate
             if primary:
                 axes.axhspan(line - 0.42, line + 0.42, color=ACCENT, alpha=0.12, linewidth=0)
             # Seeds a little below the mean, shifted where they coincide.
@@ -147,7 +147,7 @@ def paired_differences(records: Records, result: StudyResult) -> str:
         axes.set_yticks(range(len(shown)), [arm.title for arm in reversed(shown)])
         axes.set_ylim(-0.6, len(shown) - 0.4)
         axes.grid(axis="y", visible=False)
-        axes.set_xlabel(f"points of accuracy above {title(records.study.control)}, same seed")
+        axes.set_xlabel(f"points of accuracy above {title(records.study, records.study.question.control)}, same seed")
         axes.tick_params(axis="y", length=0)
 
     return _figure(draw, "differences", "Paired differences to the control", 1.1 + 0.52 * max(1, len(shown)))
@@ -243,7 +243,7 @@ def learning_curves(records: Records, result: StudyResult) -> str:
             settled = min(settled, means[len(means) // 4])
         # The first epochs would press everything else against the upper edge.
         axes.set_ylim(max(0.0, settled - 3), 100.3)
-        last = records.study.epochs
+        last = records.study.schedule.epochs
         axes.set_xlim(1, max(2, last))
         axes.set_xticks(sorted({1, *range(5, last + 1, 5), last} if last > 8 else range(1, last + 1)))
         axes.set_xlabel("epoch")

@@ -13,14 +13,13 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from . import plots, tables
-from .arms import ARMS
 from .data import Dataset
 from .environment import BITS_DEPEND_ON, operators_sentence
 from .progress import duration
 from .records import Records, Row, write_whole
 from .showcase import make_showcase
 from .statistics import interval, points
-from .study import NOTES, SEEDS_TO_DECIDE
+from .study import SEEDS_TO_DECIDE
 from .tables import StudyResult, title
 
 
@@ -60,7 +59,7 @@ def _table(records: Records, result: StudyResult) -> str:
     for number, arm in enumerate(result.arms):
         first, *rest = tables.cells(arm)
         dot = f"<span class='dot' style='background: var(--arm-{number % len(plots.ARM_COLOURS) + 1})'></span>"
-        primary = " class='primary'" if arm.arm == records.study.candidate else ""
+        primary = " class='primary'" if arm.arm == records.study.question.candidate else ""
         cells = "".join(f"<td>{html.escape(cell)}</td>" for cell in rest)
         body.append(f"<tr{primary}><th scope='row'>{dot}{html.escape(first)}</th>{cells}</tr>")
     return f"<div class='scroll'><table><thead><tr>{heads}</tr></thead><tbody>{''.join(body)}</tbody></table></div>"
@@ -70,7 +69,7 @@ def _seed_table(records: Records) -> str:
     seeds = records.study.seeds
     heads = "".join(f"<th scope='col'>seed {seed}</th>" for seed in seeds)
     body = []
-    for arm in records.study.arms:
+    for arm in records.study.arm_names:
         rows = {row["seed"]: row for row in records.of_arm(arm)}
         cells = []
         for seed in seeds:
@@ -81,7 +80,7 @@ def _seed_table(records: Records) -> str:
                 cells.append(f"<td title='{html.escape(row['problem'], quote=True)}'>{html.escape(row['status'])}</td>")
             else:
                 cells.append(f"<td>{row['correct']}</td>")
-        body.append(f"<tr><th scope='row'>{html.escape(title(arm))}</th>{''.join(cells)}</tr>")
+        body.append(f"<tr><th scope='row'>{html.escape(title(records.study, arm))}</th>{''.join(cells)}</tr>")
     return (
         f"<div class='scroll'><table><thead><tr><th scope='col'>arm</th>{heads}</tr></thead>"
         f"<tbody>{''.join(body)}</tbody></table></div>"
@@ -95,8 +94,10 @@ def _evidence(result: StudyResult, records: Records) -> str:
         return "The question was fixed beforehand; there is nothing to answer it with yet."
     ups = sum(value > 0 for value in primary.values)
     downs = sum(value < 0 for value in primary.values)
+    question = records.study.question
+    candidate, control = (title(records.study, arm) for arm in (question.candidate, question.control))
     text = (
-        f"Question fixed beforehand: {title(records.study.candidate)} against {title(records.study.control)}. Of {n} "
+        f"Question fixed beforehand: {candidate} against {control}. Of {n} "
         f"seeds, {ups} went up, {downs} down, {n - ups - downs} stayed level; mean {points(primary.mean)} points"
     )
     if n > 1:
@@ -112,19 +113,17 @@ def _list(items: Sequence[str]) -> str:
 
 
 def _method(records: Records, data: Dataset) -> str:
-    study = records.study
-    arms = _list(
-        [f"<b>{html.escape(title(arm))}</b>: {html.escape(ARMS[arm].summary)}" for arm in study.arms if arm in ARMS]
+    study, schedule = records.study, records.study.schedule
+    arms = _list([f"<b>{html.escape(title(study, arm.name))}</b>: {html.escape(arm.summary)}" for arm in study.arms])
+    steps = -(-len(data.train_labels) // schedule.batch_size)
+    text = (
+        f"Every arm has the same schedule, seeds and order of the data: {schedule.epochs} epochs of {steps} "
+        f"steps with up to {schedule.batch_size} images, stochastic gradient descent with Nesterov momentum "
+        f"{schedule.momentum:g}, learning rate rising to {schedule.learning_rate:g} over the first "
+        f"{schedule.warmup_epochs:g} epochs, then falling to zero along a cosine, weight decay "
+        f"{schedule.weight_decay:g}. No augmentation. Nothing was tuned arm by arm."
     )
-    steps = -(-len(data.train_labels) // study.batch_size)
-    schedule = (
-        f"Every arm has the same schedule, seeds and order of the data: {study.epochs} epochs of {steps} steps with "
-        f"up to {study.batch_size} images, stochastic gradient descent with Nesterov momentum {study.momentum:g}, "
-        f"learning rate rising to {study.learning_rate:g} over the first {study.warmup_epochs:g} epochs, then falling "
-        f"to zero along a cosine, weight decay {study.weight_decay:g}. No augmentation. Nothing was tuned "
-        "arm by arm."
-    )
-    schedule += f" {NOTES[study.name]}" if study.name in NOTES else ""
+    text += f" {study.notes}" if study.notes else ""
     pairs = (
         "Paired: with one seed, all arms see the same batches in the same order, and PNN, its control and its "
         "variants start from the same weights, bit for bit."
@@ -140,7 +139,7 @@ def _method(records: Records, data: Dataset) -> str:
         "number."
     )
     return (
-        f"{_paragraph(data.description)}{_paragraph(schedule)}{_paragraph(pairs)}{_paragraph(accuracy)}"
+        f"{_paragraph(data.description)}{_paragraph(text)}{_paragraph(pairs)}{_paragraph(accuracy)}"
         f"{_paragraph(limits)}{arms}"
     )
 
@@ -198,7 +197,7 @@ def render(records: Records, data: Dataset) -> str:
     """
     study = records.study
     result = tables.evaluate(records)
-    control = title(study.control)
+    control = title(study, study.question.control)
     figures = []
     if any(arm.difference is not None and arm.difference.count for arm in result.arms):
         figures.append(

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch_pnn import functional
 from torch_pnn.modules import PerturbConv2d
 
-from .arms import ARMS, build
+from .arms import build
 from .data import Dataset
 from .study import Study
 
@@ -58,7 +58,7 @@ def _first_layer(model: nn.Module) -> PerturbConv2d | None:
 
 def _row(study: Study, arm: str, data: Dataset) -> tuple[Row, PerturbConv2d] | None:
     with torch.random.fork_rng(devices=[]):
-        model = build(study, arm, study.seeds[0], data).model
+        model = build(study, arm, study.streams(study.seeds[0]), data).model
     layer = _first_layer(model)
     if layer is None:
         return None
@@ -88,15 +88,15 @@ def _row(study: Study, arm: str, data: Dataset) -> tuple[Row, PerturbConv2d] | N
 
     perturbed = response(layer.level)
     scaled = layer.level * own.reshape(height, width)
-    return Row(ARMS[arm].title, picture, scaled, perturbed, perturbed - response(0.0)), layer
+    return Row(study.arm(arm).title or arm, picture, scaled, perturbed, perturbed - response(0.0)), layer
 
 
 def make_showcase(study: Study, data: Dataset) -> Showcase | None:
     """The pictures for the report; None where no arm of the study has a mask."""
     found = [
         made
-        for arm in study.arms
-        if arm in ARMS and ARMS[arm].layer == "perturb"
+        for arm in study.arm_names
+        if study.arm(arm).layer == "perturb"
         for made in [_row(study, arm, data)]
         if made is not None
     ]

@@ -5,10 +5,9 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from .arms import ARMS
 from .records import Records
 from .statistics import PairedDifference, Summary, compare, points, summarise, verdict
-from .study import SEEDS_TO_DECIDE
+from .study import SEEDS_TO_DECIDE, Study
 
 
 @dataclass(frozen=True)
@@ -16,7 +15,7 @@ class ArmResult:
     """One line of the tables.
 
     Attributes:
-        arm: its key in ``arms.ARMS``.
+        arm: its key in ``arms.CATALOGUE``.
         title: its name for people.
         parameters: learnable parameters; None before its first run has ended, like the next two.
         mask_bytes: what its masks or fixed filters take in memory.
@@ -57,14 +56,14 @@ class StudyResult:
     missing: int
 
 
-def title(arm: str) -> str:
-    """An arm's name for people; its key where this version does not know it."""
-    return ARMS[arm].title if arm in ARMS else arm
+def title(study: Study, arm: str) -> str:
+    """An arm's name for people."""
+    return study.arm(arm).title or arm
 
 
-def phrase(arm: str) -> str:
+def phrase(study: Study, arm: str) -> str:
     """What a sentence calls an arm."""
-    return (ARMS[arm].phrase if arm in ARMS else "") or title(arm)
+    return study.arm(arm).phrase or title(study, arm)
 
 
 def _median(values: list[float]) -> float | None:
@@ -83,28 +82,28 @@ def evaluate(records: Records) -> StudyResult:
     """
     study = records.study
     total = next((row["total"] for row in records.results), 1)
-    control = records.correct(study.control)
+    control = records.correct(study.question.control)
     arms = []
-    for arm in study.arms:
+    for arm in study.arm_names:
         rows = records.of_arm(arm)
         known = next((row for row in rows if "parameters" in row), {})
         times = [row["seconds_per_epoch"] for row in rows if row.get("seconds_per_epoch") is not None]
         arms.append(
             ArmResult(
                 arm=arm,
-                title=title(arm),
+                title=title(study, arm),
                 parameters=known.get("parameters"),
                 mask_bytes=known.get("mask_bytes"),
                 macs=known.get("macs"),
                 width=known.get("width"),
                 accuracy=summarise([row["accuracy"] for row in rows if row["status"] == "finished"]),
-                difference=None if arm == study.control else compare(records.correct(arm), control, total),
+                difference=None if arm == study.question.control else compare(records.correct(arm), control, total),
                 seconds_per_epoch=_median(times),
                 unfinished=tuple((row["seed"], row["problem"]) for row in rows if row["status"] != "finished"),
             )
         )
-    primary = compare(records.correct(study.candidate), control, total)
-    sentence = verdict(primary, phrase(study.candidate), phrase(study.control))
+    primary = compare(records.correct(study.question.candidate), control, total)
+    sentence = verdict(primary, phrase(study, study.question.candidate), phrase(study, study.question.control))
     return StudyResult(sentence, primary, tuple(arms), len(records.missing))
 
 
@@ -201,8 +200,8 @@ def text_report(records: Records, result: StudyResult) -> str:
     lines = [result.verdict, "", text_table(result), ""]
     lines.append(f"accuracy: correct answers{images} after the last epoch, mean ± standard deviation over seeds")
     lines.append(
-        f"against control: paired by seed, mean and 95 % t interval; only {title(study.candidate)} against "
-        f"{title(study.control)}"
+        "against control: paired by seed, mean and 95 % t interval; only "
+        f"{title(study, study.question.candidate)} against {title(study, study.question.control)}"
     )
     lines.append("    was fixed as the question beforehand, the other intervals are not corrected for their number")
     for arm in result.arms:

@@ -89,12 +89,12 @@ def state_sha256(model: nn.Module) -> str:
 def _optimizer(model: nn.Module, study: Study) -> torch.optim.Optimizer:
     decayed = [p for p in model.parameters() if p.requires_grad and p.ndim > 1]
     plain = [p for p in model.parameters() if p.requires_grad and p.ndim <= 1]
-    groups = [{"params": decayed, "weight_decay": study.weight_decay}, {"params": plain, "weight_decay": 0.0}]
+    groups = [{"params": decayed, "weight_decay": study.schedule.weight_decay}, {"params": plain, "weight_decay": 0.0}]
     return torch.optim.SGD(
         [group for group in groups if group["params"]],
-        lr=study.learning_rate,
-        momentum=study.momentum,
-        nesterov=study.momentum > 0,
+        lr=study.schedule.learning_rate,
+        momentum=study.schedule.momentum,
+        nesterov=study.schedule.momentum > 0,
     )
 
 
@@ -102,17 +102,17 @@ def learning_rate(study: Study, step: int, steps_per_epoch: int) -> float:
     """The learning rate of a step: a linear rise, then half a cosine down to zero (Loshchilov, Hutter, ICLR 2017).
 
     Example:
-        >>> from torch_pnn.ablation.study import STUDIES
+        >>> from torch_pnn.ablation.ready import STUDIES
         >>> study = STUDIES["digits"]
-        >>> learning_rate(study, 0, 10) < learning_rate(study, 19, 10) == study.learning_rate
+        >>> learning_rate(study, 0, 10) < learning_rate(study, 19, 10) == study.schedule.learning_rate
         True
     """
-    warmup = max(1, round(study.warmup_epochs * steps_per_epoch))
-    total = study.epochs * steps_per_epoch
+    warmup = max(1, round(study.schedule.warmup_epochs * steps_per_epoch))
+    total = study.schedule.epochs * steps_per_epoch
     if step < warmup:
-        return study.learning_rate * (step + 1) / warmup
+        return study.schedule.learning_rate * (step + 1) / warmup
     progress = (step + 1 - warmup) / max(1, total - warmup)
-    return study.learning_rate * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
+    return study.schedule.learning_rate * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
 
 
 def train(study: Study, arm: str, seed: int, data: Dataset, on_epoch: Callable[[Row], None]) -> Row:
@@ -120,7 +120,7 @@ def train(study: Study, arm: str, seed: int, data: Dataset, on_epoch: Callable[[
 
     Args:
         study: the settings.
-        arm: a key of ``arms.ARMS``.
+        arm: a key of ``arms.CATALOGUE``.
         seed: fixes initial weights, masks and data order.
         data: the data set.
         on_epoch: receives a row for epochs.jsonl after every epoch.
@@ -132,22 +132,23 @@ def train(study: Study, arm: str, seed: int, data: Dataset, on_epoch: Callable[[
     """
     started = time.perf_counter()
     with _isolated(study.threads):
-        built = build(study, arm, seed, data)
+        streams = study.streams(seed)
+        built = build(study, arm, streams, data)
         model = built.model
         initial = state_sha256(model)
-        order = torch.Generator().manual_seed(seed)
+        order = torch.Generator().manual_seed(streams["order"])
         optimizer = _optimizer(model, study)
         count = len(data.train_labels)
-        steps_per_epoch = -(-count // study.batch_size)
+        steps_per_epoch = -(-count // study.schedule.batch_size)
         step, seconds, problem = 0, [], None
         correct, test_loss = 0, math.nan
         epoch = 0
-        for epoch in range(1, study.epochs + 1):
+        for epoch in range(1, study.schedule.epochs + 1):
             model.train()
             begun = time.perf_counter()
             permutation = torch.randperm(count, generator=order)
             loss_sum, right = 0.0, 0
-            for batch in permutation.split(study.batch_size):
+            for batch in permutation.split(study.schedule.batch_size):
                 rate = learning_rate(study, step, steps_per_epoch)
                 for group in optimizer.param_groups:
                     group["lr"] = rate

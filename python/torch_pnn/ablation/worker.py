@@ -55,7 +55,7 @@ def serve(requests: TextIO, answers: TextIO) -> None:
     settings = json.loads(head)
     try:
         study = Study.from_json(settings["study"])
-        data = load(study.data)
+        data = load(study.data.name)
         if data.sha256 != settings["data_sha256"]:
             raise AblationError("a worker process read other data than the command that started it")
         send({"ready": True})
