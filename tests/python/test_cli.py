@@ -148,7 +148,7 @@ def test_a_diverged_run_is_said_and_the_others_go_on(tmp_path, capsys, monkeypat
 
     build = training.build
 
-    def poisoned(chosen, arm, seed, data):
+    def poisoned(chosen, arm, streams, data):
         built = build(chosen, arm, streams, data)
         if arm == "pnn":
             with torch.no_grad():
