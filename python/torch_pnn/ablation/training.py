@@ -24,10 +24,10 @@ from torch.nn.parallel import DistributedDataParallel
 from . import distributed
 from ._bridge import find_task, with_hooks, wrapped
 from .arms import build
+from .checkpoint import Checkpoint
 from .data import Dataset
 from .errors import UsageError, describe_os_error
 from .memory import Peak
-from .records import open_checkpoint
 from .study import Schedule, Study
 
 Row = dict[str, Any]
@@ -165,7 +165,7 @@ class _Trainer:
         dtype = PRECISIONS[self.study.precision]
         return contextlib.nullcontext() if dtype is None else torch.autocast(self.device.type, dtype)
 
-    def train_epoch(self, epoch: int, on_step: Callable[[float], None] | None) -> float:
+    def train_epoch(self, epoch: int, on_step: Callable[[float], None] | None) -> tuple[float, float | None]:
         """One pass over the training images.
 
         Args:
@@ -173,12 +173,14 @@ class _Trainer:
             on_step: is told the share of the epoch that has passed.
 
         Returns:
-            The mean loss, counted while the weights were changing; NaN or infinite where a step's loss was.
+            The mean loss, NaN or infinite where a step's loss was, and the share of right answers (None where the task
+            knows none), both counted while the weights were changing.
         """
         schedule = self.study.schedule
         self.trained.train()
         step = (epoch - 1) * self.steps_per_epoch
-        total, count = torch.zeros((), dtype=torch.float64, device=self.device), 0
+        total, count = torch.zeros(2, dtype=torch.float64, device=self.device), 0  # loss, right answers
+        counted = True
         look = 1 if self.device.type == "cpu" else LOOK_EVERY
         batches = self.data.train_batches(
             schedule.batch_size,
@@ -199,19 +201,23 @@ class _Trainer:
                 # DistributedDataParallel divides by the number of processes: the mean over all images is left.
                 share = len(mine) * distributed.world() / images if len(mine) < images else 1.0
             with self.autocast():
-                loss = self.task.loss(self.trained, mine, targets)
+                loss, right = self.task.training_step(self.trained, mine, targets)
             self.optimizer.zero_grad(set_to_none=True)
             self.scaler.scale(loss * share if share != 1.0 else loss).backward()
-            total += loss.detach() * (share * images / distributed.world())
+            total[0] += loss.detach() * (share * images / distributed.world())
+            counted = counted and right is not None
+            if right is not None:
+                total[1] += right
             count += images
-            if number % look == 0 and not distributed.is_active() and not math.isfinite(total):
-                return float(total)
+            if number % look == 0 and not distributed.is_active() and not math.isfinite(total[0]):
+                return float(total[0]), None
             self.scaler.step(self.optimizer)
             self.scaler.update()
             step += 1
             if on_step is not None:
                 on_step(min(1.0, number / self.steps_per_epoch))
-        return float(distributed.sum_over_processes(total)) / max(1, count)
+        loss_sum, right_sum = distributed.sum_over_processes(total).tolist()
+        return loss_sum / max(1, count), right_sum / max(1, count) if counted else None
 
     def evaluate(self, which: str) -> Any:
         """The score on one of the data's test sets."""
@@ -277,7 +283,8 @@ def train(
     with _isolated(study.threads, device):
         peak = Peak(device)
         run = _Trainer(study, arm, seed, data)
-        kept = open_checkpoint(checkpoint, study, data.sha256, arm, seed)
+        identity = {"study": study.fingerprint(), "data": data.sha256, "arm": arm, "seed": seed}
+        kept = None if checkpoint is None else Checkpoint(checkpoint, identity)
         done = _Progress()
         state = distributed.broadcast(kept.load() if kept is not None else None, study.device)
         if state is not None and state["run"]["initial"] == run.initial:
@@ -292,7 +299,7 @@ def train(
         for epoch in range(done.epoch + 1, schedule.epochs + 1):
             begun = time.perf_counter()
             told = None if on_step is None else _after(on_step, epoch - 1)
-            train_loss = run.train_epoch(epoch, told)
+            train_loss, train_accuracy = run.train_epoch(epoch, told)
             if not math.isfinite(train_loss):
                 problem = f"the loss became {train_loss} in epoch {epoch}"
                 break
@@ -309,9 +316,9 @@ def train(
                 "arm": arm,
                 "seed": seed,
                 "epoch": epoch,
-                # Taken while the weights were changing: a running figure, for the curves alone.
+                # Taken while the weights were changing: running figures, for the curves alone.
                 "train_loss": train_loss,
-                "train_accuracy_running": None,
+                "train_accuracy_running": train_accuracy,
                 "test_loss": score.loss if score is not None and problem is None else None,
                 "test_score": score.value if score is not None else None,
                 "test_correct": score.correct if score is not None else None,
