@@ -1,6 +1,6 @@
-"""The checkpoint of a run: all that is needed to go on after its last whole epoch, bit for bit.
+r"""The checkpoint of a run: all that is needed to go on after its last whole epoch, bit for bit.
 
-    torch-pnn checkpoint 1 <number>\\n | SHA-256 of the rest, in hexadecimal\\n | what torch.save wrote
+    torch-pnn checkpoint 1 <number>\n | SHA-256 of the rest, in hexadecimal\n | what torch.save wrote
 
 There are two files, ``NAME.a`` and ``NAME.b``, written by turns, so that a process killed at any moment leaves a whole
 one. (One file replaced in one step would do as well, but ext4 then waits for the disk: 4 ms, where an epoch of small

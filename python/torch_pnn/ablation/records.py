@@ -55,8 +55,10 @@ def _run_of(row: Row) -> Run:
 
 
 def _merged(rows: Iterable[Row], kind: str) -> list[Row]:
-    """The rows that count, each where the first of its key stood: a later one replaces an earlier one, but a run that
-    broke does not replace one that ended."""
+    """The rows that count, each where the first of its run (or epoch) stood.
+
+    A later one replaces an earlier one, but a run that broke does not replace one that ended.
+    """
     kept: dict[tuple[Any, ...], Row] = {}
     for row in rows:
         key = _run_of(row) if kind == "results" else (*_run_of(row), row.get("epoch"))

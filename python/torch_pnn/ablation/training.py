@@ -18,17 +18,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from . import distributed
-from ._bridge import find_task, with_hooks, wrapped
 from .arms import build
 from .checkpoint import Checkpoint
 from .data import Dataset
 from .errors import UsageError, describe_os_error
 from .memory import Peak
 from .study import Schedule, Study
+from .tasks import Score, find_task
 
 Row = dict[str, Any]
 
@@ -146,11 +146,11 @@ class _Trainer:
     def __init__(self, study: Study, arm: str, seed: int, data: Dataset) -> None:
         if study.precision not in PRECISIONS:
             raise UsageError(f"unknown precision {study.precision!r}; there is: {', '.join(PRECISIONS)}")
-        self.study, self.arm, self.seed, self.data = study, arm, seed, wrapped(data)
+        self.study, self.arm, self.seed, self.data = study, arm, seed, data
         self.device = distributed.device(study.device)
         self.streams = study.streams(seed)
         self.task = find_task(data)
-        self.built = with_hooks(build(study, arm, self.streams, data))
+        self.built = build(study, arm, self.streams, data)
         self.initial = state_sha256(self.built.model)
         self.model: nn.Module = self.built.model.to(self.device)
         self.trained = self.model
@@ -219,7 +219,7 @@ class _Trainer:
         loss_sum, right_sum = distributed.sum_over_processes(total).tolist()
         return loss_sum / max(1, count), right_sum / max(1, count) if counted else None
 
-    def evaluate(self, which: str) -> Any:
+    def evaluate(self, which: str) -> Score:
         """The score on one of the data's test sets."""
         batches = self.data.test_batches(which, EVALUATION_BATCH, device=str(self.device))
         with self.autocast(), self.built.for_test():
@@ -294,7 +294,8 @@ def train(
             for row in done.rows:
                 on_epoch(row)
         before = done.passed
-        problem, score = None, None
+        problem: str | None = None
+        score: Score | None = None
         schedule = study.schedule
         for epoch in range(done.epoch + 1, schedule.epochs + 1):
             begun = time.perf_counter()
@@ -344,27 +345,24 @@ def train(
                         )
         if problem is None and score is None:  # it was interrupted after its last epoch
             score = run.evaluate("test")
-        finished = problem is None
-        shifted = {}
-        if finished:
-            for which in run.data.test_sets:
-                if which.startswith("shift "):
-                    shifted[which.removeprefix("shift ")] = run.evaluate(which).value
-        best = done.best if finished else None
+        end = score if problem is None else None
+        best = done.best if end else None
+        shifts = [which for which in run.data.test_sets if which.startswith("shift ")] if end else []
+        shifted = {which.removeprefix("shift "): run.evaluate(which).value for which in shifts}
         return {
             "study": study.name,
             "arm": arm,
             "seed": seed,
-            "status": "finished" if finished else "diverged",
+            "status": "finished" if end else "diverged",
             "problem": problem,
             "metric": run.task.metric,
-            "accuracy": score.value if finished else None,
-            "correct": score.correct if finished else None,
-            "total": score.total if finished else run.data.test_count,
-            "test_loss": score.loss if finished else None,
+            "accuracy": end.value if end else None,
+            "correct": end.correct if end else None,
+            "total": end.total if end else run.data.test_count,
+            "test_loss": end.loss if end else None,
             "best_epoch": best["epoch"] if best else None,
             "best_accuracy": best["test_score"] if best else None,
-            "per_class": list(score.per_class) if finished else [],
+            "per_class": list(end.per_class) if end else [],
             "shifted": shifted,
             "parameters": run.built.parameters,
             "mask_bytes": run.built.mask_bytes,
