@@ -261,8 +261,8 @@ def test_many_processes_do_every_run_once(tmp_path):
     context = multiprocessing.get_context("fork")
     done, stuck, folder = context.Queue(), context.Event(), tmp_path / "study"
 
-    def start(*event):
-        process = context.Process(target=_work, args=(folder, study, done, *event or (None,)))
+    def start(event=None):
+        process = context.Process(target=_work, args=(folder, study, done, event))
         process.start()
         return process
 
