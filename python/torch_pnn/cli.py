@@ -153,7 +153,7 @@ def _ablate(arguments: argparse.Namespace, command: str) -> int:
     # Before minutes of training, not after: what the report will need.
     require("scipy", "scipy", "the intervals and tests of the report")
     require("matplotlib", "matplotlib", "the report's plots")
-    data = datasets.load(study.data.name)
+    data = datasets.load(study.data)
     environment = environments.describe()
     jobs = arguments.jobs or min(environment["cores"], MOST_JOBS)
     invocation = {
@@ -204,7 +204,7 @@ def _report(arguments: argparse.Namespace) -> int:
     from .ablation.errors import AblationError
 
     found = records.read(arguments.directory)
-    data = datasets.load(found.study.data.name)
+    data = datasets.load(found.study.data)
     if data.sha256 != found.data_sha256:
         raise AblationError(
             f"{arguments.directory} holds results on other data than is installed here (scikit-learn's version?)"

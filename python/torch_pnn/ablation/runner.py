@@ -186,6 +186,6 @@ class _Pool:
             "problem": f"its process died ({words})",
             "accuracy": None,
             "correct": None,
-            "total": len(self._data.test_labels),
+            "total": self._data.test_count,
             "epochs": 0,
         }

@@ -16,12 +16,12 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.nn import functional as F
+from torch import nn
 
 from .arms import build
 from .data import Dataset
 from .study import Study
+from .tasks import find_task
 
 Row = dict[str, Any]
 
@@ -39,37 +39,6 @@ def _isolated(threads: int) -> Iterator[None]:
             yield
         finally:
             torch.set_num_threads(before)
-
-
-def evaluate(model: nn.Module, images: Tensor, labels: Tensor) -> tuple[int, float]:
-    """Counts the correct answers over a whole set, in evaluation mode.
-
-    Args:
-        model: left in the mode that it was in.
-        images: [N, C, H, W].
-        labels: int64 [N].
-
-    Returns:
-        (correct, mean cross-entropy). Accuracy is correct / N: a count, never an average over batches.
-
-    Example:
-        >>> images = torch.eye(3).reshape(3, 3, 1, 1)
-        >>> evaluate(nn.Flatten(), images, torch.tensor([0, 1, 0]))[0]
-        2
-    """
-    training = model.training
-    model.eval()
-    correct, loss = 0, 0.0
-    try:
-        with torch.inference_mode():
-            for start in range(0, len(labels), EVALUATION_BATCH):
-                part = slice(start, start + EVALUATION_BATCH)
-                logits = model(images[part])
-                correct += int((logits.argmax(dim=1) == labels[part]).sum())
-                loss += float(F.cross_entropy(logits.double(), labels[part], reduction="sum"))
-    finally:
-        model.train(training)
-    return correct, loss / len(labels)
 
 
 def state_sha256(model: nn.Module) -> str:
@@ -136,25 +105,24 @@ def train(study: Study, arm: str, seed: int, data: Dataset, on_epoch: Callable[[
         built = build(study, arm, streams, data)
         model = built.model
         initial = state_sha256(model)
-        order = torch.Generator().manual_seed(streams["order"])
+        task = find_task(data)
         optimizer = _optimizer(model, study)
-        count = len(data.train_labels)
+        count = data.train_count
         steps_per_epoch = -(-count // study.schedule.batch_size)
         step, seconds, problem = 0, [], None
-        correct, test_loss = 0, math.nan
         epoch = 0
         for epoch in range(1, study.schedule.epochs + 1):
             model.train()
             begun = time.perf_counter()
-            permutation = torch.randperm(count, generator=order)
             loss_sum, right = 0.0, 0
-            for batch in permutation.split(study.schedule.batch_size):
+            batches = data.train_batches(
+                study.schedule.batch_size, epoch=epoch, order=streams["order"], augmentation=streams["augmentation"]
+            )
+            for inputs, targets in batches:
                 rate = learning_rate(study, step, steps_per_epoch)
                 for group in optimizer.param_groups:
                     group["lr"] = rate
-                labels = data.train_labels[batch]
-                logits = model(data.train_images[batch])
-                loss = F.cross_entropy(logits, labels)
+                loss, correct = task.training_step(model, inputs, targets)
                 value = loss.item()
                 if not math.isfinite(value):
                     problem = f"the loss became {value} in epoch {epoch}"
@@ -162,16 +130,16 @@ def train(study: Study, arm: str, seed: int, data: Dataset, on_epoch: Callable[[
                 optimizer.zero_grad(set_to_none=True)
                 loss.backward()
                 optimizer.step()
-                loss_sum += value * len(batch)
-                right += int((logits.detach().argmax(dim=1) == labels).sum())
+                loss_sum += value * len(targets)
+                right += 0 if correct is None else int(correct)
                 step += 1
             if problem is not None:
                 epoch -= 1
                 break
             seconds.append(time.perf_counter() - begun)
-            correct, test_loss = evaluate(model, data.test_images, data.test_labels)
-            if not math.isfinite(test_loss):
-                problem = f"the test loss became {test_loss} after epoch {epoch}"
+            score = task.evaluate(model, data.test_batches("test", EVALUATION_BATCH))
+            if score.loss is not None and not math.isfinite(score.loss):
+                problem = f"the test loss became {score.loss} after epoch {epoch}"
             on_epoch(
                 {
                     "arm": arm,
@@ -180,9 +148,9 @@ def train(study: Study, arm: str, seed: int, data: Dataset, on_epoch: Callable[[
                     "train_loss": loss_sum / count,
                     # Counted while the weights were changing: a running figure, for the curves alone.
                     "train_accuracy_running": right / count,
-                    "test_loss": None if problem else test_loss,
-                    "test_correct": correct,
-                    "test_accuracy": correct / len(data.test_labels),
+                    "test_loss": None if problem else score.loss,
+                    "test_correct": score.correct,
+                    "test_accuracy": score.value,
                     "seconds": seconds[-1],
                 }
             )
@@ -195,10 +163,10 @@ def train(study: Study, arm: str, seed: int, data: Dataset, on_epoch: Callable[[
             "seed": seed,
             "status": "diverged" if diverged else "finished",
             "problem": problem,
-            "accuracy": None if diverged else correct / len(data.test_labels),
-            "correct": None if diverged else correct,
-            "total": len(data.test_labels),
-            "test_loss": None if diverged else test_loss,
+            "accuracy": None if diverged else score.value,
+            "correct": None if diverged else score.correct,
+            "total": data.test_count,
+            "test_loss": None if diverged else score.loss,
             "parameters": built.parameters,
             "mask_bytes": built.mask_bytes,
             "macs": built.macs,

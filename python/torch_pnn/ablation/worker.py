@@ -37,7 +37,7 @@ def attempt(study: Study, arm: str, seed: int, data: Any, on_epoch: Any) -> dict
             "problem": f"{type(error).__name__}: {reason}",
             "accuracy": None,
             "correct": None,
-            "total": len(data.test_labels),
+            "total": data.test_count,
             "epochs": 0,
         }
 
@@ -55,7 +55,7 @@ def serve(requests: TextIO, answers: TextIO) -> None:
     settings = json.loads(head)
     try:
         study = Study.from_json(settings["study"])
-        data = load(study.data.name)
+        data = load(study.data)
         if data.sha256 != settings["data_sha256"]:
             raise AblationError("a worker process read other data than the command that started it")
         send({"ready": True})
