@@ -147,7 +147,8 @@ def _ablate(arguments: argparse.Namespace, command: str) -> int:
     from .ablation import report, runner, tables
     from .ablation.errors import AblationError, require
     from .ablation.progress import duration, make_progress
-    from .ablation.records import Store
+    from .ablation.records import Store, describe_data
+    from .ablation.tasks import find_task
 
     study = _study(arguments)
     # Before minutes of training, not after: what the report will need.
@@ -162,16 +163,21 @@ def _ablate(arguments: argparse.Namespace, command: str) -> int:
         "jobs": min(jobs, len(study.runs)),
         "environment": environment,
     }
-    with Store(arguments.out, study, data.sha256, invocation) as store:
+    noted = describe_data(data)
+    with Store(arguments.out, study, data.sha256, invocation, noted, find_task(data).metric) as store:
         done = len(study.runs) - len(store.records.missing)
-        progress = make_progress(len(study.runs), done, study.schedule.epochs)
+        progress = make_progress(store.records.missing, len(study.runs), study.schedule.epochs)
+        store.on_trouble = progress.say
         started = time.monotonic()
         try:
             if environment["operators"] != "compiled":
                 progress.say(f"torch-pnn: {environments.operators_sentence(environment)}")
-            if done or store.dropped:
+            if done or store.dropped or store.continued:
                 again = f"; {store.dropped} interrupted runs are done again" if store.dropped else ""
-                progress.say(f"torch-pnn: {done} of {len(study.runs)} runs were finished before and are kept{again}")
+                on = f"; {store.continued} interrupted runs go on from their last epoch" if store.continued else ""
+                progress.say(
+                    f"torch-pnn: {done} of {len(study.runs)} runs were finished before and are kept{on}{again}"
+                )
             runner.execute(study, data, store, progress, jobs)
         except KeyboardInterrupt:
             progress.close()
