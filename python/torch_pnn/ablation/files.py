@@ -41,6 +41,7 @@ from .nodes import (
     quoted,
     read_text,
     shown_as,
+    split_commas,
 )
 from .study import Arm, Study
 
@@ -89,9 +90,8 @@ class _Reader:
         return node
 
     def items(self, node: Node, path: str, example: str) -> tuple[Node, ...]:
-        """A list's items. On the command line ``a,b`` is a list too."""
-        if isinstance(node, Scalar) and node.plain and not node.where.line and node.text not in NOTHING:
-            return tuple(Scalar(node.where, part.strip(), True) for part in node.text.split(","))
+        """A list's items."""
+        node = split_commas(node)
         if not isinstance(node, Listing):
             fail(node.where, f"{path} is {shown_as(node)}, a list is needed, such as {example}")
         return node.items
@@ -476,7 +476,7 @@ def load(
         Traceback (most recent call last):
             ...
         torch_pnn.ablation.errors.UsageError: --set schedule.epochs=many: schedule.epochs is "many", a whole number
-        from 1 to 100000 is needed
+        from 1 is needed
     """
     path, shown = _locate(name)
     tree, faster = _tree(path, shown)
@@ -486,6 +486,9 @@ def load(
     if quick:
         tree = over(tree, faster, SECTIONS) if faster is not None else tree
     for setting in settings:
+        key = setting.partition("=")[0].split(".")[0].strip()
+        if key in ("extends", "quick"):
+            raise UsageError(f"--set {setting}: {key} stands in a file alone")
         tree = put_setting(tree, setting)
     study = _Reader(tree).study(path.stem)
     return _hurried(study) if quick and faster is None else study

@@ -144,7 +144,7 @@ RULES: dict[str, Rule | Callable[[], Rule]] = {
     "Arm.layer": _layers,
     "Arm.masks": choice("fixed", "redrawn", "other", "trained"),
     "Arm.match_by": choice("parameters", "macs"),
-    "Schedule.epochs": whole(1, 100_000),
+    "Schedule.epochs": whole(1),
     "Schedule.batch_size": whole(1),
     "Schedule.optimizer": choice("sgd", "adam", "adamw"),
     "Schedule.learning_rate": number(0, above=True),

@@ -51,7 +51,7 @@ def shown_as(node: Node) -> str:
         return f"{quoted(node.text)} in quotes"
     if node.text in NOTHING:
         return "empty"
-    if NUMBER.fullmatch(node.text) or node.text.lower() in TRUTH:
+    if len(node.text) <= 60 and (NUMBER.fullmatch(node.text) or node.text.lower() in TRUTH):
         return node.text
     return quoted(node.text)
 
@@ -161,7 +161,7 @@ def parse(text: str, source: str, *, lines: bool = True) -> Node | None:
         return None if root is None else _convert(root, where, {}, [0])
     except yaml.reader.ReaderError as error:
         line = text.count("\n", 0, error.position) + 1
-        fail(Where(source, line if lines else 0), f"the character U+{ord(error.character):04X} can't stand in YAML")
+        fail(Where(source, line if lines else 0), f"the character U+{error.character:04X} can't stand in YAML")
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         fail(where(mark), _syntax(error, text, mark))
@@ -261,6 +261,13 @@ def put_setting(tree: Tree, text: str) -> Tree:
     return _put(tree, key.split("."), _unlined(node, Where(option)), Where(option), key)
 
 
+def split_commas(node: Node) -> Node:
+    """On the command line ``a,b`` is a list."""
+    if isinstance(node, Scalar) and node.plain and not node.where.line and node.text not in NOTHING:
+        return Listing(node.where, tuple(Scalar(node.where, part.strip(), True) for part in node.text.split(",")))
+    return node
+
+
 def _unlined(node: Node, where: Where) -> Node:
     """The same values, all written at one place."""
     if isinstance(node, Scalar):
@@ -276,10 +283,12 @@ def _put(tree: Tree, path: Sequence[str], value: Node, where: Where, whole_key: 
     if not rest:
         return Tree(tree.where, {**tree.entries, head: (where, value)})
     below = tree.entries.get(head, (where, Tree(where, {})))[1]
-    if head == "arms" and len(path) == len(whole_key.split(".")) and isinstance(below, Listing):
+    if head == "arms" and len(path) == len(whole_key.split(".")) and not isinstance(below, Tree):
+        below = split_commas(below)
         if len(rest) < 2:
             fail(where, f"{whole_key} is an arm, one of its keys is needed, such as {whole_key}.level")
-        return Tree(tree.where, {**tree.entries, head: (where, _put_arm(below, rest, value, where, whole_key))})
+        if isinstance(below, Listing):
+            return Tree(tree.where, {**tree.entries, head: (where, _put_arm(below, rest, value, where, whole_key))})
     if not isinstance(below, Tree):
         fail(where, f"there is nothing below {'.'.join(whole_key.split('.')[: -len(rest)])}")
     return Tree(tree.where, {**tree.entries, head: (where, _put(below, rest, value, where, whole_key))})
