@@ -162,7 +162,6 @@ OPTIONS: dict[str, Rule] = {
     "level": number(),
     "shared_masks": truth(),
     "train_masks": truth(),
-    "norm": truth(),
     "mixing": truth(),
     "sparsity": number(0, 1),
     "anchors": whole(1),
