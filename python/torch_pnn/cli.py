@@ -164,14 +164,16 @@ def _ablate(arguments: argparse.Namespace, command: str) -> int:
     }
     with Store(arguments.out, study, data.sha256, invocation) as store:
         done = len(study.runs) - len(store.records.missing)
-        progress = make_progress(len(study.runs), done, study.schedule.epochs)
+        progress = make_progress(store.records.missing, len(study.runs), study.schedule.epochs)
+        store.on_trouble = progress.say
         started = time.monotonic()
         try:
             if environment["operators"] != "compiled":
                 progress.say(f"torch-pnn: {environments.operators_sentence(environment)}")
-            if done or store.dropped:
+            if done or store.dropped or store.continued:
                 again = f"; {store.dropped} interrupted runs are done again" if store.dropped else ""
-                progress.say(f"torch-pnn: {done} of {len(study.runs)} runs were finished before and are kept{again}")
+                on = f"; {store.continued} interrupted runs go on from their last epoch" if store.continued else ""
+                progress.say(f"torch-pnn: {done} of {len(study.runs)} runs were finished before and are kept{on}{again}")
             runner.execute(study, data, store, progress, jobs)
         except KeyboardInterrupt:
             progress.close()

@@ -113,6 +113,8 @@ class Schedule:
         warmup_epochs: length of the linear rise.
         momentum: of stochastic gradient descent.
         weight_decay: of every weight, not of biases and normalisation parameters.
+        test_every: the whole test set is measured after every so many epochs, always after the last one and after one
+            that the validation images find the best so far.
     """
 
     epochs: int = 12
@@ -125,6 +127,7 @@ class Schedule:
     warmup_epochs: float = 2.0
     momentum: float = 0.9
     weight_decay: float = 5e-4
+    test_every: int = 1
 
 
 @dataclass(frozen=True)
