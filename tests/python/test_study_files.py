@@ -120,7 +120,7 @@ BAD = [
     (GOOD + "schedule: {epochs: 010}\n", "study.yaml:3: schedule.epochs is 010, an octal number to YAML; write 10"),
     (GOOD + "schedule: {epochs: 1:30}\n", 'study.yaml:3: schedule.epochs is "1:30", a whole number from 1 is needed'),
     (GOOD + "schedule: {epochs: 0x10}\n", 'study.yaml:3: schedule.epochs is "0x10", a whole number from 1 is needed'),
-    (GOOD + f"schedule: {{epochs: {'9' * 5000}}}\n", "study.yaml:3: schedule.epochs is 9999999999999999999999"),
+    (GOOD + f"schedule: {{epochs: {'9' * 5000}}}\n", 'study.yaml:3: schedule.epochs is "9999999999999999999999'),
     (GOOD + "schedule: {learning_rate: 0}\n", "study.yaml:3: schedule.learning_rate is 0, a number above 0 is needed"),
     (GOOD + "schedule: {learning_rate: .inf}\n", 'study.yaml:3: schedule.learning_rate is ".inf", a number above 0'),
     (GOOD + "schedule: {learning_rate: 1e999}\n", "study.yaml:3: schedule.learning_rate is 1e999, a number above 0 is"),
@@ -481,9 +481,9 @@ def test_every_ready_made_study_is_written_and_read_as_itself(name, tmp_path):
     (tmp_path / "copy.yaml").write_text(files.dump(study), encoding="utf-8")
     assert files.load(str(tmp_path / "copy.yaml")) == study
     # A copy of the file itself is the same study too, wherever it lies.
-    (tmp_path / f"{name}.yaml").write_text(files.ready_text(name), encoding="utf-8")
+    (tmp_path / f"{name}.yaml").write_text(files.text_of(name), encoding="utf-8")
     assert files.load(str(tmp_path / f"{name}.yaml")) == study
-    head = files.ready_text(name).splitlines()
+    head = files.text_of(name).splitlines()
     assert head[0].startswith("# ")
     comment = "\n".join(line for line in head if line.startswith("#"))
     for word in ("# Asks: ", "# From: ", "# Takes:"):

@@ -296,12 +296,12 @@ class _Reader:
         found = self.seeds(node, "other_seeds")
         if isinstance(found, int):
             return seeds[:found] if found < len(seeds) else ()
-        if found != seeds[: len(found)]:
+        if found[: len(seeds)] != seeds[: len(found)]:
             fail(
                 node.where,
                 "other_seeds is no beginning of seeds; the other arms could not be paired with the compared ones",
             )
-        return found
+        return found[: len(seeds)]
 
     def check(self, study: Study, entries: Mapping[str, Node], wheres: Sequence[Where]) -> None:
         """What hangs on more than one key."""
@@ -378,13 +378,16 @@ def ready_names() -> tuple[str, ...]:
 _ORDER = ("digits", "digits-full", "mnist", "cifar10", "imagenet-folder", "voc", "voc-detection")
 
 
-def ready_text(name: str) -> str:
-    """A ready-made study's file, to read and to copy.
+def text_of(name: str) -> str:
+    """A study's file, to read and to copy.
+
+    Args:
+        name: a ready-made study's name, or a file's that ends in .yaml.
 
     Raises:
         UsageError: there is none of that name.
     """
-    return read_text(_ready_path(name), name)
+    return read_text(*_locate(name))
 
 
 def _ready_path(name: str) -> Path:

@@ -139,8 +139,11 @@ def _test(trainer: training.Trainer) -> float:
 
 
 def tested_images(study: Study, data: Dataset) -> int:
-    """Images that one run looks at in tests: the validation images after each epoch, the test images when they are
-    wanted, the shifted ones, in four directions, at the end."""
+    """Images that one run looks at in tests.
+
+    The validation images after each epoch, the test images when they are wanted, the shifted ones, in four directions,
+    at the end.
+    """
     epochs = study.schedule.epochs
     tests = epochs // study.schedule.test_every + (epochs % study.schedule.test_every > 0)
     return epochs * data.validation_count + (tests + 4 * len(study.data.shifts)) * data.test_count
@@ -196,9 +199,7 @@ def make(
     """
     done = {(row["arm"], row["seed"]) for row in records.results} if records is not None else set()
     left = [run for run in runs if run not in done]
-    arms = tuple(
-        measure(study, name, data, left=sum(run[0] == name for run in left)) for name in study.arm_names
-    )
+    arms = tuple(measure(study, name, data, left=sum(run[0] == name for run in left)) for name in study.arm_names)
     steps = -(-data.train_count // study.schedule.batch_size)
     return Plan(study, data, arms, jobs, shard, steps, resolution(study, records))
 
@@ -224,7 +225,10 @@ def _counted(value: float) -> str:
 def _table(rows: Sequence[Sequence[str]]) -> list[str]:
     widths = [max(map(len, column)) for column in zip(*rows)]
     return [
-        "  ".join(cell.ljust(width) if not place else cell.rjust(width) for place, (cell, width) in enumerate(zip(row, widths)))
+        "  ".join(
+            cell.ljust(width) if not place else cell.rjust(width)
+            for place, (cell, width) in enumerate(zip(row, widths))
+        )
         for row in rows
     ]
 
