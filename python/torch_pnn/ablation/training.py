@@ -22,13 +22,14 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from . import distributed
-from ._bridge import find_task, with_hooks, wrapped
+from ._bridge import with_hooks
 from .arms import build
 from .data import Dataset
 from .errors import UsageError, describe_os_error
 from .memory import Peak
 from .records import open_checkpoint
 from .study import Schedule, Study
+from .tasks import find_task
 
 Row = dict[str, Any]
 
@@ -146,7 +147,7 @@ class Trainer:
     def __init__(self, study: Study, arm: str, seed: int, data: Dataset) -> None:
         if study.precision not in PRECISIONS:
             raise UsageError(f"unknown precision {study.precision!r}; there is: {', '.join(PRECISIONS)}")
-        self.study, self.arm, self.seed, self.data = study, arm, seed, wrapped(data)
+        self.study, self.arm, self.seed, self.data = study, arm, seed, data
         self.device = distributed.device(study.device)
         self.streams = study.streams(seed)
         self.task = find_task(data)

@@ -100,7 +100,7 @@ def serve(requests: Callable[[], str | None], answers: TextIO) -> None:
     settings = json.loads(head)
     try:
         study = Study.from_json(settings["study"])
-        data = load(study.data.name)
+        data = load(study.data)
         if data.sha256 != settings["data_sha256"]:
             raise AblationError("a worker process read other data than the command that started it")
         send({"ready": True})
