@@ -64,4 +64,6 @@ class Wrapped:
             yield self.data.train_images[batch], self.data.train_labels[batch]
 
     def test_batches(self, which: str, batch_size: int, device: str = "cpu") -> Any:
-        yield from zip(self.data.test_images.split(batch_size), self.data.test_labels.split(batch_size), strict=True)
+        yield from zip(
+            self.data.test_images.split(batch_size), self.data.test_labels.split(batch_size), strict=True
+        )

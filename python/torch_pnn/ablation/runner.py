@@ -88,7 +88,9 @@ def execute(
         _one_run(study, data, store, progress, run, loggers)
 
 
-def _one_run(study: Study, data: Dataset, store: Store, progress: Progress, run: Run, loggers: Loggers | None) -> None:
+def _one_run(
+    study: Study, data: Dataset, store: Store, progress: Progress, run: Run, loggers: Loggers | None
+) -> None:
     """A run in this process."""
 
     def on_epoch(row: Row) -> None:
