@@ -52,6 +52,7 @@ examples:
   torch-pnn studies                           the ready-made studies
   torch-pnn studies show mnist                the file of one, with what it asks, where it is from and how long it takes
   torch-pnn studies show mine.yaml --full     a study with everything that it takes over from others and from defaults
+  torch-pnn studies arms                      the arms that a study can name
   torch-pnn studies keys                      every key of a study's file: what it takes, its default, its meaning
 """
 
@@ -182,6 +183,7 @@ def _parser() -> argparse.ArgumentParser:
     show = about.add_parser("show", help="print a study's file", description="Prints a study's file.")
     show.add_argument("name", metavar="STUDY", help="a ready-made study or a .yaml file")
     show.add_argument("--full", action="store_true", help="with every key, and what it takes over from other studies")
+    about.add_parser("arms", help="list the arms of the catalogue", description="The arms that a study can name.")
     about.add_parser("keys", help="tell every key", description="Every key that a study's file may have.")
 
     commands.add_parser(
@@ -430,9 +432,14 @@ def _report(arguments: argparse.Namespace) -> int:
 def _studies(arguments: argparse.Namespace) -> int:
     _require_yaml()
     from .ablation import files, keys
+    from .ablation.arms import CATALOGUE
 
     if arguments.about == "keys":
         print(keys.reference(), end="")
+    elif arguments.about == "arms":
+        width = max(map(len, CATALOGUE))
+        for name, arm in CATALOGUE.items():
+            print(f"{name:{width}}  {arm.summary}")
     elif arguments.about == "show" and arguments.full:
         print(files.dump(files.load(arguments.name)), end="")
     elif arguments.about == "show":

@@ -9,9 +9,8 @@ import torch
 from ablation_support import changed, tiny_data, tiny_study
 from torch import nn
 
-from torch_pnn.ablation import arms, data, training
+from torch_pnn.ablation import arms, data, files, training
 from torch_pnn.ablation.errors import UsageError
-from torch_pnn.ablation.ready import STUDIES
 from torch_pnn.ablation.study import DataSettings
 from torch_pnn.ablation.worker import attempt
 
@@ -173,7 +172,7 @@ def test_a_run_that_breaks_becomes_a_row(monkeypatch):
 
 
 def test_learning_rate_rises_and_falls_to_zero():
-    study = changed(STUDIES["digits"], epochs=10, warmup_epochs=2, learning_rate=0.5)
+    study = changed(files.load("digits"), epochs=10, warmup_epochs=2, learning_rate=0.5)
     rates = [training.learning_rate(study, step, 7) for step in range(70)]
     assert max(rates) == rates[13] == 0.5
     assert all(a < b for a, b in zip(rates[:13], rates[1:14], strict=True))

@@ -20,7 +20,7 @@ import torch
 from ablation_support import command, environment, one_line_error
 
 from torch_pnn import cli
-from torch_pnn.ablation import ready
+from torch_pnn.ablation import files
 from torch_pnn.ablation.study import SEEDS_TO_DECIDE
 
 TINY = ("--epochs", "1", "--seeds", "2", "--arms", "pnn,control")
@@ -321,7 +321,8 @@ def test_version(capsys):
 
 
 def test_the_default_study_can_decide():
-    for name, chosen in ready.STUDIES.items():
+    for name in files.ready_names():
+        chosen = files.load(name)
         assert len(chosen.seeds) >= SEEDS_TO_DECIDE, name
         assert chosen.question.candidate in chosen.arm_names
         assert chosen.question.control in chosen.arm_names

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import dataclasses
 import time
+import typing
+from pathlib import Path
 
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from torch_pnn.ablation import files
+from torch_pnn.ablation import files, keys
 from torch_pnn.ablation.errors import AblationError, UsageError
 from torch_pnn.ablation.study import STREAMS, Arm, DataSettings, ModelSettings, Question, Schedule, Study
 
+ROOT = Path(__file__).resolve().parents[2]
 GOOD = "arms: [pnn, control]\nseeds: 2\n"
 
 
@@ -498,3 +501,33 @@ def test_digits_is_the_study_of_the_first_release():
     assert study.model == ModelSettings()
     quick = files.load("digits", quick=True)
     assert (quick.seeds, quick.schedule.epochs, quick.schedule.warmup_epochs) == ((0, 1, 2), 6, 1.0)
+
+
+def test_the_documentation_tells_every_key():
+    page = (ROOT / "docs" / "studies" / "README.md").read_text(encoding="utf-8")
+    begin, end = "<!-- keys: made by torch-pnn studies keys -->\n", "<!-- end of keys -->"
+    assert page.split(begin)[1].split(end)[0].strip() == keys.reference().strip(), (
+        "run: torch-pnn studies keys, and put it into docs/studies/README.md"
+    )
+    for name in files.ready_names():
+        assert f"`{name}`" in page
+
+
+@pytest.mark.parametrize("owner", [Study, DataSettings, ModelSettings, Arm, Schedule, Question])
+def test_every_number_has_a_range_and_every_key_a_meaning(owner):
+    meanings = dict(keys.attributes(owner))
+    hints = typing.get_type_hints(owner)
+    for field in dataclasses.fields(owner):
+        assert meanings.get(field.name), field.name
+        hint = hints[field.name]
+        if hint in (int, float) or hint == tuple[int, ...]:
+            assert field.name in ("seeds", "other_seeds") or f"{owner.__name__}.{field.name}" in keys.RULES, field.name
+    assert meanings.keys() == {field.name for field in dataclasses.fields(owner)}
+
+
+def test_the_pages_example_is_a_study(read):
+    page = (ROOT / "docs" / "studies" / "README.md").read_text(encoding="utf-8")
+    study = read(page.split("```yaml\n")[1].split("```")[0], name="mine.yaml")
+    assert study.schedule.epochs == 6
+    assert study.arm("loud").options["level"] == 1
+    assert [arm.value for arm in study.arms if arm.group == "level"] == [0.02, 0.5, 2.0]

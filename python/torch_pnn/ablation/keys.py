@@ -154,6 +154,7 @@ RULES: dict[str, Rule | Callable[[], Rule]] = {
     "Schedule.warmup_epochs": number(0),
     "Schedule.momentum": number(0, 1, below=True),
     "Schedule.weight_decay": number(0),
+    "Schedule.test_every": whole(1),
     "Question.margin": number(0),
 }
 
@@ -190,10 +191,17 @@ EXTRA_KEYS: dict[str, str] = {
     "sweeps": "further arms, a list of `{of: ARM, SETTING: [values]}`: the arm with one of its options at each value.",
     "quick": "what `--quick` changes: keys of a study.",
 }
+
+#: The keys of an arm that ``Arm`` does not have.
+ARM_KEYS: dict[str, str] = {
+    "`base`": "the arm of the catalogue that it begins as; `null` = none. Where it isn't given, the arm of its own name, "
+    "if there is one.",
+    ", ".join(f"`{name}`" for name in SHORT): "options of the layer, which may also stand in `options`.",
+}
 STUDY_KEYS = (*(item.name for item in dataclasses.fields(Study)), *EXTRA_KEYS)
 
 
-def _attributes(owner: type) -> Iterator[tuple[str, str]]:
+def attributes(owner: type) -> Iterator[tuple[str, str]]:
     """Name and meaning of each attribute, from the class's docstring."""
     lines = inspect.cleandoc(owner.__doc__ or "").splitlines()
     found: list[tuple[str, str]] = []
@@ -208,22 +216,22 @@ def _attributes(owner: type) -> Iterator[tuple[str, str]]:
             yield name, meaning
 
 
+_SPECIAL = {
+    ("Study", "arms"): "a list of names and mappings, see below",
+    ("Study", "seeds"): "a number n, which means 0 to n−1, or a list of whole numbers",
+    ("Study", "other_seeds"): "a number n, which means the first n, or a list of whole numbers",
+    ("Arm", "value"): "a number or a word",
+}
+
+
 def _takes(owner: type, name: str) -> str:
     hint = typing.get_type_hints(owner)[name]
     rule = rule_of(owner, name)
     many = typing.get_origin(hint) is tuple
-    if owner is Study and name in ("seeds", "other_seeds"):
-        return "a whole number n (0 to n−1, or the first n) or a list of them"
-    if owner is Study and name == "arms":
-        return "a list of names or mappings, see below"
+    if (owner.__name__, name) in _SPECIAL:
+        return _SPECIAL[owner.__name__, name]
     if rule is None:
-        return (
-            "a section, see below"
-            if dataclasses.is_dataclass(hint)
-            else "a mapping"
-            if hint != (float | str | None)
-            else "a number or a word"
-        )
+        return "a section, see below" if dataclasses.is_dataclass(hint) else "a mapping"
     if many:
         return f"a list: each {rule.wanted}"
     return rule.wanted
@@ -258,13 +266,14 @@ def reference() -> str:
         ("`schedule`", Schedule),
         ("`question`", Question),
     ):
-        meanings = dict(_attributes(owner))
+        meanings = dict(attributes(owner))
         rows = [f"### {heading}", "", "| key | takes | default | meaning |", "| --- | --- | --- | --- |"]
         for item in dataclasses.fields(owner):
-            meaning = meanings[item.name].replace("``", "`").replace("|", "\\|")
+            meaning = meanings[item.name].replace("``", "`").replace("|", "\\|").replace("see there", "see below")
             takes, default = _takes(owner, item.name), _default(item)
             rows.append(f"| `{item.name}` | {takes} | {default} | {meaning[:1].upper()}{meaning[1:]} |")
-        if owner is Study:
-            rows += [f"| `{key}` | | | {said[:1].upper()}{said[1:]} |" for key, said in EXTRA_KEYS.items()]
+        for key, said in {Study: EXTRA_KEYS, Arm: ARM_KEYS}.get(owner, {}).items():
+            name = key if "`" in key else f"`{key}`"
+            rows.append(f"| {name} | | | {said[:1].upper()}{said[1:]} |")
         blocks.append("\n".join(rows))
     return "\n\n".join(blocks) + "\n"
