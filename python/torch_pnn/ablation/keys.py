@@ -194,8 +194,8 @@ EXTRA_KEYS: dict[str, str] = {
 
 #: The keys of an arm that ``Arm`` does not have.
 ARM_KEYS: dict[str, str] = {
-    "`base`": "the arm of the catalogue that it begins as; `null` = none. Where it isn't given, the arm of its own name, "
-    "if there is one.",
+    "`base`": "the arm of the catalogue that it begins as; `null` = none. Where it isn't given, the arm of its own "
+    "name, if there is one.",
     ", ".join(f"`{name}`" for name in SHORT): "options of the layer, which may also stand in `options`.",
 }
 STUDY_KEYS = (*(item.name for item in dataclasses.fields(Study)), *EXTRA_KEYS)

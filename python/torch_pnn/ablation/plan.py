@@ -17,6 +17,7 @@ from dataclasses import dataclass
 
 from . import training
 from .data import Dataset
+from .errors import UsageError
 from .progress import duration
 from .records import Records, Run
 from .study import Study
@@ -162,7 +163,11 @@ def measure(study: Study, name: str, data: Dataset, *, left: int) -> ArmPlan:
         UsageError: the arm can't be built; the sentence names it.
     """
     seed = study.seeds_of(name)[0]
-    with training.measuring(study, name, seed, data) as (trainer, peak):
+    with contextlib.ExitStack() as stack:
+        try:
+            trainer, peak = stack.enter_context(training.measuring(study, name, seed, data))
+        except (ValueError, TypeError, NotImplementedError) as error:
+            raise UsageError(f"the arm {name} can't be built: {' '.join(str(error).split())}") from error
         step = _steps(trainer)
         test = _test(trainer)
         built = trainer.built

@@ -1,0 +1,186 @@
+"""The dry run: what a study would do and cost, and that it leaves nothing behind."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import re
+
+import pytest
+from ablation_support import changed, tiny_data, tiny_study
+
+from torch_pnn import cli
+from torch_pnn.ablation import arms, plan, records
+from torch_pnn.ablation.errors import UsageError
+from torch_pnn.ablation.study import Study
+
+
+def _run(*arguments):
+    return cli.main([str(argument) for argument in arguments])
+
+
+def _plan(study, **changes):
+    data = tiny_data()
+    options = {"jobs": 2, "runs": study.runs, **changes}
+    return plan.make(study, data, **options)
+
+
+def test_what_a_plan_counts():
+    study = tiny_study(arms=("cnn", "pnn", "control"), seeds=(0, 1, 2, 3), other_seeds=(0, 1), epochs=3, batch_size=10)
+    made = _plan(study)
+    assert [(arm.name, arm.seeds, arm.left) for arm in made.arms] == [("cnn", 2, 2), ("pnn", 4, 4), ("control", 4, 4)]
+    assert made.runs == made.left == 10
+    assert made.steps_per_epoch == math.ceil(64 / 10)
+    for arm in made.arms:
+        built = arms.build(study, arm.name, study.streams(0), tiny_data())
+        assert (arm.parameters, arm.macs, arm.mask_bytes, arm.width) == (
+            built.parameters,
+            built.macs,
+            built.mask_bytes,
+            built.width,
+        )
+        assert arm.step_seconds > 0
+        assert arm.run_seconds > 3 * 7 * arm.step_seconds
+    assert made.seconds == pytest.approx(sum(arm.left * arm.run_seconds for arm in made.arms) / 2)
+    shown = plan.text(made)
+    assert "10 runs, 30 epochs, 210 steps\n" in shown
+    assert "seeds      4 for the compared pair (0 to 3), 2 for the other arms" in shown
+    assert re.search(r"^cnn +2 +4 ", shown, re.MULTILINE)
+
+
+def test_the_time_of_unequal_runs():
+    arm = plan.ArmPlan("pnn", 1, 1, 4, 1, 1, 0, 1.0, 100.0, None)
+    made = plan.Plan(tiny_study(), tiny_data(), (arm, dataclasses.replace(arm, run_seconds=10.0)), 8, "", 1, ())
+    assert made.seconds == 100.0  # more processes than runs: the longest one
+    assert dataclasses.replace(made, jobs=1).seconds == 110.0
+    assert dataclasses.replace(made, arms=(dataclasses.replace(arm, left=0),)).seconds == 0.0
+
+
+def test_images_that_are_tested():
+    study = changed(tiny_study(), epochs=7)
+    data = tiny_data()
+    assert plan.tested_images(study, data) == 7 * 32
+    assert plan.tested_images(changed(study, shifts=(1, 2)), data) == (7 + 8) * 32
+    assert plan.tested_images(changed(study, test_every=3), data) == 3 * 32
+    assert plan.tested_images(changed(study, test_every=7), data) == 32
+
+
+def test_runs_that_are_done_are_not_planned():
+    study = tiny_study()
+    row = {"arm": "pnn", "seed": 1, "status": "finished", "accuracy": 0.5, "correct": 16, "total": 32}
+    found = records.Records(None, study, "0", [], [row], [])
+    made = _plan(study, records=found)
+    assert [arm.left for arm in made.arms] == [1, 2]
+    assert "3 runs are left" in plan.text(made)
+    part = _plan(study, runs=study.runs[:1], shard="part 1 of 4")
+    assert part.left == 1
+    assert "this command does part 1 of 4" in plan.text(part)
+
+
+def test_a_dry_run_writes_nothing(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    tiny = ("--epochs", 1, "--seeds", 2, "--arms", "pnn,control")
+    assert _run("ablate", "--dry-run", *tiny) == 0
+    alone = capsys.readouterr().out
+    assert "Study digits: " in alone
+    assert "4 runs, 4 epochs, 152 steps" in alone
+    assert _run("ablate", "--dry-run", "--out", "none", *tiny) == 0
+    assert not list(tmp_path.iterdir())
+    capsys.readouterr()
+    assert _run("ablate", "--out", "some", "--jobs", 1, *tiny) == 0
+    before = {path: path.read_bytes() for path in (tmp_path / "some").rglob("*") if path.is_file()}
+    capsys.readouterr()
+    assert _run("ablate", "--dry-run", "--out", "some", *tiny) == 0
+    assert "nothing is left to be done" in capsys.readouterr().out
+    assert _run("ablate", "--dry-run", "--out", "some", *tiny[:-2]) == 2
+    assert "some holds the results of another study" in capsys.readouterr().err
+    assert {path: path.read_bytes() for path in (tmp_path / "some").rglob("*") if path.is_file()} == before
+
+
+def test_an_arm_that_can_not_be_built_is_said_before_any_training(tmp_path, monkeypatch, capsys):
+    from torch_pnn.ablation import runner
+
+    monkeypatch.setattr(runner, "execute", lambda *_, **__: pytest.fail("it began to train"))
+    monkeypatch.chdir(tmp_path)
+    wrong = ("--set", "arms.waves.noise=wavs", "--seeds", 2)
+    for more in (("--out", "x"), ("--dry-run",)):
+        assert _run("ablate", *more, *wrong) == 2
+        printed = capsys.readouterr()
+        assert printed.out == ""
+        assert printed.err.startswith("torch-pnn: the arm waves can't be built: ")
+        assert printed.err.count("\n") == 1
+    assert not list(tmp_path.iterdir())
+
+
+def test_parts_of_a_study_share_a_folder(tmp_path, capsys):
+    tiny = ("--epochs", 1, "--seeds", 2, "--arms", "pnn,control", "--jobs", 1)
+    assert _run("ablate", "--out", tmp_path / "s", *tiny, "--shard", "1/2") == 0
+    assert len(records.read(tmp_path / "s").results) == 2
+    assert _run("ablate", "--out", tmp_path / "s", *tiny, "--shard", "2/2") == 0
+    assert len(records.read(tmp_path / "s").results) == 4
+    assert records.read(tmp_path / "s").missing == []
+
+
+@pytest.mark.parametrize("text", ["0/2", "3/2", "1", "1/0", "a/b", "-1/2", "1/2/3", ""])
+def test_parts_that_there_are_not(text, capsys):
+    with pytest.raises(SystemExit) as ended:
+        _run("ablate", "--out", "x", f"--shard={text}")
+    assert ended.value.code == 2
+    assert "is no part such as 2/8" in capsys.readouterr().err
+
+
+def test_showing_studies(tmp_path, monkeypatch, capsys):
+    assert _run("studies") == 0
+    listed = capsys.readouterr().out
+    assert listed.splitlines()[0] == "digits               Handwritten digits, 8×8 pixels"
+    assert _run("studies", "show", "digits") == 0
+    shown = capsys.readouterr().out
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine.yaml").write_text(shown, encoding="utf-8")
+    assert _run("studies", "show", "mine.yaml", "--full") == 0
+    full = capsys.readouterr().out
+    assert "  warmup_epochs: 2.0\n" in full
+    assert "  momentum: 0.9\n" in full
+    (tmp_path / "mine.yaml").write_text(full, encoding="utf-8")
+    assert _run("studies", "show", "mine.yaml", "--full") == 0
+    assert capsys.readouterr().out == full
+    assert _run("studies", "show", "digit") == 2
+    assert "did you mean digits?" in capsys.readouterr().err
+    assert _run("studies", "show", "none.yaml") == 2
+    assert capsys.readouterr().err == "torch-pnn: none.yaml: there is no such file\n"
+    assert _run("studies", "keys") == 0
+    assert "| `epochs` | a whole number from 1 | `12` |" in capsys.readouterr().out
+    assert _run("studies", "arms") == 0
+    assert capsys.readouterr().out.startswith("cnn ")
+
+
+def test_a_study_file_of_ones_own(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine.yaml").write_text("arms: [pnn, control]\nseeds: 2\nschedule: {epochs: 1, warmup_epochs: 0.5}\n")
+    options = ("--jobs", 1, "--set", "model.width=4", "--set", "arms.pnn.level=0.5")
+    assert _run("ablate", "mine.yaml", "--out", "out", *options) == 0
+    found = records.read(tmp_path / "out").study
+    assert isinstance(found, Study)
+    assert (found.name, found.model.width, found.arm("pnn").options["level"]) == ("mine", 4, 0.5)
+    capsys.readouterr()
+    (tmp_path / "mine.yaml").write_text("arms: [pnn, control]\nseeds: two\n")
+    assert _run("ablate", "mine.yaml", "--out", "out", *options) == 2
+    assert capsys.readouterr().err.startswith('torch-pnn: mine.yaml:2: seeds is "two", a whole number from 1')
+    assert _run("ablate", "--out", "x", "--data", "") == 2
+    assert not (tmp_path / "x").exists()
+
+
+def test_a_device_that_is_not_there(tmp_path, monkeypatch, capsys):
+    import torch
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    for more in (("--out", tmp_path / "x"), ("--dry-run",)):
+        assert _run("ablate", *more, "--set", "device=cuda") == 1
+        assert "the study computes on cuda, and PyTorch finds no such device here" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+def test_measure_names_the_arm():
+    study = changed(tiny_study(), arms=("pnn", dataclasses.replace(arms.find_arm("control"), options={"levl": 0})))
+    with pytest.raises(UsageError, match="the arm control can't be built: "):
+        _plan(study)
