@@ -26,7 +26,7 @@ from collections.abc import Callable
 
 from ..errors import UsageError
 from ..study import DataSettings
-from . import cifar, digits, folders, idx
+from . import cifar, digits, folders, idx, voc
 from .dataset import CLASSIFICATION, DETECTION, MULTILABEL, Dataset, TensorDataset
 
 __all__ = ["CLASSIFICATION", "DATA_SETS", "DETECTION", "MULTILABEL", "Dataset", "TensorDataset", "load"]
@@ -40,6 +40,8 @@ DATA_SETS: dict[str, Callable[[DataSettings], Dataset]] = {
     "cifar10": cifar.load_cifar10,
     "cifar100": cifar.load_cifar100,
     "image-folder": folders.load,
+    "voc-classification": voc.load_classification,
+    "voc-detection": voc.load_detection,
 }
 
 

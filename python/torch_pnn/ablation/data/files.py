@@ -6,7 +6,7 @@ import functools
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -98,7 +98,9 @@ class FileDataset(Dataset):
             description,
             class_names,
             counts=(len(train[0]), len(test[0]), len(validation[0]) if validation else 0),
-            sha256=names_sha256(root, [train, test, *([validation] if validation else [])]),
+            sha256=names_sha256(
+                root, [(paths, targets.tolist()) for paths, targets in filter(None, (train, test, validation))]
+            ),
             image_shape=(3, *size),
             task=task,
             shifts=shifts,
@@ -171,11 +173,11 @@ class FileDataset(Dataset):
                 yield normalise(pixels, self.mean, self.deviation), targets[kept].to(device)
 
 
-def names_sha256(root: Path, parts: Sequence[Part]) -> str:
+def names_sha256(root: Path, parts: Sequence[tuple[Sequence[Path], Sequence[Any]]]) -> str:
     """SHA-256 over the files' names, sizes and targets, part by part: large sets are not read for it."""
     found = hashlib.sha256()
     for paths, targets in parts:
-        for path, target in zip(paths, targets.tolist(), strict=True):
+        for path, target in zip(paths, targets, strict=True):
             found.update(f"{path.relative_to(root)}\0{path.stat().st_size}\0{target}\n".encode())
         found.update(b"\n")
     return found.hexdigest()

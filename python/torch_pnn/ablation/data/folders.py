@@ -23,7 +23,7 @@ from ..errors import AblationError, UsageError, describe_os_error
 from ..study import DataSettings
 from . import memory, pictures, split
 from .augment import Crop, ResizedCrop
-from .dataset import Dataset, normalisation_in_words
+from .dataset import CLASSIFICATION, Dataset, normalisation_in_words
 from .files import FileDataset, Prepare, prepared, statistics
 from .places import Layout, find
 
@@ -54,7 +54,7 @@ class Listing:
         root: the folder that the names below are relative to.
         class_names: by number.
         train, test: files.
-        train_labels, test_labels: int64 [N].
+        train_labels, test_labels: int64 [N]; or float32 [N, classes] where an image may have several classes.
         test_folder: "test" or "val".
         unreadable: what is known already.
     """
@@ -102,7 +102,9 @@ class Listing:
             ),
         )
         for part, labels in (("train", left.train_labels), (self.test_folder, left.test_labels)):
-            counts = np.bincount(labels, minlength=len(self.class_names))
+            if labels.ndim == 2 and len(labels):
+                continue  # several classes an image: a small set may well lack one
+            counts = np.bincount(labels.reshape(-1).astype(np.int64), minlength=len(self.class_names))
             empty = [name for name, count in zip(self.class_names, counts, strict=True) if not count]
             if empty:
                 named = f"; {left.unreadable[0]}" if left.unreadable else ""
@@ -237,8 +239,8 @@ def decode(listing: Listing, size: tuple[int, int], prepare: Prepare | None = No
     test, test_reasons = part(listing.test)
     left = listing.without(train_reasons, test_reasons)
     return Decoded(
-        (_kept(train, train_reasons), torch.from_numpy(left.train_labels)),
-        (_kept(test, test_reasons), torch.from_numpy(left.test_labels)),
+        (_kept(train, train_reasons), torch.as_tensor(left.train_labels)),
+        (_kept(test, test_reasons), torch.as_tensor(left.test_labels)),
         lossy,
         left.unreadable,
     )
@@ -287,33 +289,58 @@ def load(settings: DataSettings) -> Dataset:
             Crop(size[0] // 8, flip=True),
             unreadable=decoded.unreadable,
         )
-    if not settings.augment:
-        change: Crop | ResizedCrop | None = None
-    else:
+    filled = description.format(train=len(listing.train), test=len(listing.test))
+    return on_disk(settings, listing, filled, size, pictures.centred, small)
+
+
+def on_disk(
+    settings: DataSettings,
+    listing: Listing,
+    description: str,
+    size: tuple[int, int],
+    prepare: Prepare,
+    small: bool,
+    task: str = CLASSIFICATION,
+) -> Dataset:
+    """A data set whose images are decoded epoch by epoch: the counterpart of ``memory.make``.
+
+    Args:
+        settings: the subset, the validation images, whether to augment, the shifts.
+        listing: the files.
+        description: of the images alone; what is done to them is added.
+        size: (height, width) that they are brought to.
+        prepare: brings them to it.
+        small: augment them as CIFAR's are, not as ImageNet's.
+        task: see ``Dataset``.
+    """
+    change: Crop | ResizedCrop | None = None
+    if settings.augment:
         change = Crop(size[0] // 8, flip=True) if small else ResizedCrop()
-    chosen, held = split.split(settings, listing.train_labels, len(listing.train))
+    by_class = task == CLASSIFICATION
+    targets = torch.as_tensor(listing.train_labels)
+    chosen, held = split.split(settings, listing.train_labels if by_class else None, len(listing.train))
     train = tuple(listing.train[place] for place in chosen)
-    mean, deviation, of = statistics(train, size, pictures.centred)
+    mean, deviation, of = statistics(train, size, prepare)
     words = [
-        description.format(train=len(listing.train), test=len(listing.test)),
-        split.in_words(settings, len(listing.train), by_class=True),
+        description,
+        split.in_words(settings, len(listing.train), by_class),
         normalisation_in_words(mean, deviation, of),
         f"In training they are {change.words}." if change else "",
         "The digest is taken over the files' names, sizes and classes.",
     ]
-    targets = torch.from_numpy(listing.train_labels)
     return FileDataset(
         settings.name,
         " ".join(filter(None, words)),
         listing.class_names,
         (train, targets[torch.from_numpy(chosen)]),
-        (listing.test, torch.from_numpy(listing.test_labels)),
+        (listing.test, torch.as_tensor(listing.test_labels)),
         (tuple(listing.train[place] for place in held), targets[torch.from_numpy(held)]) if len(held) else None,
         root=listing.root,
         size=size,
-        prepare=pictures.centred,
+        prepare=prepare,
         mean=mean,
         deviation=deviation,
+        task=task,
         augmentation=change,
         shifts=settings.shifts,
         unreadable=listing.unreadable,
