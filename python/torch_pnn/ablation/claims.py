@@ -180,6 +180,17 @@ def _take_away(path: Path) -> bool:
     return True
 
 
+def sweep(folder: Path) -> None:
+    """Removes dead claims, and what a process that was killed while making one has left."""
+    with contextlib.suppress(OSError):
+        for path in folder.iterdir():
+            if path.suffix == ".claim" and not path.name.startswith("."):
+                if not is_live(path):
+                    _take_away(path)
+            elif path.name.startswith(".") and _file_system_time(folder) - path.stat().st_mtime > LEASE:
+                path.unlink()
+
+
 @contextlib.contextmanager
 def exclusive(path: Path, seconds: float = 60.0) -> Iterator[None]:
     """Holds a claim for the length of a block, waiting for it.

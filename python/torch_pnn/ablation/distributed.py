@@ -118,7 +118,7 @@ class _BatchNorm(nn.BatchNorm2d):
         variance = all_reduce(centred.square().sum(axes)) / count
         if self.track_running_stats and self.running_mean is not None and self.running_var is not None:
             with torch.no_grad():
-                self.num_batches_tracked.add_(1)  # type: ignore[union-attr,operator]
+                self.num_batches_tracked.add_(1)  # type: ignore[union-attr]
                 momentum = 1.0 / float(self.num_batches_tracked) if self.momentum is None else self.momentum  # type: ignore[arg-type]
                 self.running_mean.lerp_(mean.to(self.running_mean.dtype), momentum)
                 unbiased = variance * (count / (count - 1).clamp_min(1))

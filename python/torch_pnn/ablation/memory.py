@@ -1,5 +1,4 @@
-"""How much memory a run needed at its highest: on the processor the process's resident pages, on a card PyTorch's own
-count of what tensors held."""
+"""How much memory a run needed at its highest: the process's resident pages, or what tensors held on a card."""
 
 from __future__ import annotations
 

@@ -150,7 +150,13 @@ class Lines:
         stream: TextIO,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self._runs, self._done, self._epochs, self._stream, self._clock = runs, runs - len(pending), epochs, stream, clock
+        self._runs, self._done, self._epochs, self._stream, self._clock = (
+            runs,
+            runs - len(pending),
+            epochs,
+            stream,
+            clock,
+        )
         self._estimate = Estimate(pending, epochs, clock)
         self._spoken = clock()
 

@@ -30,15 +30,13 @@ import urllib.parse
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from . import checkpoint as checkpoints
 from . import claims
 from .errors import AblationError, RecordsError, UsageError, describe_os_error
 from .index import Index
 from .study import Study
-
-if TYPE_CHECKING:
-    from .checkpoint import Checkpoint
 
 FORMAT = 2
 Row = dict[str, Any]
@@ -57,8 +55,10 @@ def _run_of(row: Row) -> Run:
 
 
 def _merged(rows: Iterable[Row], kind: str) -> list[Row]:
-    """The rows that count, each where the first of its key stood: a later one replaces an earlier one, but a run that
-    broke does not replace one that ended."""
+    """The rows that count, each where the first of its run (or epoch) stood.
+
+    A later one replaces an earlier one, but a run that broke does not replace one that ended.
+    """
     kept: dict[tuple[Any, ...], Row] = {}
     for row in rows:
         key = _run_of(row) if kind == "results" else (*_run_of(row), row.get("epoch"))
@@ -445,6 +445,7 @@ class Store:
                 name = path.name.removeprefix(f"{kind}.").removesuffix(".jsonl")
                 if name == self.name or not claims.is_live(self._running / f"{name}.claim"):
                     self._take_in(path, self.directory / f"{kind}.jsonl")
+        claims.sweep(self._running)
 
     @staticmethod
     def _take_in(path: Path, main: Path) -> None:
@@ -476,12 +477,11 @@ class Store:
             if run in wanted and row.get("status") in ("finished", "diverged") and counts.get(run, 0) >= row["epochs"]:
                 kept[run] = row
         begun = ({_run_of(row) for row in records.results} | set(counts)) & wanted - set(kept)
-        checkpoints = {run for run in wanted if self._checkpoint_path(run).exists()}
-        for run in checkpoints & set(kept):
-            with contextlib.suppress(OSError):
-                self._checkpoint_path(run).unlink()
-        self.continued = len(checkpoints - set(kept))
-        self.dropped = len(begun - checkpoints)
+        saved = {run for run in wanted if checkpoints.exists(self.checkpoint(run))}
+        for run in saved & set(kept):
+            checkpoints.remove(self.checkpoint(run))
+        self.continued = len(saved - set(kept))
+        self.dropped = len(begun - saved)
         records.results = list(kept.values())
         records.epochs = [row for row in records.epochs if _run_of(row) in wanted]
         self._known_epochs = {(*_run_of(row), row["epoch"]): row for row in records.epochs}
@@ -492,12 +492,9 @@ class Store:
     def _file_stem(self, run: Run) -> str:
         return f"{urllib.parse.quote(run[0], safe=' ')}, seed {run[1]}"
 
-    def _checkpoint_path(self, run: Run) -> Path:
-        return self._running / f"{self._file_stem(run)}.checkpoint"
-
     def checkpoint(self, run: Run) -> Path:
         """Where a run keeps its checkpoint; ``add_result`` removes it when the run has ended."""
-        return self._checkpoint_path(run)
+        return self._running / f"{self._file_stem(run)}.checkpoint"
 
     def claim(self, runs: Sequence[Run] | None = None) -> Run | None:
         """Claims the next run that has no result and that no other process is doing.
@@ -590,8 +587,7 @@ class Store:
         self.records.results.append(row)
         self._seen_results.add(run)
         if row["status"] != "broken" and self._trouble is None:
-            with contextlib.suppress(OSError):
-                self._checkpoint_path(run).unlink()
+            checkpoints.remove(self.checkpoint(run))
         self.release(run)
         self._refresh_index()
 
@@ -700,13 +696,3 @@ class Store:
 
 def _without_times(row: Row) -> Row:
     return {name: value for name, value in row.items() if name not in _TIMES}
-
-
-def open_checkpoint(path: Path | None, study: Study, data_sha256: str, arm: str, seed: int) -> Checkpoint | None:
-    """The checkpoint of a run of a study at a path."""
-    if path is None:
-        return None
-    from .checkpoint import Checkpoint
-
-    run = {"study": study.fingerprint(), "data": data_sha256, "arm": arm, "seed": seed}
-    return Checkpoint(path, run)

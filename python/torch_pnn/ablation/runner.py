@@ -8,6 +8,7 @@ does (see ``records.Store.claim``). Under torchrun, one run is spread over all p
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import queue
@@ -15,7 +16,7 @@ import subprocess
 import sys
 import tempfile
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import IO
 
@@ -84,28 +85,12 @@ def execute(
     if jobs > 1:
         _Pool(study, data, store, progress, runs, loggers).run(jobs)
         return
+    book = _Book(store, progress, loggers)
     while (run := store.claim(runs)) is not None:
-        _one_run(study, data, store, progress, run, loggers)
-
-
-def _one_run(
-    study: Study, data: Dataset, store: Store, progress: Progress, run: Run, loggers: Loggers | None
-) -> None:
-    """A run in this process."""
-
-    def on_epoch(row: Row) -> None:
-        progress.epoch(row, again=not store.add_epoch(row))
-        if loggers is not None:
-            loggers.epoch(row)
-
-    on_step = now_and_then(lambda epochs: progress.step(run, epochs))
-    row = attempt(
-        study, *run, data, on_epoch, checkpoint=store.checkpoint(run), on_step=on_step, on_trouble=progress.say
-    )
-    store.add_result(row)
-    progress.result(row)
-    if loggers is not None:
-        loggers.result(row)
+        told = now_and_then(functools.partial(progress.step, run))
+        path = store.checkpoint(run)
+        row = attempt(study, run[0], run[1], data, book.epoch, checkpoint=path, on_step=told, on_trouble=progress.say)
+        book.result(row)
 
 
 def _together(
@@ -116,27 +101,42 @@ def _together(
     runs: Sequence[Run] | None,
     loggers: Loggers | None,
 ) -> None:
-    """The runs one after another, each in all processes of torchrun; the first claims and writes."""
+    """The runs one after another, each in all processes of torchrun; the first claims and writes.
+
+    A run that breaks in one process would leave the others waiting, so it ends them all, and torchrun says so.
+    """
     from .training import train
 
+    book = None if store is None else _Book(store, progress, loggers)
     while True:
-        run = distributed.broadcast(store.claim(runs) if store is not None else None, study.device)
+        run: Run | None = distributed.broadcast(None if store is None else store.claim(runs), study.device)
         if run is None:
             return
-        if store is not None:
-            # A run that breaks in one process would leave the others waiting: it ends them all, and torchrun says so.
-            def on_epoch(row: Row, store: Store = store) -> None:
-                progress.epoch(row, again=not store.add_epoch(row))
-                if loggers is not None:
-                    loggers.epoch(row)
+        if store is None or book is None:
+            train(study, run[0], run[1], data, lambda row: None)
+            continue
+        told = now_and_then(functools.partial(progress.step, run))
+        path = store.checkpoint(run)
+        row = train(study, run[0], run[1], data, book.epoch, checkpoint=path, on_step=told, on_trouble=progress.say)
+        book.result(row)
 
-            row = train(study, *run, data, on_epoch, checkpoint=store.checkpoint(run), on_trouble=progress.say)
-            store.add_result(row)
-            progress.result(row)
-            if loggers is not None:
-                loggers.result(row)
-        else:
-            train(study, *run, data, lambda row: None)
+
+class _Book:
+    """Everybody who is told of a row."""
+
+    def __init__(self, store: Store, progress: Progress, loggers: Loggers | None) -> None:
+        self._store, self._progress, self._loggers = store, progress, loggers
+
+    def epoch(self, row: Row) -> None:
+        self._progress.epoch(row, again=not self._store.add_epoch(row))
+        if self._loggers is not None:
+            self._loggers.epoch(row)
+
+    def result(self, row: Row) -> None:
+        self._store.add_result(row)
+        self._progress.result(row)
+        if self._loggers is not None:
+            self._loggers.result(row)
 
 
 class _Worker:
@@ -226,7 +226,7 @@ class _Pool:
         loggers: Loggers | None,
     ) -> None:
         self._study, self._data, self._store, self._progress = study, data, store, progress
-        self._runs, self._loggers = runs, loggers
+        self._runs, self._book = runs, _Book(store, progress, loggers)
         self._answers: queue.Queue[tuple[_Worker, Row | None]] = queue.Queue()
         self._workers: list[_Worker] = []
         self._started = 0
@@ -251,11 +251,10 @@ class _Pool:
                     if not worker.was_ready:
                         raise AblationError(f"a worker process could not start: {words}; --jobs 1 does without")
                     if worker.task is not None:
-                        self._finish(broken(self._study, *worker.task, f"its process died ({words})"))
+                        self._book.result(broken(self._study, *worker.task, f"its process died ({words})"))
                         self._start()
                 elif "epoch" in answer:
-                    self._progress.epoch(answer["epoch"], again=not self._store.add_epoch(answer["epoch"]))
-                    self._tell(lambda loggers, row=answer["epoch"]: loggers.epoch(row))
+                    self._book.epoch(answer["epoch"])
                 elif "at" in answer:
                     arm, seed, epochs = answer["at"]
                     self._progress.step((arm, seed), epochs)
@@ -265,7 +264,7 @@ class _Pool:
                     raise AblationError(answer["refused"])
                 else:
                     if "result" in answer:
-                        self._finish(answer["result"])
+                        self._book.result(answer["result"])
                     worker.was_ready, worker.task = True, None
                     run = self._store.claim(self._runs)
                     if run is None:
@@ -275,12 +274,3 @@ class _Pool:
         finally:
             for worker in self._workers:
                 worker.end()
-
-    def _finish(self, row: Row) -> None:
-        self._store.add_result(row)
-        self._progress.result(row)
-        self._tell(lambda loggers: loggers.result(row))
-
-    def _tell(self, what: Callable[[Loggers], None]) -> None:
-        if self._loggers is not None:
-            what(self._loggers)

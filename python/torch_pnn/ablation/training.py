@@ -12,7 +12,7 @@ import hashlib
 import math
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,14 +22,13 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from . import distributed
-from ._bridge import with_hooks
 from .arms import build
+from .checkpoint import Checkpoint
 from .data import Dataset
 from .errors import UsageError, describe_os_error
 from .memory import Peak
-from .records import open_checkpoint
 from .study import Schedule, Study
-from .tasks import find_task
+from .tasks import Score, find_task
 
 Row = dict[str, Any]
 
@@ -151,7 +150,7 @@ class Trainer:
         self.device = distributed.device(study.device)
         self.streams = study.streams(seed)
         self.task = find_task(data)
-        self.built = with_hooks(build(study, arm, self.streams, data))
+        self.built = build(study, arm, self.streams, data)
         self.initial = state_sha256(self.built.model)
         self.model: nn.Module = self.built.model.to(self.device)
         self.trained = self.model
@@ -166,7 +165,7 @@ class Trainer:
         dtype = PRECISIONS[self.study.precision]
         return contextlib.nullcontext() if dtype is None else torch.autocast(self.device.type, dtype)
 
-    def train_epoch(self, epoch: int, on_step: Callable[[float], None] | None) -> float:
+    def train_epoch(self, epoch: int, on_step: Callable[[float], None] | None) -> tuple[float, float | None]:
         """One pass over the training images.
 
         Args:
@@ -174,12 +173,14 @@ class Trainer:
             on_step: is told the share of the epoch that has passed.
 
         Returns:
-            The mean loss, counted while the weights were changing; NaN or infinite where a step's loss was.
+            The mean loss, NaN or infinite where a step's loss was, and the share of right answers (None where the task
+            knows none), both counted while the weights were changing.
         """
         schedule = self.study.schedule
         self.trained.train()
         step = (epoch - 1) * self.steps_per_epoch
-        total, count = torch.zeros((), dtype=torch.float64, device=self.device), 0
+        total, count = torch.zeros(2, dtype=torch.float64, device=self.device), 0  # loss, right answers
+        counted = True
         look = 1 if self.device.type == "cpu" else LOOK_EVERY
         batches = self.data.train_batches(
             schedule.batch_size,
@@ -200,25 +201,29 @@ class Trainer:
                 # DistributedDataParallel divides by the number of processes: the mean over all images is left.
                 share = len(mine) * distributed.world() / images if len(mine) < images else 1.0
             with self.autocast():
-                loss = self.task.loss(self.trained, mine, targets)
+                loss, right = self.task.training_step(self.trained, mine, targets)
             self.optimizer.zero_grad(set_to_none=True)
             self.scaler.scale(loss * share if share != 1.0 else loss).backward()
-            total += loss.detach() * (share * images / distributed.world())
+            total[0] += loss.detach() * (share * images / distributed.world())
+            counted = counted and right is not None
+            if right is not None:
+                total[1] += right
             count += images
-            if number % look == 0 and not distributed.is_active() and not math.isfinite(total):
-                return float(total)
+            if number % look == 0 and not distributed.is_active() and not math.isfinite(total[0]):
+                return float(total[0]), None
             self.scaler.step(self.optimizer)
             self.scaler.update()
             step += 1
             if on_step is not None:
                 on_step(min(1.0, number / self.steps_per_epoch))
-        return float(distributed.sum_over_processes(total)) / max(1, count)
+        loss_sum, right_sum = distributed.sum_over_processes(total).tolist()
+        return loss_sum / max(1, count), right_sum / max(1, count) if counted else None
 
-    def evaluate(self, which: str) -> Any:
+    def evaluate(self, which: str) -> Score:
         """The score on one of the data's test sets."""
         return self.score(self.data.test_batches(which, EVALUATION_BATCH, device=str(self.device)))
 
-    def score(self, batches: Iterator[Any]) -> Any:
+    def score(self, batches: Iterable[tuple[Any, Any]]) -> Score:
         """The score on batches of images, in evaluation mode."""
         with self.autocast(), self.built.for_test():
             return self.task.evaluate(self.model, batches)
@@ -295,7 +300,8 @@ def train(
     with _isolated(study.threads, device):
         peak = Peak(device)
         run = Trainer(study, arm, seed, data)
-        kept = open_checkpoint(checkpoint, study, data.sha256, arm, seed)
+        identity = {"study": study.fingerprint(), "data": data.sha256, "arm": arm, "seed": seed}
+        kept = None if checkpoint is None else Checkpoint(checkpoint, identity)
         done = _Progress()
         state = distributed.broadcast(kept.load() if kept is not None else None, study.device)
         if state is not None and state["run"]["initial"] == run.initial:
@@ -305,12 +311,13 @@ def train(
             for row in done.rows:
                 on_epoch(row)
         before = done.passed
-        problem, score = None, None
+        problem: str | None = None
+        score: Score | None = None
         schedule = study.schedule
         for epoch in range(done.epoch + 1, schedule.epochs + 1):
             begun = time.perf_counter()
             told = None if on_step is None else _after(on_step, epoch - 1)
-            train_loss = run.train_epoch(epoch, told)
+            train_loss, train_accuracy = run.train_epoch(epoch, told)
             if not math.isfinite(train_loss):
                 problem = f"the loss became {train_loss} in epoch {epoch}"
                 break
@@ -327,9 +334,9 @@ def train(
                 "arm": arm,
                 "seed": seed,
                 "epoch": epoch,
-                # Taken while the weights were changing: a running figure, for the curves alone.
+                # Taken while the weights were changing: running figures, for the curves alone.
                 "train_loss": train_loss,
-                "train_accuracy_running": None,
+                "train_accuracy_running": train_accuracy,
                 "test_loss": score.loss if score is not None and problem is None else None,
                 "test_score": score.value if score is not None else None,
                 "test_correct": score.correct if score is not None else None,
@@ -355,27 +362,24 @@ def train(
                         )
         if problem is None and score is None:  # it was interrupted after its last epoch
             score = run.evaluate("test")
-        finished = problem is None
-        shifted = {}
-        if finished:
-            for which in run.data.test_sets:
-                if which.startswith("shift "):
-                    shifted[which.removeprefix("shift ")] = run.evaluate(which).value
-        best = done.best if finished else None
+        end = score if problem is None else None
+        best = done.best if end else None
+        shifts = [which for which in run.data.test_sets if which.startswith("shift ")] if end else []
+        shifted = {which.removeprefix("shift "): run.evaluate(which).value for which in shifts}
         return {
             "study": study.name,
             "arm": arm,
             "seed": seed,
-            "status": "finished" if finished else "diverged",
+            "status": "finished" if end else "diverged",
             "problem": problem,
             "metric": run.task.metric,
-            "accuracy": score.value if finished else None,
-            "correct": score.correct if finished else None,
-            "total": score.total if finished else run.data.test_count,
-            "test_loss": score.loss if finished else None,
+            "accuracy": end.value if end else None,
+            "correct": end.correct if end else None,
+            "total": end.total if end else run.data.test_count,
+            "test_loss": end.loss if end else None,
             "best_epoch": best["epoch"] if best else None,
             "best_accuracy": best["test_score"] if best else None,
-            "per_class": list(score.per_class) if finished else [],
+            "per_class": list(end.per_class) if end else [],
             "shifted": shifted,
             "parameters": run.built.parameters,
             "mask_bytes": run.built.mask_bytes,
