@@ -114,7 +114,7 @@ def _data_sets() -> Rule:
 
 
 def _networks() -> Rule:
-    from .arms import NETWORKS
+    from .networks import NETWORKS
 
     return choice(*NETWORKS, otherwise="module:function", pattern=r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")
 
