@@ -147,13 +147,14 @@ def _ablate(arguments: argparse.Namespace, command: str) -> int:
     from .ablation import report, runner, tables
     from .ablation.errors import AblationError, require
     from .ablation.progress import duration, make_progress
-    from .ablation.records import Store
+    from .ablation.records import Store, describe_data
+    from .ablation.tasks import find_task
 
     study = _study(arguments)
     # Before minutes of training, not after: what the report will need.
     require("scipy", "scipy", "the intervals and tests of the report")
     require("matplotlib", "matplotlib", "the report's plots")
-    data = datasets.load(study.data.name)
+    data = datasets.load(study.data)
     environment = environments.describe()
     jobs = arguments.jobs or min(environment["cores"], MOST_JOBS)
     invocation = {
@@ -162,16 +163,21 @@ def _ablate(arguments: argparse.Namespace, command: str) -> int:
         "jobs": min(jobs, len(study.runs)),
         "environment": environment,
     }
-    with Store(arguments.out, study, data.sha256, invocation) as store:
+    noted = describe_data(data)
+    with Store(arguments.out, study, data.sha256, invocation, noted, find_task(data).metric) as store:
         done = len(study.runs) - len(store.records.missing)
-        progress = make_progress(len(study.runs), done, study.schedule.epochs)
+        progress = make_progress(store.records.missing, len(study.runs), study.schedule.epochs)
+        store.on_trouble = progress.say
         started = time.monotonic()
         try:
             if environment["operators"] != "compiled":
                 progress.say(f"torch-pnn: {environments.operators_sentence(environment)}")
-            if done or store.dropped:
+            if done or store.dropped or store.continued:
                 again = f"; {store.dropped} interrupted runs are done again" if store.dropped else ""
-                progress.say(f"torch-pnn: {done} of {len(study.runs)} runs were finished before and are kept{again}")
+                on = f"; {store.continued} interrupted runs go on from their last epoch" if store.continued else ""
+                progress.say(
+                    f"torch-pnn: {done} of {len(study.runs)} runs were finished before and are kept{on}{again}"
+                )
             runner.execute(study, data, store, progress, jobs)
         except KeyboardInterrupt:
             progress.close()
@@ -204,7 +210,7 @@ def _report(arguments: argparse.Namespace) -> int:
     from .ablation.errors import AblationError
 
     found = records.read(arguments.directory)
-    data = datasets.load(found.study.data.name)
+    data = datasets.load(found.study.data)
     if data.sha256 != found.data_sha256:
         raise AblationError(
             f"{arguments.directory} holds results on other data than is installed here (scikit-learn's version?)"

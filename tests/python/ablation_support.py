@@ -12,7 +12,7 @@ import torch
 
 import torch_pnn
 from torch_pnn.ablation.arms import find_arm
-from torch_pnn.ablation.data import Dataset
+from torch_pnn.ablation.data import Dataset, TensorDataset
 from torch_pnn.ablation.ready import STUDIES
 from torch_pnn.ablation.study import Study
 
@@ -52,8 +52,9 @@ def tiny_data(images: int = 96, classes: int = 10) -> Dataset:
     pictures = torch.randn(images, 1, 8, 8, generator=generator)
     labels = pictures.flatten(1)[:, :classes].argmax(dim=1)
     cut = images * 2 // 3
-    return Dataset(
-        "tiny", "Random images.", pictures[:cut], labels[:cut], pictures[cut:], labels[cut:], classes, sha256="0" * 64
+    names = [f"pixel {number}" for number in range(classes)]
+    return TensorDataset(
+        "tiny", "Random images.", names, (pictures[:cut], labels[:cut]), (pictures[cut:], labels[cut:])
     )
 
 

@@ -16,7 +16,7 @@ from ablation_support import environment, tiny_study
 from torch_pnn.ablation.errors import AblationError, UsageError
 from torch_pnn.ablation.ready import STUDIES, find_study
 from torch_pnn.ablation.records import Store, read, read_rows, write_whole
-from torch_pnn.ablation.study import Study
+from torch_pnn.ablation.study import PLACE_OF_DATA, Study
 
 SHA = "ab" * 32
 
@@ -300,7 +300,11 @@ def test_every_setting_is_part_of_the_fingerprint():
         )
         for other in others:
             changed = dataclasses.replace(study, **{field.name: other})
-            if other == dataclasses.replace(study.data, root="x"):  # where the images lie does not matter
+            places = [
+                dataclasses.replace(study.data, **{place: _other(getattr(study.data, place))})
+                for place in PLACE_OF_DATA
+            ]
+            if other in places:  # where the images lie does not matter
                 assert changed.fingerprint() == study.fingerprint()
                 assert study.differences(changed) == []
             else:

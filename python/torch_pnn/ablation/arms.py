@@ -7,6 +7,7 @@ it starts from that arm's weights, bit for bit, wherever names and shapes agree)
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -107,6 +108,13 @@ class Built:
     parameters: int
     mask_bytes: int
     macs: int
+
+    def before_step(self, step: int) -> None:
+        """What is done before a training step."""
+
+    def for_test(self) -> contextlib.AbstractContextManager[None]:
+        """What holds while the network is tested."""
+        return contextlib.nullcontext()
 
 
 def find_arm(name: str) -> Arm:

@@ -115,7 +115,7 @@ def _list(items: Sequence[str]) -> str:
 def _method(records: Records, data: Dataset) -> str:
     study, schedule = records.study, records.study.schedule
     arms = _list([f"<b>{html.escape(title(study, arm.name))}</b>: {html.escape(arm.summary)}" for arm in study.arms])
-    steps = -(-len(data.train_labels) // schedule.batch_size)
+    steps = -(-data.train_count // schedule.batch_size)
     text = (
         f"Every arm has the same schedule, seeds and order of the data: {schedule.epochs} epochs of {steps} "
         f"steps with up to {schedule.batch_size} images, stochastic gradient descent with Nesterov momentum "
@@ -129,7 +129,7 @@ def _method(records: Records, data: Dataset) -> str:
         "variants start from the same weights, bit for bit."
     )
     accuracy = (
-        f"Accuracy is the number of correct answers over all {len(data.test_labels)} test images, counted in "
+        f"Accuracy is the number of correct answers over all {data.test_count} test images, counted in "
         f"evaluation mode after the last epoch. No epoch is picked by its test result, and nothing is averaged over "
         "batches."
     )
@@ -240,7 +240,7 @@ def render(records: Records, data: Dataset) -> str:
 {_table(records, result)}
 <p class="kicker">Accuracy: mean ± standard deviation over seeds. Against control: paired by seed, mean and 95 % t
 interval, in points. Mask bytes: stored masks and fixed filters; a mask made from a seed costs the seed. Multiply-adds:
-of one image.</p> <h2>Seed by seed: correct answers of {len(data.test_labels)}</h2>
+of one image.</p> <h2>Seed by seed: correct answers of {data.test_count}</h2>
 {_seed_table(records)}
 <h2>What was done</h2>
 {_method(records, data)}

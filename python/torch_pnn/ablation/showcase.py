@@ -67,7 +67,7 @@ def _row(study: Study, arm: str, data: Dataset) -> tuple[Row, PerturbConv2d] | N
     # In training mode: a network that has learned nothing yet has no running statistics to normalise with.
     model.train()
     with torch.no_grad():
-        model(data.test_images[:64])
+        model(next(data.test_batches("test", 64))[0])
     handle.remove()
     images = seen[0]
     height, width = images.shape[-2:]

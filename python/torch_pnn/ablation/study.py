@@ -21,6 +21,9 @@ SEEDS_TO_DECIDE = 6
 #: The sources of chance in a run. Each has a generator of its own.
 STREAMS = ("initialisation", "masks", "order", "augmentation")
 
+#: The settings of the data that say where they are from rather than what they are.
+PLACE_OF_DATA = ("root", "download")
+
 
 @dataclass(frozen=True)
 class DataSettings:
@@ -28,18 +31,21 @@ class DataSettings:
 
     Attributes:
         name: a key of ``data.DATA_SETS``.
-        root: the folder on disk that holds them; "" where none is needed. Not part of the fingerprint: the images' own
-            digest is kept instead.
+        root: the folder or archive on disk that holds them; "" = what TORCH_PNN_DATA names. Not part of the
+            fingerprint: the images' own digest is kept instead.
+        download: get published files that are missing, through torchvision. Not part of the fingerprint.
         train_images: use only so many training images, as many of each class as can be; 0 = all.
         validation_images: training images held out to choose the best epoch by; 0 = none, and no best epoch is given.
         image_size: side in pixels that images of varying size are brought to; 0 = the data set's own.
         augment: change the training images at random, as is usual for this data set.
-        shifts: also test on images moved by so many pixels (right and down, left and up), the edge filled with zeros.
+        shifts: also test on images moved by so many pixels, to the right, down, left and up, the edge filled with
+            black; the four directions' results count together.
         split_seed: draws the subset and the validation images; the same for every arm and seed.
     """
 
     name: str = "digits"
     root: str = ""
+    download: bool = False
     train_images: int = 0
     validation_images: int = 0
     image_size: int = 0
@@ -113,6 +119,8 @@ class Schedule:
         warmup_epochs: length of the linear rise.
         momentum: of stochastic gradient descent.
         weight_decay: of every weight, not of biases and normalisation parameters.
+        test_every: the whole test set is measured after every so many epochs, always after the last one and after one
+            that the validation images find the best so far.
     """
 
     epochs: int = 12
@@ -125,6 +133,7 @@ class Schedule:
     warmup_epochs: float = 2.0
     momentum: float = 0.9
     weight_decay: float = 5e-4
+    test_every: int = 1
 
 
 @dataclass(frozen=True)
@@ -231,9 +240,10 @@ class Study:
         return _build(cls, values)
 
     def fingerprint(self) -> str:
-        """A SHA-256 over every setting but the data's folder; seeds too: adding some after a look would bend it."""
+        """A SHA-256 over every setting but where the data lie; seeds too: adding some after a look would bend it."""
         values = self.to_json()
-        del values["data"]["root"]
+        for place in PLACE_OF_DATA:
+            del values["data"][place]
         return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
 
     def differences(self, other: Study) -> list[str]:
@@ -267,7 +277,7 @@ def _value(hint: Any, value: Any) -> Any:
 def _differences(prefix: str, mine: Mapping[str, Any], theirs: Mapping[str, Any]) -> list[str]:
     found = []
     for key in mine:
-        if mine[key] == theirs[key] or prefix + key == "data.root":
+        if mine[key] == theirs[key] or (prefix == "data." and key in PLACE_OF_DATA):
             continue
         if isinstance(mine[key], dict) and set(mine[key]) == set(theirs[key]):
             found += _differences(f"{prefix}{key}.", mine[key], theirs[key])
