@@ -7,10 +7,12 @@ import math
 import re
 
 import pytest
+import torch
 from ablation_support import changed, tiny_data, tiny_study
 
 from torch_pnn import cli
-from torch_pnn.ablation import arms, plan, records
+from torch_pnn.ablation import arms, files, plan, records
+from torch_pnn.ablation.data import CLASSIFICATION, DETECTION, MULTILABEL, TensorDataset
 from torch_pnn.ablation.errors import UsageError
 from torch_pnn.ablation.study import Study
 
@@ -171,8 +173,6 @@ def test_a_study_file_of_ones_own(tmp_path, monkeypatch, capsys):
 
 
 def test_a_device_that_is_not_there(tmp_path, monkeypatch, capsys):
-    import torch
-
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     for more in (("--out", tmp_path / "x"), ("--dry-run",)):
         assert _run("ablate", *more, "--set", "device=cuda") == 1
@@ -184,3 +184,71 @@ def test_measure_names_the_arm():
     study = changed(tiny_study(), arms=("pnn", dataclasses.replace(arms.find_arm("control"), options={"levl": 0})))
     with pytest.raises(UsageError, match="the arm control can't be built: "):
         _plan(study)
+
+
+class _Boxes(TensorDataset):
+    """Images with a box each, as torchvision's detectors take them."""
+
+    def _train(self, *arguments):
+        return map(self._listed, super()._train(*arguments))
+
+    def _test(self, *arguments):
+        return map(self._listed, super()._test(*arguments))
+
+    def _listed(self, batch):
+        images, labels = batch
+        return list(images), [
+            {
+                "boxes": torch.tensor([[4.0, 4.0, 40.0, 40.0]]),
+                "labels": label.reshape(1) + 1,
+                "difficult": torch.zeros(1, dtype=torch.bool),
+            }
+            for label in labels
+        ]
+
+
+def _data_like(study):
+    """A few random images of the study's kind."""
+    kind = study.data.name
+    channels, side, classes = {"digits": (1, 8, 10), "mnist": (1, 28, 10), "cifar10": (3, 32, 10)}.get(
+        kind, (3, 64, 20)
+    )
+    generator = torch.Generator().manual_seed(0)
+    pictures = torch.randn(12, channels, side, side, generator=generator)
+    labels = torch.arange(12) % classes
+    names = [f"class {number}" for number in range(classes)]
+    if kind == "voc-classification":
+        labels = torch.randint(0, 2, (12, classes), generator=generator).float()
+    form = _Boxes if kind == "voc-detection" else TensorDataset
+    task = {"voc-classification": MULTILABEL, "voc-detection": DETECTION}.get(kind, CLASSIFICATION)
+    shifts = study.data.shifts
+    return form(
+        kind, "Random images.", names, (pictures[:8], labels[:8]), (pictures[8:], labels[8:]), task=task, shifts=shifts
+    )
+
+
+@pytest.mark.parametrize("name", files.ready_names())
+def test_every_ready_made_study_can_be_planned(name, monkeypatch, capsys):
+    """Every arm of every study is built, trained for a step and tested, in little."""
+    if name == "voc-detection":
+        pytest.importorskip("torchvision", reason="torchvision has the detectors")
+    monkeypatch.setattr(plan, "LEAST_STEPS", 0)
+    monkeypatch.setattr(plan, "LEAST_SECONDS", 0.0)
+    settings = ["device=cpu", "precision=float32", "threads=1"]
+    if files.load(name).model.width:
+        settings.append("model.width=8")
+    study = files.load(name, settings=settings)
+    made = plan.make(study, _data_like(study), jobs=1, runs=study.runs)
+    assert made.runs == made.left == len(study.runs)
+    shown = plan.text(made)
+    for arm in study.arms:
+        assert f"\n{arm.name} " in shown
+    # What is compared with equal cost has about equal cost.
+    for arm in study.arms:
+        if arm.match and arm.match in study.arm_names:
+            cost = arm.match_by
+            mine, other = (getattr(next(a for a in made.arms if a.name == n), cost) for n in (arm.name, arm.match))
+            assert 0.6 < mine / other < 1.6
+    if study.question.control == "control":
+        pair = [next(a for a in made.arms if a.name == n) for n in (study.question.candidate, study.question.control)]
+        assert pair[0].parameters == pair[1].parameters

@@ -21,7 +21,7 @@ from typing import Any, NoReturn
 import yaml
 
 from .errors import UsageError
-from .keys import NAME, OPTIONS, REFUSED, SECTIONS, SHORT, STUDY_KEYS, Rule, choice, rule_of, whole
+from .keys import NAME, OPTIONS, REFUSED, SECTIONS, SHORT, STUDY_KEYS, Rule, choice, option_rule, rule_of, whole
 from .nodes import (
     NOTHING,
     NUMBER,
@@ -136,7 +136,7 @@ class _Reader:
 
     def option(self, key: str, value: Node, path: str) -> Any:
         if key in OPTIONS and not (isinstance(value, Scalar) and value.plain and value.text in NOTHING):
-            return self.scalar(value, path, OPTIONS[key])
+            return self.scalar(value, path, option_rule(key))
         return self.free(value, path)
 
     def section(self, owner: Any, node: Node, path: str) -> Any:

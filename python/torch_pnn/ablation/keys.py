@@ -17,6 +17,10 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from torch_pnn.presets import PRESETS
+from torch_pnn.reference import ACTIVATIONS
+
+from .errors import UsageError
 from .nodes import NUMBER, TRUTH, WHOLE, Node, Scalar, listed
 from .study import STREAMS, Arm, DataSettings, ModelSettings, Question, Schedule, Study
 
@@ -114,13 +118,44 @@ def _data_sets() -> Rule:
 
 
 def _networks() -> Rule:
-    from .networks import NETWORKS
+    from .networks import NETWORKS, find_network
 
-    return choice(*NETWORKS, otherwise="module:function", pattern=r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")
+    ours = choice(*NETWORKS, otherwise="module:function, or torchvision's", pattern=r"[A-Za-z_][\w.]*:[A-Za-z_][\w.]*")
+
+    def parse(node: Node) -> Any:
+        value = ours.parse(node)
+        if value is not REFUSED or not isinstance(node, Scalar) or ":" in node.text:
+            return value
+        try:
+            return find_network(node.text).name
+        except UsageError:
+            return REFUSED
+
+    return dataclasses.replace(ours, parse=parse)
+
+
+def _noises() -> Rule:
+    from .layers import NOISES
+
+    return choice(*NOISES)
+
+
+def _norms() -> Rule:
+    from .layers import NORM_POSITIONS
+
+    positions, answers = choice(*NORM_POSITIONS, otherwise="true or false"), truth()
+
+    def parse(node: Node) -> Any:
+        answer = answers.parse(node)
+        return positions.parse(node) if answer is REFUSED else answer
+
+    return dataclasses.replace(positions, parse=parse)
 
 
 def _layers() -> Rule:
-    return choice("perturb", "conv", "lbc", "conv1x1")
+    from .layers import LAYERS
+
+    return choice(*LAYERS)
 
 
 NAME = text(r"[^\s,/\\][^,/\\\n]*", "a name without commas and slashes")
@@ -159,7 +194,13 @@ RULES: dict[str, Rule | Callable[[], Rule]] = {
 }
 
 #: Layer options whose type is known, wherever they are given; an arm may have them as keys of its own.
-OPTIONS: dict[str, Rule] = {
+OPTIONS: dict[str, Rule | Callable[[], Rule]] = {
+    "preset": choice(*PRESETS),
+    "noise": _noises,
+    "activation": choice(*ACTIVATIONS),
+    "norm": _norms,
+    "downsample": choice("max", "avg", "subsample"),
+    "masks": whole(1),
     "level": number(),
     "shared_masks": truth(),
     "train_masks": truth(),
@@ -168,8 +209,14 @@ OPTIONS: dict[str, Rule] = {
     "anchors": whole(1),
 }
 
-#: Further layer options that an arm may have as keys of its own. (``masks`` is not one: an arm has a key of that name.)
-SHORT = ("preset", "noise", "activation", "downsample", *OPTIONS)
+#: Those that an arm may have as keys of its own. An arm's own key ``masks`` says when masks change.
+SHORT = tuple(name for name in OPTIONS if name != "masks")
+
+
+def option_rule(name: str) -> Rule:
+    """What a key of ``OPTIONS`` takes."""
+    found = OPTIONS[name]
+    return found if isinstance(found, Rule) else found()
 
 
 def rule_of(owner: type, name: str) -> Rule | None:

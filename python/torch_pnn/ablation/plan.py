@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import math
 import statistics as numbers
 import time
 from collections.abc import Sequence
@@ -17,9 +18,10 @@ from dataclasses import dataclass
 
 from . import training
 from .data import Dataset
-from .errors import UsageError
+from .errors import UsageError, require
 from .progress import duration
 from .records import Records, Run
+from .statistics import CONFIDENCE, resolvable_difference, seeds_needed
 from .study import Study
 
 #: An arm's steps are timed until both have passed, the first step (allocations, tuning) not counted.
@@ -210,8 +212,65 @@ def make(
 
 
 def resolution(study: Study, records: Records | None) -> tuple[str, ...]:
-    """What the seeds can tell apart, in sentences."""
-    return ()
+    """What the seeds can tell apart, in sentences.
+
+    Args:
+        study: the settings.
+        records: results of it; three finished pairs or more give the deviation of the differences.
+
+    Raises:
+        AblationError: scipy is missing.
+    """
+    question, seeds = study.question, len(study.seeds)
+    pilot: list[float] = []
+    if records is not None:
+        first, second = records.scores(question.candidate), records.scores(question.control)
+        pilot = [100 * (first[seed] - second[seed]) for seed in sorted(first.keys() & second.keys())]
+    known = len(pilot) >= 3
+    deviation = numbers.stdev(pilot) if known else ASSUMED_DEVIATION
+    source = f"as the {len(pilot)} pairs that are there do" if known else "an assumption, there are no results yet"
+    pair = f"{question.candidate} and {question.control}"
+    least = seeds_needed()
+    if seeds < least:
+        sentences = [
+            f"{seeds} seed{'' if seeds == 1 else 's'} can't decide between {pair}: the sign-flip test needs {least}"
+        ]
+    else:
+        smallest = resolvable_difference(seeds, deviation)
+        reach = t_reach(seeds) * deviation
+        sentences = [
+            f"{seeds} seeds find a difference of {smallest:.2f} points between {pair} with 80 % probability,",
+            f"and the 95 % interval reaches about ±{reach:.2f} points,",
+            f"if paired differences deviate by {deviation:.2f} points ({source})",
+        ]
+        if reach >= question.margin > 0:
+            sentences.append(
+                f"so 'equivalent within ±{question.margin:g} points' is out of reach: more seeds or a wider margin"
+            )
+    others = len(study.arms) - 2
+    if others > 0:
+        count = min(len(study.seeds_of(arm.name)) for arm in study.arms)
+        least = seeds_needed(others)
+        what = f"the other {others} arm{'' if others == 1 else 's'}, adjusted together (Holm)"
+        if count < least:
+            sentences.append(f"{what}, would need {least} seeds for a verdict and have {count}: shown, not decided")
+        else:
+            smallest = resolvable_difference(count, deviation, comparisons=others)
+            sentences.append(f"{what}: {count} seeds find a difference of {smallest:.2f} points")
+    return tuple(sentences)
+
+
+def t_reach(seeds: int) -> float:
+    """Half the 95 % t interval of a mean over so many seeds, in standard deviations.
+
+    Example:
+        >>> round(t_reach(10), 3)
+        0.715
+    """
+    require("scipy", "scipy", "what the seeds can resolve")
+    from scipy import stats
+
+    return float(stats.t.ppf((1 + CONFIDENCE) / 2, seeds - 1)) / math.sqrt(seeds)
 
 
 def _counted(value: float) -> str:
