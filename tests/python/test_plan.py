@@ -11,9 +11,10 @@ import torch
 from ablation_support import changed, tiny_data, tiny_study
 
 from torch_pnn import cli
-from torch_pnn.ablation import arms, files, plan, records
+from torch_pnn.ablation import arms, files, plan, records, training
 from torch_pnn.ablation.data import CLASSIFICATION, DETECTION, MULTILABEL, TensorDataset
 from torch_pnn.ablation.errors import UsageError
+from torch_pnn.ablation.statistics import resolvable_difference
 from torch_pnn.ablation.study import Study
 
 
@@ -81,6 +82,7 @@ def test_runs_that_are_done_are_not_planned():
 
 def test_a_dry_run_writes_nothing(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(plan, "LEAST_SECONDS", 0.0)
     tiny = ("--epochs", 1, "--seeds", 2, "--arms", "pnn,control")
     assert _run("ablate", "--dry-run", *tiny) == 0
     alone = capsys.readouterr().out
@@ -104,12 +106,12 @@ def test_an_arm_that_can_not_be_built_is_said_before_any_training(tmp_path, monk
 
     monkeypatch.setattr(runner, "execute", lambda *_, **__: pytest.fail("it began to train"))
     monkeypatch.chdir(tmp_path)
-    wrong = ("--set", "arms.waves.noise=wavs", "--seeds", 2)
+    wrong = ("--set", "arms.waves.options.levl=1", "--seeds", 2)
     for more in (("--out", "x"), ("--dry-run",)):
         assert _run("ablate", *more, *wrong) == 2
         printed = capsys.readouterr()
         assert printed.out == ""
-        assert printed.err.startswith("torch-pnn: the arm waves can't be built: ")
+        assert printed.err.startswith("torch-pnn: arm 'waves', layer layer1.0.layer1 of resnet: unknown option 'levl'")
         assert printed.err.count("\n") == 1
     assert not list(tmp_path.iterdir())
 
@@ -180,10 +182,48 @@ def test_a_device_that_is_not_there(tmp_path, monkeypatch, capsys):
     assert not list(tmp_path.iterdir())
 
 
-def test_measure_names_the_arm():
-    study = changed(tiny_study(), arms=("pnn", dataclasses.replace(arms.find_arm("control"), options={"levl": 0})))
-    with pytest.raises(UsageError, match="the arm control can't be built: "):
+def test_an_arm_that_breaks_in_the_making_is_named(monkeypatch):
+    study = tiny_study()
+
+    def broken(*_):
+        raise ValueError("no such\nthing")
+
+    monkeypatch.setattr(training, "build", broken)
+    with pytest.raises(UsageError, match="^the arm pnn can't be built: no such thing$"):
         _plan(study)
+
+
+def _scores(pairs):
+    rows = []
+    for seed, (first, second) in enumerate(pairs):
+        for arm, score in (("pnn", first), ("control", second)):
+            rows.append(
+                {"arm": arm, "seed": seed, "status": "finished", "accuracy": score, "correct": None, "total": 9}
+            )
+    return rows
+
+
+def test_what_the_seeds_can_resolve():
+    few = " ".join(plan.resolution(tiny_study(seeds=(0, 1, 2)), None))
+    assert few == "3 seeds can't decide between pnn and control: the sign-flip test needs 6"
+    study = tiny_study(arms=("pnn", "control", "cnn", "lbcnn"), seeds=tuple(range(10)), other_seeds=tuple(range(6)))
+    assumed = plan.resolution(study, None)
+    smallest = resolvable_difference(10, plan.ASSUMED_DEVIATION)
+    assert assumed[0].startswith(
+        f"10 seeds find a difference of {smallest:.2f} points between pnn and control with 80 %"
+    )
+    assert "if paired differences deviate by 0.50 points (an assumption" in assumed[2]
+    assert assumed[-1] == (
+        "the other 2 arms, adjusted together (Holm), would need 7 seeds for a verdict and have 6: shown, not decided"
+    )
+    enough = plan.resolution(dataclasses.replace(study, other_seeds=()), None)
+    assert enough[-1].startswith("the other 2 arms, adjusted together (Holm): 10 seeds find a difference of ")
+    # With results, their own deviation: differences of 2, 4 and 6 points deviate by 2.
+    found = records.Records(None, study, "0", [], _scores([(0.52, 0.5), (0.54, 0.5), (0.56, 0.5)]), [])
+    piloted = plan.resolution(study, found)
+    assert "if paired differences deviate by 2.00 points (as the 3 pairs that are there do)" in piloted[2]
+    assert piloted[0].startswith(f"10 seeds find a difference of {resolvable_difference(10, 2.0):.2f} points ")
+    assert piloted[3].startswith("so 'equivalent within ±0.5 points' is out of reach")
 
 
 class _Boxes(TensorDataset):

@@ -467,7 +467,7 @@ def studies(draw):
 
 @given(studies())
 @settings(
-    max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
+    max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
 )
 def test_what_is_written_is_read_as_the_same_study(tmp_path, study):
     path = tmp_path / "written.yaml"
