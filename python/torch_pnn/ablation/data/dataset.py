@@ -141,6 +141,7 @@ class TensorDataset(Dataset):
         name, description, class_names, task, shifts, unreadable: see ``Dataset``.
         train, test, validation: images [N, C, H, W] and their labels; ``validation`` may be None. Images of uint8 are
             brought to mean 0 and deviation 1 by those of the training images; others are given out as they are.
+        statistics: what ``mean_and_deviation`` says of the training images, where that is known.
         augmentation: what training images undergo.
 
     Example:
@@ -159,6 +160,7 @@ class TensorDataset(Dataset):
         test: tuple[Tensor, Tensor],
         validation: tuple[Tensor, Tensor] | None = None,
         *,
+        statistics: tuple[Tensor, Tensor] | None = None,
         task: str = CLASSIFICATION,
         augmentation: Crop | None = None,
         shifts: Sequence[int] = (),
@@ -178,7 +180,7 @@ class TensorDataset(Dataset):
         )
         self._train_part, self._test_part, self._validation_part = train, test, validation
         self._augmentation = augmentation
-        self.mean, self.deviation = mean_and_deviation(train[0])
+        self.mean, self.deviation = statistics or mean_and_deviation(train[0])
 
     def _train(
         self, batches: Sequence[np.ndarray], epoch: int, augmentation: int, device: torch.device

@@ -10,6 +10,8 @@ from __future__ import annotations
 import collections
 import dataclasses
 import functools
+import hashlib
+import json
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -19,9 +21,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..errors import AblationError, UsageError, describe_os_error
+from ..errors import AblationError, UsageError, describe_os_error, require
 from ..study import DataSettings
-from . import memory, pictures, split
+from . import memory, pictures, places, split
 from .augment import Crop, ResizedCrop
 from .dataset import CLASSIFICATION, Dataset, normalisation_in_words
 from .files import FileDataset, Prepare, prepared, statistics
@@ -29,6 +31,9 @@ from .places import Layout, find
 
 #: Prepared images that take no more bytes than this are decoded once and kept: 1 GiB.
 MEMORY = 1 << 30
+
+#: From so many images on, decoded ones are kept in the cache folder.
+CACHED_FROM = 2000
 
 #: Up to this side, in pixels, images are augmented as CIFAR's are, beyond it as ImageNet's.
 SMALL_SIDE = 64
@@ -187,14 +192,14 @@ def _by_class(folder: Path) -> dict[str, list[Path]]:
 
 
 def _images_below(folder: Path) -> list[Path]:
-    found = []
+    found: list[str] = []
 
     def refuse(error: OSError) -> None:
         raise error
 
     for place, _, files in os.walk(folder, onerror=refuse):
-        found += [path for file in files if pictures.is_image(path := Path(place, file))]
-    return sorted(found)
+        found += [os.path.join(place, name) for name in files if pictures.is_image(name)]
+    return [Path(path) for path in sorted(found)]
 
 
 def _annotated(folder: Path) -> dict[str, list[Path]]:
@@ -211,6 +216,9 @@ def _annotated(folder: Path) -> dict[str, list[Path]]:
 def decode(listing: Listing, size: tuple[int, int], prepare: Prepare | None = None) -> Decoded:
     """Decodes every image into memory.
 
+    Where there are many, what came of it is kept in the cache folder and mapped into memory from there: several
+    processes decode once, and share the memory.
+
     Args:
         listing: the files.
         size: (height, width) that each should have.
@@ -219,31 +227,61 @@ def decode(listing: Listing, size: tuple[int, int], prepare: Prepare | None = No
     Raises:
         AblationError: a class has nothing left.
     """
-    lossy = 0
-
-    def part(paths: Sequence[Path]) -> tuple[Tensor, list[str | None]]:
-        nonlocal lossy
-        images = torch.empty(len(paths), 3, *size, dtype=torch.uint8)
-        reasons: list[str | None] = []
-        work = pictures.attempt(functools.partial(prepared, size=size, prepare=prepare))
-        for place, result in enumerate(pictures.in_order(work, paths)):
-            if isinstance(result, str):
-                reasons.append(result)
-                continue
-            images[place] = result.pixels
-            lossy += result.format == "JPEG"
-            reasons.append(None)
-        return images, reasons
-
-    train, train_reasons = part(listing.train)
-    test, test_reasons = part(listing.test)
-    left = listing.without(train_reasons, test_reasons)
+    files = (*listing.train, *listing.test)
+    images, formats, reasons = _all_decoded(files, size, prepare)
+    cut = len(listing.train)
+    left = listing.without(reasons[:cut], reasons[cut:])
     return Decoded(
-        (_kept(train, train_reasons), torch.as_tensor(left.train_labels)),
-        (_kept(test, test_reasons), torch.as_tensor(left.test_labels)),
-        lossy,
+        (_kept(images[:cut], reasons[:cut]), torch.as_tensor(left.train_labels)),
+        (_kept(images[cut:], reasons[cut:]), torch.as_tensor(left.test_labels)),
+        formats.count("JPEG"),
         left.unreadable,
     )
+
+
+_Images = tuple[Tensor, list[str], list[str | None]]
+
+
+def _all_decoded(files: Sequence[Path], size: tuple[int, int], prepare: Prepare | None) -> _Images:
+    """The images, their formats, and why some are left out: from the cache where it can be."""
+    if len(files) < CACHED_FROM:
+        return _decode_now(files, size, prepare)
+    pillow = require("PIL", "pillow", "reading image files")
+    key = hashlib.sha256(repr((pillow.__version__, size, getattr(prepare, "__name__", ""))).encode())
+    try:
+        for file in files:
+            about = file.stat()
+            key.update(f"{file.absolute()}\0{about.st_size}\0{about.st_mtime_ns}\n".encode())
+        kept = places.cached(
+            "decoded", key.hexdigest(), lambda folder: _write(folder, _decode_now(files, size, prepare))
+        )
+        found = json.loads((kept / "files.json").read_text(encoding="utf-8"))
+        # Copy on write: pages are shared between processes, and nothing is written back.
+        return torch.from_numpy(np.load(kept / "images.npy", mmap_mode="c")), found["formats"], found["reasons"]
+    except (OSError, ValueError, KeyError):
+        # A cache that can't be written or read costs time, nothing else; files that can't be read are named below.
+        return _decode_now(files, size, prepare)
+
+
+def _write(folder: Path, decoded: _Images) -> None:
+    images, formats, reasons = decoded
+    np.save(folder / "images.npy", images.numpy(), allow_pickle=False)
+    (folder / "files.json").write_text(json.dumps({"formats": formats, "reasons": reasons}), encoding="utf-8")
+
+
+def _decode_now(files: Sequence[Path], size: tuple[int, int], prepare: Prepare | None) -> _Images:
+    images = torch.zeros(len(files), 3, *size, dtype=torch.uint8)
+    formats: list[str] = []
+    reasons: list[str | None] = []
+    work = pictures.attempt(functools.partial(prepared, size=size, prepare=prepare))
+    for place, result in enumerate(pictures.in_order(work, files)):
+        if isinstance(result, str):
+            reasons.append(result)
+        else:
+            images[place] = result.pixels
+            formats.append(result.format)
+            reasons.append(None)
+    return images, formats, reasons
 
 
 def _kept(images: Tensor, reasons: Sequence[str | None]) -> Tensor:
@@ -319,7 +357,7 @@ def on_disk(
     by_class = task == CLASSIFICATION
     targets = torch.as_tensor(listing.train_labels)
     chosen, held = split.split(settings, listing.train_labels if by_class else None, len(listing.train))
-    train = tuple(listing.train[place] for place in chosen)
+    train = tuple(listing.train[number] for number in chosen)
     mean, deviation, of = statistics(train, size, prepare)
     words = [
         description,

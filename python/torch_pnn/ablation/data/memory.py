@@ -40,10 +40,11 @@ def make(
     chosen, held = split.split(settings, labels.numpy() if by_class else None, len(labels))
     # Where every image trains, the tensors are used as they are: no second copy.
     kept = train if len(chosen) == len(labels) else (images[chosen], labels[chosen])
+    statistics = mean_and_deviation(kept[0])
     words = [
         description,
         split.in_words(settings, len(labels), by_class),
-        normalisation_in_words(*mean_and_deviation(kept[0])),
+        normalisation_in_words(*statistics),
         f"In training they are {crop.words}." if settings.augment else "",
     ]
     return TensorDataset(
@@ -53,6 +54,7 @@ def make(
         kept,
         test,
         (images[held], labels[held]) if len(held) else None,
+        statistics=statistics,
         task=task,
         augmentation=crop if settings.augment else None,
         shifts=settings.shifts,

@@ -51,9 +51,9 @@ class Header:
     format: str
 
 
-def is_image(path: Path) -> bool:
+def is_image(name: str) -> bool:
     """Whether a file's name is that of an image."""
-    return path.suffix.lower() in SUFFIXES and not path.name.startswith(".")
+    return name.lower().endswith(SUFFIXES) and not name.startswith(".")
 
 
 def read_header(path: Path) -> Header:

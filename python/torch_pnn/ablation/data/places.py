@@ -15,7 +15,7 @@ import shutil
 import tarfile
 import zipfile
 import zlib
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from lzma import LZMAError
 from pathlib import Path
@@ -160,18 +160,48 @@ def _open(named: Path) -> Path:
 
 
 def cache_folder() -> Path:
-    """Where archives are unpacked."""
+    """Where archives are unpacked and decoded images kept. Whatever lies there may be deleted; it is made again."""
     own = os.environ.get("TORCH_PNN_CACHE")
     if own:
         return Path(own).expanduser()
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache").expanduser() / "torch-pnn"
 
 
-def unpack(archive: Path) -> Path:
-    """Unpacks an archive into the cache, unless it is there already.
+def cached(name: str, key: str, make: Callable[[Path], None]) -> Path:
+    """A folder in the cache, made now unless it is there.
 
-    The folder's name hangs on the archive's path, size and time of change. Several processes may ask at once: one
-    unpacks, the others wait for it. What a killed process left is deleted.
+    It is there whole or not at all. Several processes may ask at once: one makes it, the others wait. What a killed
+    process left is deleted.
+
+    Args:
+        name: begins the folder's name.
+        key: what its contents hang on; a digest of it ends the folder's name.
+        make: is given an empty folder to fill.
+
+    Raises:
+        OSError: the folder can't be written.
+    """
+    cache = cache_folder()
+    target = cache / f"{name}-{hashlib.sha256(key.encode()).hexdigest()[:16]}"
+    if target.is_dir():
+        return target
+    cache.mkdir(parents=True, exist_ok=True)
+    partial = target.with_name(target.name + ".partial")
+    with open(target.with_name(target.name + ".lock"), "w", encoding="ascii") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # given back by the kernel, however the process ends
+        if not target.is_dir():
+            shutil.rmtree(partial, ignore_errors=True)
+            try:
+                partial.mkdir()
+                make(partial)
+                partial.rename(target)
+            finally:
+                shutil.rmtree(partial, ignore_errors=True)
+    return target
+
+
+def unpack(archive: Path) -> Path:
+    """Unpacks an archive into the cache, unless it is there already; it hangs on the path, size and time of change.
 
     Args:
         archive: the file.
@@ -185,26 +215,9 @@ def unpack(archive: Path) -> Path:
     try:
         about = archive.stat()
         key = f"{archive.resolve()} {about.st_size} {about.st_mtime_ns}"
-        cache = cache_folder()
-        target = cache / f"{ARCHIVES.sub('', archive.name)}-{hashlib.sha256(key.encode()).hexdigest()[:16]}"
-        if target.is_dir():
-            return target
-        cache.mkdir(parents=True, exist_ok=True)
-        partial = target.with_name(target.name + ".partial")
-        with open(target.with_name(target.name + ".lock"), "w", encoding="ascii") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)  # given back by the kernel, however the process ends
-            if target.is_dir():
-                return target
-            shutil.rmtree(partial, ignore_errors=True)
-            try:
-                partial.mkdir()
-                _extract(archive, partial)
-                partial.rename(target)
-            finally:
-                shutil.rmtree(partial, ignore_errors=True)
-        return target
+        return cached(ARCHIVES.sub("", archive.name), key, lambda folder: _extract(archive, folder))
     except (tarfile.TarError, zipfile.BadZipFile, EOFError, LZMAError, zlib.error) as error:
-        raise AblationError(f"{archive} is damaged: {error or 'it ends too early'}") from error
+        raise AblationError(f"{archive} is damaged: {str(error) or 'it ends too early'}") from error
     except OSError as error:
         raise AblationError(f"can't unpack {archive} into {cache_folder()}: {describe_os_error(error)}") from error
 
@@ -218,8 +231,3 @@ def _extract(archive: Path, folder: Path) -> None:
         raise AblationError(f"unpacking {archive} safely needs Python 3.10.12, 3.11.4 or later: unpack it yourself")
     with tarfile.open(archive) as packed:
         packed.extractall(folder, filter="data")  # nothing outside of the folder, no links out of it, no devices
-
-
-def missing(folder: Path, names: Sequence[str]) -> list[str]:
-    """Which of some files a folder lacks."""
-    return [name for name in names if not (folder / name).is_file()]
