@@ -81,22 +81,6 @@ def sum_over_processes(value: Tensor) -> Tensor:
     return value
 
 
-def share(values: Any) -> Any:
-    """This process's share of a batch: of a tensor's first dimension, or of a list.
-
-    A batch with fewer items than there are processes is given whole to each.
-
-    Example:
-        >>> share([1, 2, 3])
-        [1, 2, 3]
-    """
-    count = len(values)
-    if count < world():
-        return values
-    begin, end = count * rank() // world(), count * (rank() + 1) // world()
-    return values[begin:end]
-
-
 class _BatchNorm(nn.BatchNorm2d):
     """Batch normalisation with the moments of the batch of all processes, on any device.
 

@@ -12,6 +12,8 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol, TextIO
 
+from . import distributed
+
 Row = dict[str, Any]
 Run = tuple[str, int]
 
@@ -271,6 +273,8 @@ def _shows_a_bar(stream: TextIO) -> bool:
 def make_progress(pending: Sequence[Run], runs: int, epochs: int, stream: TextIO | None = None) -> Progress:
     """A bar where ``stream`` (standard error by default) is a terminal and tqdm is installed, else lines.
 
+    Of several processes of torchrun, the first one alone shows it.
+
     Args:
         pending: the runs that are to be done.
         runs: runs in the whole study.
@@ -278,6 +282,8 @@ def make_progress(pending: Sequence[Run], runs: int, epochs: int, stream: TextIO
         stream: where it is shown.
     """
     stream = sys.stderr if stream is None else stream
+    if distributed.rank() != 0:
+        return Silence()
     if _shows_a_bar(stream):
         try:
             return Bar(pending, runs, epochs, stream)

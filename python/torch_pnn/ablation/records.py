@@ -7,9 +7,10 @@
     DIR/running/        while runs are going on: their claims (see ``claims``) and checkpoints (see ``checkpoint``)
     DIR/report.html     made from study.json and the rows, and from nothing else
 
-Rows are only ever appended, whole lines at a time. A later row of the same run, or of the same epoch, takes the
-earlier one's place. A process that is killed can leave half a row at a file's end, which the next one cuts off, and a
-run that has not ended, which the next one continues from its checkpoint.
+While runs are going on, rows are only ever appended, whole lines at a time. A later row of the same run, or of the same
+epoch, takes the earlier one's place; when a command begins and when it ends, replaced rows are taken out. A process
+that is killed can leave half a row at a file's end, which the next one cuts off, and a run that has not ended, which
+the next one continues from its checkpoint.
 
 Several processes may work in one folder, on one machine or several. The first one (it holds the claim ``main``) appends
 to the two files above; each other one to two files of its own, ``results.<process>.jsonl`` and
@@ -289,13 +290,14 @@ class _Reader:
     """Reads what others append to a file, from where it stopped the last time."""
 
     def __init__(self, path: Path) -> None:
-        self.path, self._position = path, 0
+        self.path, self._position, self._inode = path, 0, -1
 
     def new_rows(self) -> list[Row]:
         try:
             with open(self.path, "rb") as file:
-                if os.fstat(file.fileno()).st_size < self._position:
-                    self._position = 0
+                state = os.fstat(file.fileno())
+                if state.st_ino != self._inode or state.st_size < self._position:  # put in order meanwhile
+                    self._position, self._inode = 0, state.st_ino
                 file.seek(self._position)
                 content = file.read()
         except OSError:
@@ -389,10 +391,15 @@ class Store:
         for claim in (self._self, self._main):
             if claim is not None:
                 self._heart.add(claim)
+        self._open_writers()
+        self._refresh_index()
+
+    def _open_writers(self) -> None:
         for kind in KINDS:
             name = f"{kind}.jsonl" if self._main is not None else f"{kind}.{self.name}.jsonl"
+            waiting = self._writers[kind].waiting if kind in self._writers else b""
             self._writers[kind] = _Writer(self.directory / name)
-        self._refresh_index()
+            self._writers[kind].waiting = waiting
 
     def _check(self, study: Study, data_sha256: str) -> Records | None:
         """What the folder holds, if it is this study's; None where it holds nothing."""
@@ -433,7 +440,7 @@ class Store:
         write_whole(self.directory / "study.json", json.dumps(head, indent=1, allow_nan=False) + "\n")
 
     def _tidy(self) -> None:
-        """Cuts half rows off the main files, and moves the rows of processes that have ended into them."""
+        """Puts the main files in order: no half rows, no replaced rows, and the rows of processes that have ended."""
         for kind in KINDS:
             path = self.directory / f"{kind}.jsonl"
             content = _content(path)
@@ -445,6 +452,10 @@ class Store:
                 name = path.name.removeprefix(f"{kind}.").removesuffix(".jsonl")
                 if name == self.name or not claims.is_live(self._running / f"{name}.claim"):
                     self._take_in(path, self.directory / f"{kind}.jsonl")
+            main = self.directory / f"{kind}.jsonl"
+            rows = read_rows(main)[0]
+            if len(kept := _merged(rows, kind)) < len(rows):
+                write_whole(main, "".join(json.dumps(row, allow_nan=False) + "\n" for row in kept))
         claims.sweep(self._running)
 
     @staticmethod
@@ -592,6 +603,12 @@ class Store:
         self._refresh_index()
 
     def _append(self, kind: str, row: Row | None, *, sync: bool) -> None:
+        if self._main is not None and not self._main.is_mine():
+            # This process slept for longer than a lease, and another one has the main files now.
+            self._main = None
+            for writer in self._writers.values():
+                writer.close()
+            self._open_writers()
         text = "" if row is None else json.dumps(row, allow_nan=False) + "\n"
         error = self._writers[kind].append(text, sync=sync)
         waiting = any(writer.waiting for writer in self._writers.values())

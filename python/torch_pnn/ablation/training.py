@@ -181,6 +181,7 @@ class Trainer:
         step = (epoch - 1) * self.steps_per_epoch
         total, count = torch.zeros(2, dtype=torch.float64, device=self.device), 0  # loss, right answers
         counted = True
+        world = distributed.world()
         look = 1 if self.device.type == "cpu" else LOOK_EVERY
         batches = self.data.train_batches(
             schedule.batch_size,
@@ -188,28 +189,30 @@ class Trainer:
             order=self.streams["order"],
             augmentation=self.streams["augmentation"],
             device=str(self.device),
+            share=(distributed.rank(), world),
         )
         for number, (inputs, targets) in enumerate(batches, start=1):
             rate = learning_rate(schedule, step, self.steps_per_epoch)
             for group in self.optimizer.param_groups:
                 group["lr"] = rate
             self.built.before_step(step)
-            images = len(inputs)
-            mine, share = distributed.share(inputs), 1.0
-            if distributed.is_active():
-                targets = distributed.share(targets)
-                # DistributedDataParallel divides by the number of processes: the mean over all images is left.
-                share = len(mine) * distributed.world() / images if len(mine) < images else 1.0
+            images, weight, copies = len(inputs), 1.0, 1
+            if world > 1:
+                images = min(schedule.batch_size, self.data.train_count - (number - 1) * schedule.batch_size)
+                copies = world if images < world else 1  # a batch too small to be shared is everybody's
+                # DistributedDataParallel divides the gradients by the number of processes: this makes of the mean
+                # over this process's images the mean over all of them.
+                weight = len(inputs) * world / (images * copies)
             with self.autocast():
-                loss, right = self.task.training_step(self.trained, mine, targets)
+                loss, right = self.task.training_step(self.trained, inputs, targets)
             self.optimizer.zero_grad(set_to_none=True)
-            self.scaler.scale(loss * share if share != 1.0 else loss).backward()
-            total[0] += loss.detach() * (share * images / distributed.world())
+            self.scaler.scale(loss if weight == 1.0 else loss * weight).backward()
+            total[0] += loss.detach() * (weight * images / world)
             counted = counted and right is not None
             if right is not None:
-                total[1] += right
+                total[1] += right / copies
             count += images
-            if number % look == 0 and not distributed.is_active() and not math.isfinite(total[0]):
+            if number % look == 0 and world == 1 and not math.isfinite(total[0]):
                 return float(total[0]), None
             self.scaler.step(self.optimizer)
             self.scaler.update()

@@ -84,7 +84,14 @@ class Dataset(ABC):
         return ("test", *validation, *(shift_name(pixels) for pixels in self.shifts))
 
     def train_batches(
-        self, batch_size: int, *, epoch: int, order: int, augmentation: int, device: Device = "cpu"
+        self,
+        batch_size: int,
+        *,
+        epoch: int,
+        order: int,
+        augmentation: int,
+        device: Device = "cpu",
+        share: tuple[int, int] = (0, 1),
     ) -> Iterator[Batch]:
         """One pass over the training images, each once; the last batch may be smaller.
 
@@ -94,6 +101,8 @@ class Dataset(ABC):
             order: seed of the order; with ``epoch`` it fixes the order, whatever was drawn before.
             augmentation: seed of the random changes; with ``epoch`` and the image's place it fixes them.
             device: where the batches are wanted.
+            share: this process's number, and how many processes train together: only its part of each batch is given
+                out. A batch with fewer images than there are processes is given to each as a whole.
 
         Yields:
             (inputs, targets). Classification: float32 [N, C, H, W] and int64 [N]. Multilabel: targets float32
@@ -102,6 +111,11 @@ class Dataset(ABC):
         """
         permutation = draws.permutation(order, epoch, self.train_count)
         batches = [permutation[first : first + batch_size] for first in range(0, self.train_count, batch_size)]
+        number, of = share
+        batches = [
+            batch if len(batch) < of else batch[len(batch) * number // of : len(batch) * (number + 1) // of]
+            for batch in batches
+        ]
         return self._train(batches, epoch, augmentation, torch.device(device))
 
     def test_batches(self, which: str, batch_size: int, device: Device = "cpu") -> Iterator[Batch]:
