@@ -471,23 +471,29 @@ def costs(model: nn.Module, input_size: Sequence[int]) -> Costs:
 
 
 def match_width(
-    build: Callable[[int], nn.Module], target_parameters: int, *, minimum: int = 1, maximum: int = 4096
+    build: Callable[[int], nn.Module],
+    target_parameters: int,
+    *,
+    minimum: int = 1,
+    maximum: int = 4096,
+    count: Callable[[nn.Module], int] | None = None,
 ) -> int:
-    """The width at which a network's learnable parameters come nearest to a budget.
+    """The width at which a network's learnable parameters, or another cost of it, come nearest to a budget.
 
     The count must grow with the width. PyTorch's default generator is left as it was.
 
     Args:
         build: Makes the network of a width.
-        target_parameters: The budget: learnable numbers.
+        target_parameters: The budget: learnable numbers, or what `count` counts.
         minimum: The least width to consider.
         maximum: The greatest.
+        count: What is to be met, of a network, in place of its learnable parameters: multiply-adds, say.
 
     Returns:
         The width; the smaller one of two that are equally near.
 
     Raises:
-        TypeError: `build` isn't callable.
+        TypeError: `build` or `count` isn't callable.
         ValueError: `target_parameters` isn't positive, `minimum` and `maximum` aren't 1 <= minimum <= maximum.
 
     Examples:
@@ -495,9 +501,14 @@ def match_width(
         >>> budget = sum(p.numel() for p in pnn.parameters())
         >>> match_width(lambda width: lenet(width=width, layer="conv"), budget)
         7
+        >>> budget = costs(pnn, (1, 8, 8)).macs
+        >>> match_width(lambda width: lenet(width=width, layer="conv"), budget, count=lambda m: costs(m, (1, 8, 8)).macs)
+        6
     """
     if not callable(build):
         raise TypeError(f"build is {build!r}, should be a function that makes a network of a width")
+    if count is not None and not callable(count):
+        raise TypeError(f"count is {count!r}, should be a function of a network or None")
     if not target_parameters > 0:
         raise ValueError(f"target_parameters is {target_parameters!r}, should be positive")
     if not 1 <= minimum <= maximum:
@@ -505,23 +516,27 @@ def match_width(
 
     counted: dict[int, int] = {}
 
-    def count(width: int) -> int:
+    def cost(width: int) -> int:
         if width not in counted:
             with torch.random.fork_rng(devices=[]):
-                counted[width] = sum(p.numel() for p in build(width).parameters() if p.requires_grad)
+                model = build(width)
+                if count is None:
+                    counted[width] = sum(p.numel() for p in model.parameters() if p.requires_grad)
+                else:
+                    counted[width] = count(model)
         return counted[width]
 
     # Double until the budget is reached, so that no network much larger than it is ever built; then bisect.
     low = high = minimum
-    while count(high) < target_parameters and high < maximum:
+    while cost(high) < target_parameters and high < maximum:
         low, high = high, min(2 * high, maximum)
     while high - low > 1:
         middle = (low + high) // 2
-        if count(middle) < target_parameters:
+        if cost(middle) < target_parameters:
             low = middle
         else:
             high = middle
-    return min((low, high), key=lambda width: (abs(count(width) - target_parameters), width))
+    return min((low, high), key=lambda width: (abs(cost(width) - target_parameters), width))
 
 
 def _check_positive(**numbers: Any) -> None:
