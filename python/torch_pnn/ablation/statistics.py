@@ -12,8 +12,8 @@ initial weights. The unit is the paired difference d_s = score of the candidate 
 - two one-sided t tests against the margin that the study set beforehand (Schuirmann, J. Pharmacokinet. Biopharm. 1987):
   is the mean difference surely smaller than what would matter?
 
-One comparison, fixed in the study, is primary and is taken as it is; the p values of all others are adjusted together
-(Holm, Scand. J. Statist. 1979). ``PairedDifference.outcome`` states the rule that turns these into a word;
+One comparison, fixed in the study, is primary and is taken as it is; the p values of the other arms are adjusted together
+(Holm, Scand. J. Statist. 1979), those of the points of a sweep among themselves. ``PairedDifference.outcome`` states the rule that turns these into a word;
 docs/decisions/verdicts-of-studies.md gives its reasons and what was simulated. The intervals cover what the seeds vary,
 nothing else: another split of the data is another study.
 """
@@ -172,7 +172,12 @@ class PairedDifference:
 
 
 def compare(
-    candidate: Mapping[int, float], control: Mapping[int, float], total: int = 1, *, margin: float = 0.0
+    candidate: Mapping[int, float],
+    control: Mapping[int, float],
+    total: int = 1,
+    *,
+    margin: float = 0.0,
+    interval_only: bool = False,
 ) -> PairedDifference:
     """Pairs two arms by seed.
 
@@ -182,6 +187,7 @@ def compare(
         control: likewise.
         total: number of test images.
         margin: see ``PairedDifference``.
+        interval_only: compute the t intervals alone, as for each of a thousand classes; no verdict follows from it.
 
     Returns:
         The differences candidate - control over the seeds that both have.
@@ -202,7 +208,7 @@ def compare(
     mean = 100 * math.fsum(raw) / (n * total) if n else math.nan
     low, high = t_interval(values)
     inner_low, inner_high = t_interval(values, 1 - 2 * SIGNIFICANCE)
-    p_value, equivalence_p = _sign_flip(raw), _equivalence(values, margin)
+    p_value, equivalence_p = (1.0, 1.0) if interval_only else (_sign_flip(raw), _equivalence(values, margin))
     return PairedDifference(
         seeds=seeds,
         values=values,
@@ -210,7 +216,7 @@ def compare(
         deviation=summarise(values).deviation,
         low=low,
         high=high,
-        bootstrap=_bootstrap(values),
+        bootstrap=None if interval_only else _bootstrap(values),
         p_value=p_value,
         margin=margin,
         inner_low=inner_low,
@@ -411,7 +417,7 @@ def word(difference: PairedDifference) -> str:
         return f"equivalent within ±{difference.margin:g}"
     if difference.outcome == "undecided":
         needed = seeds_needed(difference.comparisons)
-        return f"undecided (needs {needed} seeds)" if difference.count < needed else "undecided"
+        return f"undecided (n < {needed})" if difference.count < needed else "undecided"
     return f"{difference.outcome}, by less than {difference.margin:g}" if difference.negligible else difference.outcome
 
 
