@@ -213,11 +213,17 @@ def test_what_the_seeds_can_resolve():
         f"10 seeds find a difference of {smallest:.2f} points between pnn and control with 80 %"
     )
     assert "if paired differences deviate by 0.50 points (an assumption" in assumed[2]
-    assert assumed[-1] == (
-        "the other 2 arms, adjusted together (Holm), would need 7 seeds for a verdict and have 6: shown, not decided"
-    )
+    assert assumed[-1] == "2 other arms: 6 seeds show differences, 7 can decide (2 comparisons)"
     enough = plan.resolution(dataclasses.replace(study, other_seeds=()), None)
-    assert enough[-1].startswith("the other 2 arms, adjusted together (Holm): 10 seeds find a difference of ")
+    assert (
+        enough[-1]
+        == f"2 other arms: 10 seeds find a difference of {resolvable_difference(10, 0.5, comparisons=2):.2f} points"
+    )
+    swept = dataclasses.replace(study, arms=(*study.arms, *arms.sweep(study.arm("pnn"), "level", (0.5, 1, 2))))
+    assert plan.resolution(swept, None)[-2:] == (
+        assumed[-1],
+        "the sweep over level, 3 arms: 6 seeds show differences, 7 can decide (3 comparisons)",
+    )
     # With results, their own deviation: differences of 2, 4 and 6 points deviate by 2.
     found = records.Records(None, study, "0", [], _scores([(0.52, 0.5), (0.54, 0.5), (0.56, 0.5)]), [])
     piloted = plan.resolution(study, found)

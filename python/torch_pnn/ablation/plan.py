@@ -23,6 +23,7 @@ from .progress import duration
 from .records import Records, Run
 from .statistics import CONFIDENCE, resolvable_difference, seeds_needed
 from .study import Study
+from .tables import families
 
 #: An arm's steps are timed until both have passed, the first step (allocations, tuning) not counted.
 LEAST_SECONDS, LEAST_STEPS = 0.3, 3
@@ -247,15 +248,14 @@ def resolution(study: Study, records: Records | None) -> tuple[str, ...]:
             sentences.append(
                 f"so 'equivalent within ±{question.margin:g} points' is out of reach: more seeds or a wider margin"
             )
-    others = len(study.arms) - 2
-    if others > 0:
-        count = min(len(study.seeds_of(arm.name)) for arm in study.arms)
-        least = seeds_needed(others)
-        what = f"the other {others} arm{'' if others == 1 else 's'}, adjusted together (Holm)"
+    for setting, family in families(study).items():
+        count, least = min(len(study.seeds_of(arm)) for arm in family), seeds_needed(len(family))
+        plural = "" if len(family) == 1 else "s"
+        what = f"the sweep over {setting}, {len(family)} arm{plural}" if setting else f"{len(family)} other arm{plural}"
         if count < least:
-            sentences.append(f"{what}, would need {least} seeds for a verdict and have {count}: shown, not decided")
+            sentences.append(f"{what}: {count} seeds show differences, {least} can decide ({len(family)} comparisons)")
         else:
-            smallest = resolvable_difference(count, deviation, comparisons=others)
+            smallest = resolvable_difference(count, deviation, comparisons=len(family))
             sentences.append(f"{what}: {count} seeds find a difference of {smallest:.2f} points")
     return tuple(sentences)
 
