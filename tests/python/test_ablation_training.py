@@ -226,17 +226,14 @@ def test_half_precision_learns_in_full_precision_weights(precision):
 
 
 class _Scripted(Dataset):
-    """A data set whose scores are known beforehand: in epoch e, the test and validation images show classes so that
-    the first ``script[e]`` are what the network always answers."""
+    """A data set whose scores are known beforehand: after epoch e so many of its images show what is always answered."""
 
     def __init__(self, validation, test, shifts=()):
         super().__init__(
-            "scripted", "", ("a", "b"), sha256="0", image_shape=(1, 8, 8), shifts=shifts, task="classification"
+            "scripted", "", ("a", "b"), counts=(8, 10, 10), sha256="0", image_shape=(1, 8, 8), shifts=shifts
         )
         self.script = {"validation": validation, "test": test}
         self.epoch, self.asked = 0, []
-
-    train_count, test_count, validation_count = 8, 10, 10
 
     def train_batches(self, batch_size, *, epoch, **_):
         self.epoch = epoch
