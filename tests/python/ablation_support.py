@@ -11,9 +11,9 @@ from pathlib import Path
 import torch
 
 import torch_pnn
+from torch_pnn.ablation import files
 from torch_pnn.ablation.arms import find_arm
 from torch_pnn.ablation.data import Dataset, TensorDataset
-from torch_pnn.ablation.ready import STUDIES
 from torch_pnn.ablation.study import Study
 
 PACKAGE_PARENT = Path(torch_pnn.__file__).resolve().parents[1]
@@ -30,7 +30,7 @@ def tiny_study(**changes: object) -> Study:
         "warmup_epochs": 0.5,
         **changes,
     }
-    return changed(STUDIES["digits"], **settings)
+    return changed(files.load("digits"), **settings)
 
 
 def changed(study: Study, **settings: object) -> Study:

@@ -14,8 +14,8 @@ import sys
 import pytest
 from ablation_support import environment, tiny_study
 
+from torch_pnn.ablation import files
 from torch_pnn.ablation.errors import AblationError, UsageError
-from torch_pnn.ablation.ready import STUDIES, find_study
 from torch_pnn.ablation.records import Store, read, read_rows, write_whole
 from torch_pnn.ablation.study import PLACE_OF_DATA, Study
 
@@ -333,7 +333,7 @@ def _other(value):
 
 
 def test_every_setting_is_part_of_the_fingerprint():
-    study = STUDIES["digits"]
+    study = files.load("digits")
     for field in dataclasses.fields(Study):
         value = getattr(study, field.name)
         others = (
@@ -359,9 +359,9 @@ def test_every_setting_is_part_of_the_fingerprint():
 
 
 def test_quick_studies_are_smaller():
-    for name in STUDIES:
-        full, quick = find_study(name), find_study(name, quick=True)
+    for name in files.ready_names():
+        full, quick = files.load(name), files.load(name, quick=True)
         assert len(quick.seeds) * quick.schedule.epochs * 3 < len(full.seeds) * full.schedule.epochs
         assert quick.arms == full.arms
     with pytest.raises(UsageError, match=r"unknown study 'digit' \(did you mean digits\?\); there is: digits"):
-        find_study("digit")
+        files.load("digit")

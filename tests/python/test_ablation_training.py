@@ -8,13 +8,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from ablation_support import changed, tiny_data, tiny_study
+from ablation_support import tiny_data, tiny_study
 from torch import nn
 
 from torch_pnn.ablation import arms, data, memory, training
-from torch_pnn.ablation.errors import UsageError
 from torch_pnn.ablation.data import Dataset
-from torch_pnn.ablation.ready import STUDIES
+from torch_pnn.ablation.errors import UsageError
 from torch_pnn.ablation.study import DataSettings, Schedule
 from torch_pnn.ablation.worker import attempt
 

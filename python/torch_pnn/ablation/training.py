@@ -12,7 +12,7 @@ import hashlib
 import math
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -140,7 +140,7 @@ class _Progress:
         return max(judged, key=lambda row: row["validation_score"], default=None)
 
 
-class _Trainer:
+class Trainer:
     """One run's model, optimizer and precision."""
 
     def __init__(self, study: Study, arm: str, seed: int, data: Dataset) -> None:
@@ -224,9 +224,17 @@ class _Trainer:
 
     def evaluate(self, which: str) -> Score:
         """The score on one of the data's test sets."""
-        batches = self.data.test_batches(which, EVALUATION_BATCH, device=str(self.device))
+        return self.score(self.data.test_batches(which, EVALUATION_BATCH, device=str(self.device)))
+
+    def score(self, batches: Iterable[tuple[Any, Any]]) -> Score:
+        """The score on batches of images, in evaluation mode."""
         with self.autocast(), self.built.for_test():
             return self.task.evaluate(self.model, batches)
+
+    def synchronise(self) -> None:
+        """Waits for what a graphics card has been given to do."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
 
     def state(self) -> dict[str, Any]:
         """Everything that the next epoch depends on."""
@@ -246,6 +254,15 @@ class _Trainer:
         torch.set_rng_state(state["generator"])
         if state["card generator"] is not None and self.device.type == "cuda":
             torch.cuda.set_rng_state(state["card generator"], self.device)
+
+
+@contextlib.contextmanager
+def measuring(study: Study, arm: str, seed: int, data: Dataset) -> Iterator[tuple[Trainer, Peak]]:
+    """A run to be tried and thrown away, and the memory that it has needed so far."""
+    device = distributed.device(study.device)
+    with _isolated(study.threads, device):
+        peak = Peak(device)
+        yield Trainer(study, arm, seed, data), peak
 
 
 def train(
@@ -285,7 +302,7 @@ def train(
     device = distributed.device(study.device)
     with _isolated(study.threads, device):
         peak = Peak(device)
-        run = _Trainer(study, arm, seed, data)
+        run = Trainer(study, arm, seed, data)
         identity = {"study": study.fingerprint(), "data": data.sha256, "arm": arm, "seed": seed}
         kept = None if checkpoint is None else Checkpoint(checkpoint, identity)
         done = _Progress()
