@@ -20,6 +20,8 @@ from torch_pnn.ablation.records import Store, read, read_rows
 from torch_pnn.ablation.runner import shard
 
 SHA = "ab" * 32
+#: What a folder holds when nobody is at work in it.
+FILES = {"epochs.jsonl", "index.sqlite", "results.jsonl", "study.json"}
 
 
 def _store(folder, study):
@@ -185,12 +187,7 @@ def test_two_in_a_folder_share_the_runs(tmp_path):
         first.refresh()
         assert len(first.records.results) == 4
     assert not set(done["first"]) & set(done["second"])
-    assert sorted(entry.name for entry in tmp_path.iterdir()) == [
-        "epochs.jsonl",
-        "index.sqlite",
-        "results.jsonl",
-        "study.json",
-    ]
+    assert {entry.name for entry in tmp_path.iterdir()} == FILES
     for name in ("results.jsonl", "epochs.jsonl"):
         rows, _ = read_rows(tmp_path / name)
         assert sorted((row["arm"], row["seed"]) for row in rows) == sorted(done["first"] + done["second"])
@@ -291,7 +288,7 @@ def test_many_processes_do_every_run_once(tmp_path):
         assert sorted((row["arm"], row["seed"]) for row in rows) == sorted(study.runs)
     assert len({row["by"] for row in read(folder).epochs}) > 3
     assert len(read(folder).invocations) == 6
-    assert {entry.name for entry in folder.iterdir()} == {"epochs.jsonl", "index.sqlite", "results.jsonl", "study.json"}
+    assert {entry.name for entry in folder.iterdir()} == FILES
 
 
 def test_parts_of_a_study_are_disjoint_and_whole():

@@ -41,7 +41,7 @@ def _program(folder, dies_after):
     _keep_state(folder)
     distributed.start(STUDY.device)
     store = Store(folder, STUDY, "ab" * 32, INVOCATION) if distributed.rank() == 0 else None
-    shown = progress.make_progress([], 2, 3)
+    shown = progress.make_progress(STUDY.runs, 2, 3)
     if store is not None and dies_after:
         add, rows = store.add_epoch, []
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import types
+from typing import ClassVar
 
 import pytest
 from ablation_support import tiny_data, tiny_study
@@ -24,7 +25,7 @@ RESULT = {"study": "s", "arm": "a/b", "seed": 1, "status": "finished", "problem"
 class Own:
     """A logger of somebody's own."""
 
-    told: list = []
+    told: ClassVar[list] = []
 
     def __init__(self, directory, study):
         self.told.append(("begin", directory.name, study.name))
