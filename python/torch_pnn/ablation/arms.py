@@ -13,9 +13,12 @@ width that meets another arm's cost.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
+import functools
+import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import nn
@@ -24,12 +27,11 @@ from torch_pnn import models
 from torch_pnn.convert import layer_seed
 from torch_pnn.summary import summary
 
-from .data import Dataset
 from .errors import UsageError
-from .layers import LAYERS, NOISES, UNIFORM_DEVIATION, make_layer, set_masks
-from .networks import NETWORKS, Places, example_of, find_network, find_places, make_network
+from .layers import LAYERS, UNIFORM_DEVIATION, make_layer, set_masks
+from .networks import NETWORKS, Network, Places, example_of, find_network, find_places, make_network
 from .networks import replace as replace_modules
-from .study import Arm, Study
+from .study import Arm, ModelSettings, Study
 
 __all__ = [
     "CATALOGUE",
@@ -156,7 +158,9 @@ CATALOGUE: dict[str, Arm] = {
             "The PNN trained with its fixed noise and tested with other noise of the same kind.",
             masks="other",
         ),
-        _of_pnn("trained", "PNN, masks trained", "The PNN's masks are learnt, from the same noise on.", masks="trained"),
+        _of_pnn(
+            "trained", "PNN, masks trained", "The PNN's masks are learnt, from the same noise on.", masks="trained"
+        ),
         Arm(
             "frozen-conv",
             "frozen 3×3",
@@ -273,13 +277,14 @@ def _swept(base: Arm, setting: str, value: Any) -> Arm:
     options = {**base.options, setting: value}
     if setting == "noise" and value == "normal":
         options["level"] = round(base.options.get("level", 0.1) * UNIFORM_DEVIATION, 6)
-    words = f"{setting} {value:g}" if number else f"{setting} {value}"
+    shown = f"{value:g}" if number else str(value)
+    words = f"{setting} {shown}"
     title = base.title or base.name
     return replace(
         base,
         name=f"{base.name} {words}",
         title=f"{title}, {words}",
-        summary=f"{title} with {_SETTINGS[setting]} {value:g}." if number else f"{title}: {_SETTINGS[setting]} {value}.",
+        summary=f"{title}; {_SETTINGS[setting]}: {shown}.",
         options=options,
         phrase=f"{base.phrase or title} ({words})",
         group=setting,
@@ -289,16 +294,34 @@ def _swept(base: Arm, setting: str, value: Any) -> Arm:
 
 _SETTINGS = {
     "level": "noise level",
-    "masks": "masks per channel:",
+    "masks": "masks per channel",
     "activation": "activation",
     "noise": "distribution of the masks",
-    "norm": "batch normalisation",
+    "norm": "place of the batch normalisation",
 }
 
 
 # --------------------------------------------------------------------------------------------------------------------
 # A network for one run
 # --------------------------------------------------------------------------------------------------------------------
+
+
+class Shapes(Protocol):
+    """What of a data set a network's shape hangs on; every ``data.Dataset`` has it."""
+
+    @property
+    def classes(self) -> int:
+        """Number of classes."""
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """(channels, height, width) of one image."""
+
+
+@dataclass(frozen=True)
+class _Shapes:
+    classes: int
+    image_shape: tuple[int, int, int]
 
 
 @dataclass(frozen=True)
@@ -320,7 +343,7 @@ class Built:
 
     Attributes:
         model: in training mode.
-        width: channels of its first stage; 0 = the network's own.
+        width: channels of its first stage, 6.25 say where stages are rounded; 0 = the network's own.
         parameters: learnable parameters.
         mask_bytes: of stored masks and of everything else that is stored and not learnt: fixed filters, a frozen stem;
             a mask made from a seed costs the seed.
@@ -333,7 +356,7 @@ class Built:
     """
 
     model: nn.Module
-    width: int
+    width: float
     parameters: int
     mask_bytes: int
     macs: int
@@ -400,7 +423,7 @@ def _options(study: Study) -> tuple[dict[str, Any], bool, bool]:
     return options, flags[0], flags[1]
 
 
-def _places(study: Study, data: Dataset) -> Places:
+def _places(study: Study, data: Shapes) -> Places:
     options, _, stem_too = _options(study)
     return find_places(
         study.model.network, data.classes, data.image_shape, study.model.width, options, stem_too=stem_too
@@ -408,7 +431,7 @@ def _places(study: Study, data: Dataset) -> Places:
 
 
 def _network(
-    study: Study, arm: Arm, streams: Mapping[str, int], width: int, data: Dataset
+    study: Study, arm: Arm, streams: Mapping[str, int], width: float, data: Shapes
 ) -> tuple[nn.Module, tuple[Slot, ...]]:
     """The arm's network with the initial weights and masks that the streams give, and the arm's layers in it."""
     if arm.layer not in LAYERS:
@@ -453,12 +476,15 @@ def _learnable(model: nn.Module) -> int:
     return sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
 
 
-def _macs(model: nn.Module, study: Study, data: Dataset) -> int:
-    return summary(model, inputs=example_of(find_network(study.model.network), data.image_shape)).multiply_adds
+def _macs(model: nn.Module, network: Network, image_shape: tuple[int, int, int]) -> int:
+    return summary(model, inputs=example_of(network, image_shape)).multiply_adds
 
 
-def matched_width(study: Study, name: str, data: Dataset) -> int:
-    """The width with which an arm comes nearest to the cost of the arm that it is matched to.
+def matched_width(study: Study, name: str, data: Shapes) -> tuple[float, float | None]:
+    """The width with which an arm comes nearest to the cost of the arm that it is matched to, and how near that is.
+
+    Our own networks take eighths of a channel, each stage rounded to whole channels, so that most costs are met within
+    a few percent.
 
     Args:
         study: the settings.
@@ -466,29 +492,53 @@ def matched_width(study: Study, name: str, data: Dataset) -> int:
         data: the data set, for its classes and the size of its images.
 
     Returns:
-        The study's own width where the arm is not matched.
+        The width, and the arm's cost over the other's; the study's own width and None where the arm is not matched.
 
     Raises:
         UsageError: the network's width can't be chosen, or the cost to be met is unknown.
     """
     arm = _arm(study, name)
     if not arm.match:
-        return study.model.width
+        return study.model.width, None
     if arm.match_by not in ("parameters", "macs"):
         raise UsageError(f"arm {name!r}: match_by is {arm.match_by!r}, it should be parameters or macs")
-    if not find_network(study.model.network).has_width:
+    if not find_network(study.model.network).widths:
         raise UsageError(
             f"arm {name!r} is matched to {arm.match} by its width, and the network {study.model.network!r} has none "
             "that can be chosen"
         )
-    streams = study.streams(study.seeds[0])
+    settings = [dataclasses.asdict(part) for part in (study.model, arm, _arm(study, arm.match))]
+    return _nearest_width(json.dumps(settings, sort_keys=True), data.classes, tuple(data.image_shape))
+
+
+@functools.lru_cache(maxsize=64)
+def _nearest_width(settings: str, classes: int, image_shape: tuple[int, int, int]) -> tuple[float, float]:
+    """The width at which an arm's cost comes nearest to another's, and its cost over the other's there.
+
+    Args:
+        settings: JSON of [the model's settings, the arm, the arm that it is matched to].
+        classes: of the data set.
+        image_shape: (channels, height, width).
+    """
+    model, *pair = json.loads(settings)
+    arm, other = (Arm(**values) for values in pair)
+    study = Study("", "", (arm, other), (0,), model=ModelSettings(**model))
+    streams = study.streams(0)
+    data = _Shapes(classes, image_shape)
+    network = find_network(study.model.network)
 
     def count(model: nn.Module) -> int:
-        return _learnable(model) if arm.match_by == "parameters" else _macs(model, study, data)
+        return _learnable(model) if arm.match_by == "parameters" else _macs(model, network, image_shape)
+
+    def build_with(steps: int) -> nn.Module:
+        return _network(study, arm, streams, steps / network.widths, data)[0]
 
     with torch.random.fork_rng(devices=[]):
-        target = count(_network(study, _arm(study, arm.match), streams, study.model.width, data)[0])
-        return models.match_width(lambda width: _network(study, arm, streams, width, data)[0], target, count=count)
+        target = count(_network(study, other, streams, study.model.width, data)[0])
+        steps = models.match_width(build_with, target, maximum=4096 * network.widths, count=count)
+        reached = count(build_with(steps)) / target
+    width = steps / network.widths
+    return (int(width) if width == int(width) else width), reached
 
 
 def share_weights(target: nn.Module, source: nn.Module) -> int:
@@ -514,7 +564,7 @@ def share_weights(target: nn.Module, source: nn.Module) -> int:
     return copied
 
 
-def build(study: Study, name: str, streams: Mapping[str, int], data: Dataset) -> Built:
+def build(study: Study, name: str, streams: Mapping[str, int], data: Shapes) -> Built:
     """An arm's network for one run, ready to be trained.
 
     Sets PyTorch's default generator; a caller who minds wraps it in ``torch.random.fork_rng``.
@@ -529,7 +579,7 @@ def build(study: Study, name: str, streams: Mapping[str, int], data: Dataset) ->
         UsageError: the arm or the network is unknown, or they don't go together.
     """
     arm = _arm(study, name)
-    width = matched_width(study, name, data)
+    width, matched = matched_width(study, name, data)
     model, slots = _network(study, arm, streams, width, data)
     if arm.weights_from:
         source = _arm(study, arm.weights_from)
@@ -537,12 +587,6 @@ def build(study: Study, name: str, streams: Mapping[str, int], data: Dataset) ->
     model.train()
     counted = summary(model, inputs=example_of(find_network(study.model.network), data.image_shape))
     frozen = sum(p.numel() * p.element_size() for p in model.parameters() if not p.requires_grad)
-    matched = None
-    if arm.match:
-        other = build(study, arm.match, streams, data)
-        of = {"parameters": (counted.parameters, other.parameters), "macs": (counted.multiply_adds, other.macs)}
-        own, met = of[arm.match_by]
-        matched = own / met
     return Built(
         model,
         width,

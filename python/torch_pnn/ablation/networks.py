@@ -24,9 +24,9 @@ from torch import Tensor, nn
 
 from torch_pnn import models
 from torch_pnn.blocks import PerturbBasicBlock
-from torch_pnn.convert import convert
 from torch_pnn.conversion.swap import swap
 from torch_pnn.conversion.trace import padded_size
+from torch_pnn.convert import convert
 
 from .errors import AblationError, UsageError, require
 from .layers import Place
@@ -42,13 +42,14 @@ class Network:
         name: what the study calls it.
         make: a function of the number of classes, in_channels, image_size, width (None = its own) and options, that
             returns the network with its convolutions.
-        has_width: whether the width can be chosen; if not, it can't be matched to another's cost.
+        widths: into how many parts a channel of the width may be divided; 0 = the width can't be chosen, so that it
+            can't be matched to another's cost.
         detects: whether it is a detector, which takes lists of images.
     """
 
     name: str
     make: Callable[..., nn.Module]
-    has_width: bool = True
+    widths: int = 1
     detects: bool = False
 
 
@@ -69,7 +70,7 @@ def _own(
     *,
     in_channels: int,
     image_size: tuple[int, int],
-    width: int | None,
+    width: float | None,
     stem_stride: int = 1,
     **options: Any,
 ) -> nn.Module:
@@ -109,14 +110,14 @@ def _colours(name: str, in_channels: int) -> None:
 
 
 def _torchvision_classifier(
-    name: str, classes: int, *, in_channels: int, image_size: tuple[int, int], width: int | None, **options: Any
+    name: str, classes: int, *, in_channels: int, image_size: tuple[int, int], width: float | None, **options: Any
 ) -> nn.Module:
     _colours(name, in_channels)
     return _torchvision(name).models.get_model(name, weights=None, num_classes=classes, **options)
 
 
 def _torchvision_detector(
-    name: str, classes: int, *, in_channels: int, image_size: tuple[int, int], width: int | None, **options: Any
+    name: str, classes: int, *, in_channels: int, image_size: tuple[int, int], width: float | None, **options: Any
 ) -> nn.Module:
     """A detector with random weights; one class more than the data has: torchvision counts the background."""
     _colours(name, in_channels)
@@ -125,7 +126,7 @@ def _torchvision_detector(
 
 
 def _small_detector(
-    name: str, classes: int, *, in_channels: int, image_size: tuple[int, int], width: int | None, **options: Any
+    name: str, classes: int, *, in_channels: int, image_size: tuple[int, int], width: float | None, **options: Any
 ) -> nn.Module:
     """Faster R-CNN or RetinaNet on a ResNet-18 with a feature pyramid, at the images' own size."""
     _colours(name, in_channels)
@@ -149,15 +150,15 @@ def _torchvision(name: str) -> Any:
 
 def _find_torchvision(name: str) -> Network | None:
     if name in _SMALL_DETECTORS:
-        return Network(name, functools.partial(_small_detector, name), has_width=False, detects=True)
+        return Network(name, functools.partial(_small_detector, name), widths=0, detects=True)
     try:
         models_of = _torchvision(name).models
     except AblationError:
         return None
     if name in models_of.list_models(module=models_of.detection):
-        return Network(name, functools.partial(_torchvision_detector, name), has_width=False, detects=True)
+        return Network(name, functools.partial(_torchvision_detector, name), widths=0, detects=True)
     if name in models_of.list_models(module=models_of):
-        return Network(name, functools.partial(_torchvision_classifier, name), has_width=False)
+        return Network(name, functools.partial(_torchvision_classifier, name), widths=0)
     return None
 
 
@@ -201,13 +202,12 @@ def _find_function(name: str) -> Network:
     if not callable(found):
         raise UsageError(f"network {name!r} is of type {type(found).__name__}, it should be a function")
     try:
-        parameters = inspect.signature(found).parameters
-    except (TypeError, ValueError):
-        parameters = {}
-    anything = any(item.kind is inspect.Parameter.VAR_KEYWORD for item in parameters.values())
+        parameters: Mapping[str, inspect.Parameter] = inspect.signature(found).parameters
+    except (TypeError, ValueError) as error:
+        raise UsageError(f"network {name!r}: its arguments can't be seen ({error}); wrap it in a function") from error
 
     def make(
-        classes: int, *, in_channels: int, image_size: tuple[int, int], width: int | None, **options: Any
+        classes: int, *, in_channels: int, image_size: tuple[int, int], width: float | None, **options: Any
     ) -> nn.Module:
         given = {"in_channels": in_channels, "image_size": image_size}
         if width is not None:
@@ -217,9 +217,9 @@ def _find_function(name: str) -> Network:
             raise TypeError(f"it returned {type(model).__name__}, it should return an nn.Module")
         return model
 
-    if not parameters and not anything:
+    if not parameters:
         raise UsageError(f"network {name!r} takes no argument, it should take the number of classes")
-    return Network(name, make, has_width="width" in parameters)
+    return Network(name, make, widths=int("width" in parameters))
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -228,7 +228,7 @@ def _find_function(name: str) -> Network:
 
 #: Our own networks by name. Further ones: torchvision's by their names, and ``module:function``.
 NETWORKS: dict[str, Network] = {
-    name: Network(name, functools.partial(_own, function)) for name, function in _OWN.items()
+    name: Network(name, functools.partial(_own, function), widths=8) for name, function in _OWN.items()
 }
 
 
@@ -244,8 +244,8 @@ def find_network(name: str) -> Network:
         UsageError: there is none.
 
     Example:
-        >>> find_network("resnet").has_width
-        True
+        >>> find_network("resnet").widths
+        8
     """
     if name in NETWORKS:
         return NETWORKS[name]
@@ -267,7 +267,7 @@ def example_of(network: Network, image_shape: tuple[int, int, int]) -> tuple[Any
 
 
 def make_network(
-    name: str, classes: int, image_shape: tuple[int, int, int], width: int, options: Mapping[str, Any]
+    name: str, classes: int, image_shape: tuple[int, int, int], width: float, options: Mapping[str, Any]
 ) -> nn.Module:
     """The network with its convolutions; draws from PyTorch's default generator.
 
@@ -275,12 +275,13 @@ def make_network(
         UsageError: it can't be made, in its own words.
     """
     network = find_network(name)
+    chosen = int(width) if width == int(width) else width
     try:
         return network.make(
             classes,
             in_channels=image_shape[0],
             image_size=image_shape[1:],
-            width=width if width and network.has_width else None,
+            width=chosen if chosen and network.widths else None,
             **options,
         )
     except AblationError:
@@ -306,7 +307,7 @@ def find_places(
     name: str,
     classes: int,
     image_shape: tuple[int, int, int],
-    width: int,
+    width: float,
     options: Mapping[str, Any],
     *,
     stem_too: bool = False,
@@ -327,7 +328,7 @@ def find_places(
 
 @functools.lru_cache(maxsize=64)
 def _find_places(
-    name: str, classes: int, image_shape: tuple[int, int, int], width: int, options: str, stem_too: bool
+    name: str, classes: int, image_shape: tuple[int, int, int], width: float, options: str, stem_too: bool
 ) -> Places:
     network = find_network(name)
     with torch.random.fork_rng(devices=[]):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import ClassVar
 
 import numpy as np
 import torch
@@ -51,6 +52,8 @@ class Crop:
 
     border: int
     flip: bool
+    #: Random words that an image takes: its move, down and to the right, and the mirror.
+    numbers: ClassVar[int] = 3
 
     @property
     def words(self) -> str:
@@ -63,10 +66,10 @@ class Crop:
 
         Args:
             images: [N, C, H, W].
-            words: uint64 [N, 3 or more], each image's own random bits.
+            words: uint64 [N, numbers], each image's own random bits.
         """
         count, _, height, width = images.shape
-        random = draws.uniforms(words[:, :3])
+        random = draws.uniforms(words)
         offsets = torch.from_numpy((random[:, :2] * (2 * self.border + 1)).astype(np.int64))
         padded = F.pad(images, (self.border,) * 4)
         windows = padded.unfold(2, height, 1).unfold(3, width, 1)  # [N, C, rows, columns, H, W], nothing copied
@@ -77,10 +80,6 @@ class Crop:
         return torch.where(mirrored.reshape(-1, 1, 1, 1), cropped.flip(-1), cropped)
 
 
-#: Words that each image has; enough for ten tries of a crop, its place and the mirror.
-WORDS = 24
-
-
 @dataclass(frozen=True)
 class ResizedCrop:
     """A part of random area and shape, brought to one size, and a mirror image half the time: as for ImageNet.
@@ -88,6 +87,9 @@ class ResizedCrop:
     The part has 8 % to 100 % of the area and a ratio of width to height between 3/4 and 4/3, tried ten times, else the
     largest part in the middle: Szegedy et al., CVPR 2015, section 6, with torchvision's details.
     """
+
+    #: Random words that an image takes: ten tries of area and ratio, the part's place, and the mirror.
+    numbers: ClassVar[int] = 23
 
     @property
     def words(self) -> str:
@@ -103,7 +105,7 @@ class ResizedCrop:
         Args:
             width: of the image, in pixels.
             height: likewise.
-            words: uint64 [WORDS], its random bits.
+            words: uint64 [numbers], its random bits.
 
         Returns:
             ((left, top, right, bottom), mirrored).

@@ -201,11 +201,12 @@ class TensorDataset(Dataset):
     ) -> Iterator[Batch]:
         images, labels = self._train_part
         change = self._augmentation
-        words = None if change is None else draws.bits(augmentation, epoch, draws.AUGMENTATION, 0, len(labels), 4)
+        if change is not None:
+            words = draws.bits(augmentation, epoch, draws.AUGMENTATION, 0, len(labels), change.numbers)
         for places in batches:
             chosen = torch.from_numpy(places)
             batch = images[chosen]
-            if change is not None and words is not None:
+            if change is not None:
                 batch = change(batch, words[places])
             yield self._prepare(batch, device), labels[chosen].to(device)
 

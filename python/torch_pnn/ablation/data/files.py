@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from . import draws, pictures
-from .augment import WORDS, Crop, ResizedCrop, move
+from .augment import Crop, ResizedCrop, move
 from .dataset import CLASSIFICATION, Batch, Dataset, mean_and_deviation, normalise
 
 if TYPE_CHECKING:
@@ -123,7 +123,7 @@ class FileDataset(Dataset):
             path = paths[place]
             if change is None:
                 return prepared(path, self._size, self._bring).pixels
-            words = draws.bits(augmentation, epoch, draws.AUGMENTATION, place, 1, WORDS)
+            words = draws.bits(augmentation, epoch, draws.AUGMENTATION, place, 1, change.numbers)
             if isinstance(change, Crop):
                 return change(prepared(path, self._size, self._bring).pixels.unsqueeze(0), words)[0]
 

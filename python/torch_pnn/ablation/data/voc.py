@@ -12,6 +12,7 @@ the image's left and top edge. VOC's files count pixels from 1 and name the firs
 from __future__ import annotations
 
 import collections
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -103,6 +104,8 @@ def read_annotation(path: Path, images: Path) -> Annotation:
             left, top, right, bottom = (
                 float(element.findtext(f"bndbox/{key}", "")) for key in ("xmin", "ymin", "xmax", "ymax")
             )
+            if not math.isfinite(left + top + right + bottom):
+                raise ValueError
         except ValueError:
             raise pictures.UnreadableError(f"object {number} has no box of four numbers") from None
         if not name:
