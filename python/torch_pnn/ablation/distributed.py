@@ -76,30 +76,41 @@ def broadcast(value: Any, device_name: str) -> Any:
 
 def sum_over_processes(value: Tensor) -> Tensor:
     """The sum of every process's value."""
-    if is_active():
+    if dist.is_available() and dist.is_initialized():
         dist.all_reduce(value)
     return value
+
+
+class _Sum(torch.autograd.Function):
+    """The sum over all processes; each one's gradient is the sum of what all of them did with it."""
+
+    @staticmethod
+    def forward(ctx: Any, value: Tensor) -> Tensor:
+        return sum_over_processes(value.clone())
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        return sum_over_processes(grad.clone())
 
 
 class _BatchNorm(nn.BatchNorm2d):
     """Batch normalisation with the moments of the batch of all processes, on any device.
 
-    PyTorch's own SyncBatchNorm has kernels for graphics cards alone. Moments are taken in float64.
+    PyTorch's own SyncBatchNorm has kernels for graphics cards alone. Moments are taken in float64. A batch that is too
+    small to be shared counts once for each process, so that its running variance comes out a little lower.
     """
 
     def forward(self, input: Tensor) -> Tensor:
         if not self.training:
             return super().forward(input)
-        from torch.distributed.nn.functional import all_reduce
-
         wide = input.double()
         axes = [0, *range(2, input.ndim)]
         count = torch.tensor([float(input.numel() // input.shape[1])], dtype=torch.float64, device=input.device)
-        dist.all_reduce(count)
+        sum_over_processes(count)
         shape = [1, -1] + [1] * (input.ndim - 2)
-        mean = all_reduce(wide.sum(axes)) / count
+        mean = _Sum.apply(wide.sum(axes)) / count
         centred = wide - mean.view(shape)
-        variance = all_reduce(centred.square().sum(axes)) / count
+        variance = _Sum.apply(centred.square().sum(axes)) / count
         if self.track_running_stats and self.running_mean is not None and self.running_var is not None:
             with torch.no_grad():
                 self.num_batches_tracked.add_(1)  # type: ignore[union-attr]
