@@ -395,7 +395,7 @@ def score_table(records: Records, result: StudyResult, arms: Sequence[ArmResult]
         "verdict": verdict_cell,
         "seeds": lambda arm: str(arm.accuracy.count),
     }
-    return _of_arms(records, arms, f"{_metric(result)}, and paired differences to the control.", columns)
+    return _of_arms(records, arms, f"{metric_name(result)}, and paired differences to the control.", columns)
 
 
 def cost_table(records: Records, result: StudyResult, arms: Sequence[ArmResult]) -> Table:
@@ -440,11 +440,11 @@ def class_table(records: Records, result: StudyResult, arms: Sequence[ArmResult]
     paired = class_differences(records, question.candidate, question.control)
     names = class_names(records, len(first.per_class))
     order = list(range(len(first.per_class)))
-    caption = f"{_metric(result)} of each class."
+    caption = f"{metric_name(result)} of each class."
     if len(order) > CLASSES_SHOWN:
         most = sorted(order, key=lambda i: -abs(paired[i].mean) if paired[i].count else 0.0)[:CLASSES_SHOWN]
         order = sorted(most)
-        caption = f"{_metric(result)} of the {CLASSES_SHOWN} classes of {len(names)} that differ most."
+        caption = f"{metric_name(result)} of the {CLASSES_SHOWN} classes of {len(names)} that differ most."
     others = [arm for arm in arms if arm.arm not in (question.candidate, question.control) and arm.per_class]
     columns = [first, second, *others]
     return Table(
@@ -493,7 +493,8 @@ def _per_cent(value: float | None) -> str:
     return "–" if value is None else f"{100 * value:.1f}"
 
 
-def _metric(result: StudyResult) -> str:
+def metric_name(result: StudyResult) -> str:
+    """The metric at the beginning of a sentence."""
     return result.metric[0].upper() + result.metric[1:] if result.metric.islower() else result.metric
 
 
