@@ -143,35 +143,53 @@ def _answer(records: Records, result: StudyResult, question: _Question) -> Answe
         if key in shifts:
             sentence = _shift_sentence(records, result, key.removeprefix("shift "), difference)
             pixels = key.removeprefix("shift ")
-            name, reading = f"images moved by {pixels} pixel{'' if pixels == '1' else 's'}", ""
+            name, reading = f"moved by {pixels} pixel{'' if pixels == '1' else 's'}", ""
             if difference.outcome == "worse":
                 reading = "It relies on positions more than its control does."
         else:
-            candidate, other = phrase(study, fixed.candidate), phrase(study, key)
+            candidate, other = phrase(study, fixed.candidate), _quoted(phrase(study, key))
             sentence = verdict(difference, candidate, other, result.metric) + _sizes(records, result, key)
-            name = title(study, key)
+            name = _short(title(study, key), title(study, fixed.candidate))
             reading = _READINGS.get(key, {}).get(difference.outcome, "")
         items.append(Item(name, difference, sentence, reading))
-    summary = _summary(title(study, fixed.candidate), [item for item in items if item.difference.count])
+    compared = [item for item in items if item.difference.count and not item.name.startswith("moved by ")]
+    moved = [item for item in items if item.difference.differs and item.name.startswith("moved by ")]
+    summary = _summary(title(study, fixed.candidate), compared, moved)
     return Answer(question.heading, question.meaning, summary, tuple(items))
 
 
-def _summary(candidate: str, items: list[Item]) -> str:
-    if not items:
-        return "No seed has finished these arms yet."
+def _quoted(name: str) -> str:
+    """A name that has a comma, as a sentence can hold it."""
+    return f"“{name}”" if "," in name else name
+
+
+def _short(name: str, candidate: str) -> str:
+    """An arm's title without the candidate's, where it begins with that.
+
+    Example:
+        >>> _short("PNN, waves", "PNN"), _short("CNN, narrowed", "PNN")
+        ('waves', '“CNN, narrowed”')
+    """
+    return _quoted(name.removeprefix(f"{candidate}, "))
+
+
+def _summary(candidate: str, items: list[Item], moved: list[Item]) -> str:
+    """The outcomes by their kind; of the test sets of moved images only those that are decided."""
     words = {
-        "better": f"{candidate} does better against",
-        "worse": f"{candidate} does worse against",
-        "equivalent": "equivalent within the margin:",
-        "undecided": "undecided:",
+        "better": f"{candidate} does better than",
+        "worse": f"{candidate} does worse than",
+        "equivalent": "Equivalent within the margin:",
+        "undecided": "Undecided:",
     }
     parts = []
     for outcome, start in words.items():
         names = [item.name for item in items if item.difference.outcome == outcome]
         if names:
-            parts.append(f"{start} {', '.join(names)}")
-    text = "; ".join(parts) + "."
-    return text[:1].upper() + text[1:]
+            parts.append(f"{start} {', '.join(names)}.")
+    for item in moved:
+        more = "more" if item.difference.mean < 0 else "less"
+        parts.append(f"It loses {more} than its control on test images {item.name}.")
+    return " ".join(parts) if parts else "No seed has finished these arms yet."
 
 
 def _sizes(records: Records, result: StudyResult, arm: str) -> str:

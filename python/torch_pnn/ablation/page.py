@@ -80,9 +80,12 @@ def section(heading: str, content: str) -> str:
     return f"<section><h2>{escape(heading)}</h2>{content}</section>" if content else ""
 
 
-def alarm(text: str) -> str:
-    """What must not be overlooked."""
-    return f"<div class='alarm' role='alert'>{paragraph(text)}</div>"
+def alarm(sentences: Sequence[str]) -> str:
+    """What must not be overlooked, in one box; nothing where there is nothing."""
+    if not sentences:
+        return ""
+    content = paragraph(sentences[0]) if len(sentences) == 1 else bullets(map(escape, sentences))
+    return f"<div class='alarm' role='alert'>{content}</div>"
 
 
 def document(title: str, body: str, settings: Any) -> str:

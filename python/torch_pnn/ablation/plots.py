@@ -475,6 +475,7 @@ def learning_curves(records: Records, result: StudyResult) -> str:
     def draw(figure: Figure) -> None:
         axes = figure.subplots()
         settled, highest = [], 0.0
+        ends: list[tuple[str, int, float]] = []
         for arm in order:
             style = look[arm]
             epochs = sorted(curves[arm])
@@ -487,6 +488,7 @@ def learning_curves(records: Records, result: StudyResult) -> str:
             axes.plot(epochs, means, color=style.colour, linewidth=1.8 if style.coloured else 0.9,
                       marker=style.marker if len(epochs) <= 12 and style.coloured else "", markersize=4)  # fmt: skip
             settled.append(means[len(means) // 4])
+            ends.append((arm, epochs[-1], means[-1]))
             highest = max(highest, *means)
         # The first epochs, and arms far below, would press everything else against the upper edge.
         low, _ = _window(settled)
@@ -496,8 +498,43 @@ def learning_curves(records: Records, result: StudyResult) -> str:
         axes.set_xticks(_epoch_ticks(last))
         axes.set_xlabel("epoch")
         axes.set_ylabel(f"{result.metric}, %")
+        _end_numbers(axes, [end for end in ends if end[2] >= axes.get_ylim()[0]], look)
 
     return _figure(draw, "curves", f"{result.metric} on the test set after each epoch", 3.6)
+
+
+def _end_numbers(axes: Axes, ends: Sequence[tuple[str, int, float]], look: Mapping[str, Style]) -> None:
+    """Each arm's number at the end of its curve, moved up or down where numbers would cover each other."""
+    low, high = axes.get_ylim()
+    places = _apart([end for _, _, end in ends], gap=0.042 * (high - low))
+    for (arm, epoch, _), place in zip(ends, places, strict=True):
+        style = look[arm]
+        axes.annotate(str(style.number), (epoch, place), (6, 0), textcoords="offset points", va="center", fontsize=8,
+                      color=style.colour if style.coloured else MUTED, annotation_clip=False)  # fmt: skip
+
+
+def _apart(values: Sequence[float], gap: float) -> list[float]:
+    """Moves values that are nearer than ``gap`` apart, each crowd about its own middle; the order stays.
+
+    Example:
+        >>> [round(value, 6) for value in _apart([1.0, 3.0, 1.0], gap=0.5)]
+        [0.75, 3.0, 1.25]
+    """
+    order = sorted(range(len(values)), key=lambda i: values[i])
+    crowds: list[tuple[list[int], float]] = []  # members, middle
+    for i in order:
+        crowds.append(([i], values[i]))
+        while len(crowds) > 1:
+            (left, below), (right, above) = crowds[-2:]
+            if above - below >= gap * (len(left) + len(right)) / 2:
+                break
+            members = left + right
+            crowds[-2:] = [(members, sum(values[j] for j in members) / len(members))]
+    placed = list(values)
+    for members, middle in crowds:
+        for position, i in enumerate(members):
+            placed[i] = middle + gap * (position - (len(members) - 1) / 2)
+    return placed
 
 
 def _epoch_ticks(last: int) -> list[int]:

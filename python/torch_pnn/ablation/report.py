@@ -215,9 +215,9 @@ def _tables(records: Records, result: StudyResult) -> str:
         "mean over standard deviation of the differences; p: sign-flip test, for all but the primary comparison "
         "adjusted (Holm)."
     )
-    few = [f"{sentence[:1].upper()}{sentence[1:]}." for sentence in tables.too_few(records.study)]
+    few = tables.too_few(records.study)
     parts = [page.table(tables.score_table(records, result, result.main), marks), page.paragraph(note, "kicker")]
-    parts += [page.paragraph(sentence, "kicker") for sentence in few]
+    parts += [page.paragraph(few, "kicker")] if few else []
     costs = page.table(tables.cost_table(records, result, result.main), marks)
     cost_note = (
         "Mask bytes: stored masks and fixed filters; a mask made from a seed costs the seed. Multiply-adds: of one "
@@ -398,7 +398,7 @@ def render(records: Records, data: Dataset | None = None) -> str:
             page.paragraph(f"torch-pnn ablation study “{study.name}”, {_counts(study)}", "kicker"),
             f"<h1>{page.escape(heading)}</h1>",
             f"<div class='verdict {result.primary.outcome}'>{verdict}</div>",
-            *map(page.alarm, _alarms(records, result)),
+            page.alarm(_alarms(records, result)),
             page.section("Further questions", _answers(records, result)),
             page.section("Plots", _figures(records, result, data)),
             _tables(records, result),
