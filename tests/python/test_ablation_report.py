@@ -5,18 +5,14 @@ from __future__ import annotations
 import dataclasses
 import functools
 import html.parser
-import io
-import os
 import re
-import select
-import struct
 from pathlib import Path
 
 import pytest
 import torch
 from ablation_support import tiny_data, tiny_study
 
-from torch_pnn.ablation import progress, report, tables
+from torch_pnn.ablation import report, tables
 from torch_pnn.ablation.arms import CATALOGUE
 from torch_pnn.ablation.records import Records
 
