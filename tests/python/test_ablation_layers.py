@@ -1,4 +1,4 @@
-"""The layers that arms put in a convolution's place, against compositions of PyTorch's own functions; and their masks."""
+"""The layers that arms put in a convolution's place, against compositions of PyTorch's own functions; their masks."""
 
 from __future__ import annotations
 

@@ -28,7 +28,7 @@ from torch_pnn.convert import layer_seed
 from torch_pnn.summary import summary
 
 from .errors import UsageError
-from .layers import LAYERS, UNIFORM_DEVIATION, make_layer, set_masks
+from .layers import LAYERS, NOISES, NORM_POSITIONS, UNIFORM_DEVIATION, make_layer, set_masks
 from .networks import NETWORKS, Network, Places, example_of, find_network, find_places, make_network
 from .networks import replace as replace_modules
 from .study import Arm, ModelSettings, Study
