@@ -1,4 +1,4 @@
-"""The layers that arms put in a convolution's place, against compositions of PyTorch's own functions; and their masks."""
+"""The layers that arms put in a convolution's place, against compositions of PyTorch's own functions; their masks."""
 
 from __future__ import annotations
 
@@ -46,9 +46,7 @@ def test_masks_are_fixed_by_their_seed_and_size(noise, shared):
     assert not any(torch.equal(a, b) for k, a in enumerate(maps) for b in maps[:k])
     if noise in layers.RECIPES:
         seed = torch.tensor([-5])
-        assert torch.equal(
-            masks, functional.perturbation_mask(seed, 3, 2, 7, 9, shared_masks=shared, noise=noise)
-        )
+        assert torch.equal(masks, functional.perturbation_mask(seed, 3, 2, 7, 9, shared_masks=shared, noise=noise))
 
 
 def _neighbours_agree(masks):

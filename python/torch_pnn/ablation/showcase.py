@@ -127,8 +127,8 @@ def make_showcase(study: Study, data: Dataset) -> Showcase | None:
     level = max(abs(layer.level) for layer in layers)
     caption = (
         f"One channel of one test image at the first perturbation layer, with the masks of seed {study.seeds[0]}, "
-        f"before any training. The response map is {' or '.join(activations)}(input + level · mask), the change what it "
-        f"owes to the mask. Masks and changes share a colour scale, the others theirs; the highest level is {level:g}. "
-        "Red positive, blue negative."
+        f"before any training. The response map is {' or '.join(activations)}(input + level · mask), the change what "
+        f"it owes to the mask. Masks and changes share a colour scale, the others theirs; the highest level is "
+        f"{level:g}. Red positive, blue negative."
     )
     return Showcase(tuple(row for row, _ in found), activations[0], caption)
