@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -11,8 +10,6 @@ import pytest
 import torch
 
 torchvision = pytest.importorskip("torchvision")
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "python"))
-
 from data_support import (  # noqa: E402
     cifar10_batches,
     voc_object,
@@ -38,7 +35,7 @@ def own_cache(tmp_path, monkeypatch):
     monkeypatch.setenv("TORCH_PNN_CACHE", str(tmp_path / "cache"))
 
 
-def tested(name, root, **settings):
+def read_test(name, root, **settings):
     """A test set as bytes and targets."""
     dataset = data.load(DataSettings(name, str(root), **settings))
     batches = list(dataset.test_batches("test", 16))
@@ -50,7 +47,7 @@ def tested(name, root, **settings):
 
 def test_idx_files_as_torchvision_reads_them(tmp_path):
     write_idx_set(tmp_path / "MNIST" / "raw")
-    images, labels, _ = tested("mnist", tmp_path)
+    images, labels, _ = read_test("mnist", tmp_path)
     theirs = datasets.MNIST(str(tmp_path), train=False)
     assert torch.equal(images[:, 0], theirs.data)
     assert torch.equal(labels, theirs.targets)
@@ -59,7 +56,7 @@ def test_idx_files_as_torchvision_reads_them(tmp_path):
 def test_batches_as_torchvision_reads_them(tmp_path, monkeypatch):
     write_batches(tmp_path / "cifar-10-batches-py", cifar10_batches())
     monkeypatch.setattr(datasets.cifar, "check_integrity", lambda *_: True)
-    images, labels, dataset = tested("cifar10", tmp_path)
+    images, labels, dataset = read_test("cifar10", tmp_path)
     theirs = datasets.CIFAR10(str(tmp_path), train=False)
     assert np.array_equal(images.numpy().transpose(0, 2, 3, 1), theirs.data)
     assert labels.tolist() == theirs.targets
@@ -70,7 +67,7 @@ def test_batches_as_torchvision_reads_them(tmp_path, monkeypatch):
 @pytest.mark.parametrize("kind", ["PNG", "JPEG"])
 def test_image_folders_as_torchvision_reads_them(tmp_path, kind):
     write_folders(tmp_path, size=(20, 24), kind=kind)
-    images, labels, dataset = tested("image-folder", tmp_path)
+    images, labels, dataset = read_test("image-folder", tmp_path)
     theirs = datasets.ImageFolder(str(tmp_path / "val"))
     assert labels.tolist() == theirs.targets
     assert list(dataset.class_names) == theirs.classes
