@@ -12,8 +12,8 @@ from .tables import Table
 
 
 def escape(text: str) -> str:
-    """Text that stays text inside elements and quoted attributes."""
-    return html.escape(text, quote=True)
+    """Text that stays text inside elements and quoted attributes; a line never ends between a number and its "%"."""
+    return html.escape(text, quote=True).replace(" %", "\u00a0%")
 
 
 def paragraph(text: str, kind: str = "") -> str:
@@ -35,7 +35,7 @@ def facts(values: Mapping[str, Any]) -> str:
 def commands(lines: Sequence[str]) -> str:
     """Lines for a shell."""
     text = "\n".join(lines)
-    return f"<pre tabindex='0'><code>{escape(text)}</code></pre>"
+    return f"<pre tabindex='0'><code>{html.escape(text)}</code></pre>"
 
 
 def _class(kind: str) -> str:
