@@ -28,6 +28,7 @@ One concern a file:
     memory       what a run needed of it
 
     statistics   paired differences, intervals, the verdict
+    answers      the further questions, in plain words
     tables       the figures arm by arm
     showcase     what a mask does to one image
     plots        the report's drawings

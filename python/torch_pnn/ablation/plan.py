@@ -345,7 +345,7 @@ def text(plan: Plan) -> str:
             [
                 arm.name,
                 f"{arm.seeds}",
-                f"{arm.width:g}",
+                f"{arm.width:g}" if arm.width else "–",
                 _counted(arm.parameters),
                 _counted(arm.macs),
                 f"{_counted(arm.mask_bytes)}B",
