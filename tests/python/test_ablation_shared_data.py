@@ -67,14 +67,15 @@ def test_mnist():
     assert (torch.cdist(test, means).argmin(dim=1).numpy() == labels).mean() > 0.8
 
 
+@pytest.mark.slow
 def test_cifar10_from_jpeg_files(tmp_path):
     exact = SHARED / "cifar10" / "cifar10_train_first4000_lossless.npz"
     if not exact.is_file():
         pytest.skip(f"{exact} is not here")
-    root = some_of("cifar10/cifar10-jpeg.tar.xz", tmp_path, 25)
+    root = some_of("cifar10/cifar10-jpeg.tar.xz", tmp_path, 100)
     dataset = load("cifar10", root)
-    assert (dataset.train_count, dataset.test_count, dataset.unreadable) == (2000, 400, ())
-    assert "2400 of them are JPEG files, so they are not the published pixels" in dataset.description
+    assert (dataset.train_count, dataset.test_count, dataset.unreadable) == (500, 100, ())
+    assert "600 of them are JPEG files, so they are not the published pixels" in dataset.description
     published = np.load(exact)
     images = torch.cat([x for x, _ in dataset.train_batches(500, epoch=1, order=0, augmentation=0)])
     labels = torch.cat([y for _, y in dataset.train_batches(500, epoch=1, order=0, augmentation=0)]).numpy()
@@ -85,7 +86,7 @@ def test_cifar10_from_jpeg_files(tmp_path):
     nearest, which = distances.min(dim=1)
     # Those that are among the first 4000 lie within the compression's error of the exact image, and have its label.
     same = (nearest < 15).numpy()
-    assert 100 < same.sum() < 250
+    assert 20 < same.sum() < 70
     assert (published["y"][which.numpy()][same] == labels[same]).all()
 
 
