@@ -53,7 +53,7 @@ class ArmPlan:
     name: str
     seeds: int
     left: int
-    width: int
+    width: float
     parameters: int
     macs: int
     mask_bytes: int
@@ -106,17 +106,32 @@ class _Enough(Exception):
     """Ends an epoch of which enough steps were timed."""
 
 
+class _Watch:
+    """Takes the time; on the processor without what other programs took of it meanwhile."""
+
+    def __init__(self, trainer: training.Trainer) -> None:
+        self._trainer = trainer
+        self._mark = self._now()
+
+    def _now(self) -> tuple[float, float]:
+        self._trainer.synchronise()
+        return time.perf_counter(), time.process_time()
+
+    def lap(self) -> float:
+        """Seconds since the last call."""
+        before, self._mark = self._mark, self._now()
+        passed, computed = self._mark[0] - before[0], self._mark[1] - before[1]
+        # With one thread, time in which nothing was computed is time in which another program was.
+        return min(passed, computed) if self._trainer.device.type == "cpu" else passed
+
+
 def _steps(trainer: training.Trainer) -> float:
     """Seconds of a training step: the median over a few of the first epoch's, the very first left out."""
     times: list[float] = []
-    last = time.perf_counter()
+    watch = _Watch(trainer)
 
     def on_step(_: float) -> None:
-        nonlocal last
-        trainer.synchronise()
-        now = time.perf_counter()
-        times.append(now - last)
-        last = now
+        times.append(watch.lap())
         if len(times) > LEAST_STEPS and sum(times[1:]) >= LEAST_SECONDS:
             raise _Enough
 
@@ -130,19 +145,17 @@ def _test(trainer: training.Trainer) -> float:
     """Seconds per image of a test."""
     data = trainer.data
     count = min(training.EVALUATION_BATCH, data.test_count)
-    fastest = float("inf")
+    fastest = math.inf
+    watch = _Watch(trainer)
     for _ in range(2):
-        begun = time.perf_counter()
-        batches = itertools.islice(data.test_batches("test", count, device=str(trainer.device)), 1)
-        trainer.score(batches)
-        trainer.synchronise()
-        fastest = min(fastest, time.perf_counter() - begun)
+        trainer.score(itertools.islice(data.test_batches("test", count, device=str(trainer.device)), 1))
+        fastest = min(fastest, watch.lap())
         if fastest > 1:
             break
     return fastest / max(1, count)
 
 
-def tested_images(study: Study, data: Dataset) -> int:
+def images_tested(study: Study, data: Dataset) -> int:
     """Images that one run looks at in tests.
 
     The validation images after each epoch, the test images when they are wanted, the shifted ones, in four directions,
@@ -184,7 +197,7 @@ def measure(study: Study, name: str, data: Dataset, *, left: int) -> ArmPlan:
             macs=built.macs,
             mask_bytes=built.mask_bytes,
             step_seconds=step,
-            run_seconds=epochs * trainer.steps_per_epoch * step + tested_images(study, data) * test,
+            run_seconds=epochs * trainer.steps_per_epoch * step + images_tested(study, data) * test,
             memory_bytes=peak.bytes(),
         )
 
@@ -332,7 +345,7 @@ def text(plan: Plan) -> str:
             [
                 arm.name,
                 f"{arm.seeds}",
-                f"{arm.width}",
+                f"{arm.width:g}" if arm.width else "–",
                 _counted(arm.parameters),
                 _counted(arm.macs),
                 f"{_counted(arm.mask_bytes)}B",
@@ -351,7 +364,7 @@ def text(plan: Plan) -> str:
         f"about {duration(plan.seconds)} with {plan.jobs} run{'' if plan.jobs == 1 else 's'} side by side"
         if plan.left
         else "nothing is left to be done",
-        "(times were measured just now, one arm at a time; runs side by side and a busy machine are slower)",
+        "(measured just now, one arm at a time, less what other programs took; runs side by side slow one another)",
         "",
         *plan.resolution,
     ]

@@ -12,10 +12,10 @@ initial weights. The unit is the paired difference d_s = score of the candidate 
 - two one-sided t tests against the margin that the study set beforehand (Schuirmann, J. Pharmacokinet. Biopharm. 1987):
   is the mean difference surely smaller than what would matter?
 
-One comparison, fixed in the study, is primary and is taken as it is; the p values of the other arms are adjusted together
-(Holm, Scand. J. Statist. 1979), those of the points of a sweep among themselves. ``PairedDifference.outcome`` states the rule that turns these into a word;
-docs/decisions/verdicts-of-studies.md gives its reasons and what was simulated. The intervals cover what the seeds vary,
-nothing else: another split of the data is another study.
+One comparison, fixed in the study, is primary and is taken as it is; the p values of the other arms are adjusted
+together (Holm, Scand. J. Statist. 1979), those of the points of a sweep among themselves. ``PairedDifference.outcome``
+states the rule that turns these into a word; docs/decisions/verdicts-of-studies.md gives its reasons and what was
+simulated. The intervals cover what the seeds vary, nothing else: another split of the data is another study.
 """
 
 from __future__ import annotations

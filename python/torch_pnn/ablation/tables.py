@@ -389,13 +389,13 @@ def score_table(records: Records, result: StudyResult, arms: Sequence[ArmResult]
         columns["best epoch, %"] = lambda arm: accuracy(arm.best)
     columns |= {
         "against control, points": lambda arm: difference(arm.difference),
+        "verdict": verdict_cell,
+        "p": lambda arm: p_value(arm.difference),
         "BCa": lambda arm: bootstrap(arm.difference),
         "d_z": lambda arm: effect_size(arm.difference),
-        "p": lambda arm: p_value(arm.difference),
-        "verdict": verdict_cell,
         "seeds": lambda arm: str(arm.accuracy.count),
     }
-    return _of_arms(records, arms, f"{_metric(result)}, and paired differences to the control.", columns)
+    return _of_arms(records, arms, f"{metric_name(result)}, and paired differences to the control.", columns)
 
 
 def cost_table(records: Records, result: StudyResult, arms: Sequence[ArmResult]) -> Table:
@@ -440,11 +440,11 @@ def class_table(records: Records, result: StudyResult, arms: Sequence[ArmResult]
     paired = class_differences(records, question.candidate, question.control)
     names = class_names(records, len(first.per_class))
     order = list(range(len(first.per_class)))
-    caption = f"{_metric(result)} of each class."
+    caption = f"{metric_name(result)} of each class."
     if len(order) > CLASSES_SHOWN:
         most = sorted(order, key=lambda i: -abs(paired[i].mean) if paired[i].count else 0.0)[:CLASSES_SHOWN]
         order = sorted(most)
-        caption = f"{_metric(result)} of the {CLASSES_SHOWN} classes of {len(names)} that differ most."
+        caption = f"{metric_name(result)} of the {CLASSES_SHOWN} classes of {len(names)} that differ most."
     others = [arm for arm in arms if arm.arm not in (question.candidate, question.control) and arm.per_class]
     columns = [first, second, *others]
     return Table(
@@ -493,7 +493,8 @@ def _per_cent(value: float | None) -> str:
     return "–" if value is None else f"{100 * value:.1f}"
 
 
-def _metric(result: StudyResult) -> str:
+def metric_name(result: StudyResult) -> str:
+    """The metric at the beginning of a sentence."""
     return result.metric[0].upper() + result.metric[1:] if result.metric.islower() else result.metric
 
 
@@ -701,7 +702,7 @@ def _shift_order(shift: str) -> tuple[int, str]:
 
 def runs_csv(records: Records) -> str:
     """Every run, one a line."""
-    plain = ("accuracy", "correct", "total", "test_loss", "best_epoch", "best_accuracy", "epochs")
+    plain: tuple[str, ...] = ("accuracy", "correct", "total", "test_loss", "best_epoch", "best_accuracy", "epochs")
     plain += ("seconds_per_epoch", "seconds", "peak_memory_bytes")
     shifts = sorted({shift for row in records.results for shift in row.get("shifted") or {}}, key=_shift_order)
     head = ["arm", "seed", "status", "problem", *plain, *(f"shift_{shift}" for shift in shifts)]
@@ -795,7 +796,7 @@ def text_report(records: Records, result: StudyResult) -> str:
     lines.append(
         "    was fixed as the question beforehand; the intervals are 95 % each, other verdicts are adjusted (Holm)"
     )
-    lines += [f"    {sentence}" for sentence in too_few(study)]
+    lines += [too_few(study)] if too_few(study) else []
     for arm in result.arms:
         lines += [f"{arm.title}, seed {seed}: {problem}" for seed, problem in arm.unfinished]
     unreadable = unreadable_files(records)
@@ -808,15 +809,16 @@ def text_report(records: Records, result: StudyResult) -> str:
     return "\n".join(lines)
 
 
-def too_few(study: Study) -> list[str]:
-    """For each family of comparisons with fewer seeds than its test needs, a sentence that says so."""
+def too_few(study: Study) -> str:
+    """A sentence on the families of comparisons that have fewer seeds than their test needs; "" where none has."""
     found = []
     for setting, arms in families(study).items():
         have, needed = min(len(study.seeds_of(arm)) for arm in arms), seeds_needed(len(arms))
         if have < needed:
-            what = f"the {len(arms)} arms that sweep {setting}" if setting else f"the {len(arms)} other arms"
-            found.append(f"{what} take {needed} seeds to reach p ≤ {SIGNIFICANCE:g} against the control, not {have}")
-    return found
+            what = "arm that sweeps" if len(arms) == 1 else "arms that sweep"
+            group = f"{len(arms)} {what} {setting}" if setting else f"{len(arms)} other arm{'s' * (len(arms) != 1)}"
+            found.append(f"{needed} for the {group} (there are {have})")
+    return f"Seeds needed to reach p ≤ {SIGNIFICANCE:g} against the control: {', '.join(found)}." if found else ""
 
 
 def unreadable_files(records: Records) -> list[str]:
