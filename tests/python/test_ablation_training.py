@@ -62,65 +62,6 @@ def test_the_bits_do_not_depend_on_what_ran_before_or_on_threads():
     assert torch.equal(torch.get_rng_state(), state)
 
 
-@pytest.mark.parametrize("network", list(arms.NETWORKS))
-@pytest.mark.parametrize("arm", ["control", "waves"])
-def test_paired_arms_start_from_the_same_bits(network, arm):
-    study = tiny_study(network=network, width=8)
-    dataset = tiny_data()
-    pnn = dict(_build(study, "pnn", 5, dataset).model.named_parameters())
-    other = dict(_build(study, arm, 5, dataset).model.named_parameters())
-    assert pnn.keys() == other.keys()
-    for name, parameter in pnn.items():
-        assert torch.equal(parameter, other[name]), name
-
-
-def test_pairing_does_not_rest_on_how_the_layers_draw_their_weights(monkeypatch):
-    plain = arms._network
-
-    def restless(study, arm, streams, *rest):
-        return plain(study, arm, {name: seed + len(arm.name) for name, seed in streams.items()}, *rest)
-
-    monkeypatch.setattr(arms, "_network", restless)
-    study, dataset = tiny_study(width=8), tiny_data()
-    pnn = dict(_build(study, "pnn", 5, dataset).model.named_parameters())
-    other = dict(_build(study, "control", 5, dataset).model.named_parameters())
-    assert all(torch.equal(parameter, other[name]) for name, parameter in pnn.items())
-
-
-def test_the_control_differs_in_its_output_by_the_noise_alone():
-    study, dataset = tiny_study(width=8), tiny_data()
-    with torch.no_grad():
-        outputs = {}
-        for arm in ("pnn", "control", "waves"):
-            outputs[arm] = _build(study, arm, 1, dataset).model(next(dataset.test_batches("test", 1000))[0])
-    assert not torch.equal(outputs["pnn"], outputs["control"])
-    assert not torch.equal(outputs["pnn"], outputs["waves"])
-    quiet = dataclasses.replace(arms.CATALOGUE["pnn"], options={**arms.CATALOGUE["pnn"].options, "level": 0.0})
-    model = arms._network(study, quiet, study.streams(1), 8, 1, 10)
-    arms.share_weights(model, _build(study, "pnn", 1, dataset).model)
-    with torch.no_grad():
-        assert torch.equal(model(next(dataset.test_batches("test", 1000))[0]), outputs["control"])
-
-
-@pytest.mark.parametrize("network", list(arms.NETWORKS))
-def test_costs_of_the_arms(network):
-    study, dataset = tiny_study(network=network, width=16), tiny_data()
-    built = {name: _build(study, name, 0, dataset) for name in arms.CATALOGUE}
-    assert built["pnn"].parameters == built["control"].parameters == built["waves"].parameters
-    assert built["pnn"].macs == built["control"].macs == built["waves"].macs
-    assert built["cnn"].parameters > 3 * built["pnn"].parameters
-    # As near as whole channels allow: a wider or narrower one is further off.
-    narrow = built["cnn-params"]
-    target = built["pnn"].parameters
-    assert 0 < narrow.width < 16
-    for width in (narrow.width - 1, narrow.width + 1):
-        if width:
-            off = arms._learnable(arms._network(study, arms.CATALOGUE["cnn"], study.streams(0), width, 1, 10)) - target
-            assert abs(narrow.parameters - target) <= abs(off)
-    assert built["cnn"].mask_bytes == built["cnn-params"].mask_bytes == 0
-    assert built["lbcnn"].mask_bytes > built["pnn"].mask_bytes > 0
-
-
 def test_every_arm_sees_the_same_batches(monkeypatch):
     seen = {}
 

@@ -28,7 +28,7 @@ from torch_pnn.convert import layer_seed
 from torch_pnn.summary import summary
 
 from .errors import UsageError
-from .layers import LAYERS, UNIFORM_DEVIATION, make_layer, set_masks
+from .layers import LAYERS, NOISES, NORM_POSITIONS, UNIFORM_DEVIATION, make_layer, set_masks
 from .networks import NETWORKS, Network, Places, example_of, find_network, find_places, make_network
 from .networks import replace as replace_modules
 from .study import Arm, ModelSettings, Study
@@ -272,8 +272,9 @@ def _swept(base: Arm, setting: str, value: Any) -> Arm:
         raise wrong
     if setting == "masks" and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
         raise wrong
-    if setting in ("activation", "noise", "norm") and not isinstance(value, str):
-        raise wrong
+    choices = {"activation": SWEEPS["activation"], "noise": NOISES, "norm": NORM_POSITIONS}.get(setting)
+    if choices is not None and value not in choices:
+        raise UsageError(f"{setting} can't be {value!r}; there is: {', '.join(choices)}")
     options = {**base.options, setting: value}
     if setting == "noise" and value == "normal":
         options["level"] = round(base.options.get("level", 0.1) * UNIFORM_DEVIATION, 6)
@@ -492,17 +493,19 @@ def matched_width(study: Study, name: str, data: Shapes) -> tuple[float, float |
         data: the data set, for its classes and the size of its images.
 
     Returns:
-        The width, and the arm's cost over the other's; the study's own width and None where the arm is not matched.
+        The width, and the arm's cost over the other's; the study's own width and None where the arm is not matched;
+            0 where the network has no width that can be chosen.
 
     Raises:
         UsageError: the network's width can't be chosen, or the cost to be met is unknown.
     """
     arm = _arm(study, name)
+    parts = find_network(study.model.network).widths
     if not arm.match:
-        return study.model.width, None
+        return (study.model.width if parts else 0), None
     if arm.match_by not in ("parameters", "macs"):
         raise UsageError(f"arm {name!r}: match_by is {arm.match_by!r}, it should be parameters or macs")
-    if not find_network(study.model.network).widths:
+    if not parts:
         raise UsageError(
             f"arm {name!r} is matched to {arm.match} by its width, and the network {study.model.network!r} has none "
             "that can be chosen"

@@ -167,6 +167,11 @@ def _find_torchvision(name: str) -> Network | None:
 # --------------------------------------------------------------------------------------------------------------------
 
 
+def _words(error: Exception) -> str:
+    """An error of code that isn't ours, in one line."""
+    return f"{type(error).__name__}: {' '.join(str(error).split())}"
+
+
 @contextlib.contextmanager
 def _working_directory_first() -> Iterator[None]:
     """Modules of the working directory can be imported, as with ``python -m``."""
@@ -193,7 +198,7 @@ def _find_function(name: str) -> Network:
     except Exception as error:
         raise UsageError(
             f"network {name!r}: the module {module_name} can't be imported from the working directory or the path "
-            f"({type(error).__name__}: {error})"
+            f"({_words(error)})"
         ) from error
     for part in attribute.split("."):
         found = getattr(found, part, None)
@@ -287,7 +292,7 @@ def make_network(
     except AblationError:
         raise
     except Exception as error:
-        raise UsageError(f"network {name!r} can't be made ({type(error).__name__}: {error})") from error
+        raise UsageError(f"network {name!r} can't be made ({_words(error)})") from error
 
 
 @dataclass(frozen=True)
@@ -345,7 +350,7 @@ def _find_places(
                     predicate=lambda place, _: True if place in stem else None,
                 )
         except (ValueError, RuntimeError) as error:
-            raise UsageError(f"network {name!r}: {error}") from error
+            raise UsageError(f"network {name!r}: {' '.join(str(error).split())}") from error
         names = [row.name for row in plan.converted]
         if not names:
             raise UsageError(f"network {name!r} has no convolution that an arm could replace")
