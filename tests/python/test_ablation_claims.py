@@ -225,7 +225,12 @@ def test_one_that_was_killed_leaves_its_rows_to_the_others(tmp_path, who, dead):
         assert {(row["arm"], row["seed"]) for row in third.records.results} == set(study.runs) - set(
             third.records.missing
         )
-    assert {entry.name for entry in tmp_path.iterdir()} == {"epochs.jsonl", "index.sqlite", "results.jsonl", "study.json"}
+    assert {entry.name for entry in tmp_path.iterdir()} == {
+        "epochs.jsonl",
+        "index.sqlite",
+        "results.jsonl",
+        "study.json",
+    }
 
 
 def test_one_that_slept_too_long_writes_elsewhere(tmp_path):

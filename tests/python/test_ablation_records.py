@@ -286,7 +286,9 @@ except AblationError as error:
         check=False,
     )
     lines = done.stdout.splitlines()
-    assert re.fullmatch(r"can't write .*\.jsonl: file too large; the runs go on, and their rows are written once .*", lines[0])
+    assert re.fullmatch(
+        r"can't write .*\.jsonl: file too large; the runs go on, and their rows are written once .*", lines[0]
+    )
     records = read(tmp_path)
     if mended:  # the half line was continued, and nothing is missing
         assert done.returncode == 0, done.stderr

@@ -167,7 +167,7 @@ def test_half_precision_learns_in_full_precision_weights(precision):
 
 
 class _Scripted(Dataset):
-    """A data set whose scores are known beforehand: after epoch e so many of its images show what is always answered."""
+    """A data set whose scores are known beforehand: after an epoch so many images show what is always answered."""
 
     def __init__(self, validation, test, shifts=()):
         super().__init__(
