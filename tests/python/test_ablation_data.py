@@ -366,6 +366,7 @@ def test_image_folders(tmp_path, form, test_folder):
     train = np.stack(held["train"]).transpose(0, 3, 1, 2)
     assert np.abs(images.numpy() - normalised(np.stack(held["test"]).transpose(0, 3, 1, 2), train)).max() < 1e-5
     assert "Files: 24 PNG." in dataset.description
+    assert "Images from set: 3 classes" in dataset.description
     assert f"({test_folder}/)" in dataset.description
     if form != "folder":  # the second time nothing is unpacked
         (unpacked,) = [path for path in (tmp_path / "cache").iterdir() if path.is_dir()]
@@ -751,6 +752,9 @@ def test_unknown_names_and_settings():
         load("digits", train_images=1100, validation_images=99)
     with pytest.raises(UsageError, match="data.train_images all and data.validation_images 1198 are more"):
         load("digits", validation_images=1198)
+    with pytest.raises(UsageError, match="data.image_size is 16; images of digits are 8×8 pixels and stay so"):
+        load("digits", image_size=16)
+    assert load("digits", image_size=8).image_shape == (1, 8, 8)
     with pytest.raises(KeyError, match="digits has no test set 'shift 2'; there is: test, shift 1"):
         load("digits", shifts=(1,)).test_batches("shift 2", 10)
 

@@ -47,10 +47,12 @@ class Task(ABC):
 
     Attributes:
         metric: the name of ``Score.value``.
+        test_batch: images of a batch in a test, so that they fit into memory; the score does not hang on it.
         classes: number of classes.
     """
 
     metric: str
+    test_batch: int = 256
 
     def __init__(self, classes: int) -> None:
         self.classes = classes
@@ -173,6 +175,7 @@ class Detection(Task):
     """
 
     metric = "mAP@0.5"
+    test_batch = 8
 
     def training_step(self, model: nn.Module, inputs: Any, targets: Any) -> tuple[Tensor, Tensor | None]:
         """The sum of the detector's losses."""

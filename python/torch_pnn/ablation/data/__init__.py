@@ -65,4 +65,11 @@ def load(settings: DataSettings) -> Dataset:
             raise UsageError(f"data.shifts holds {pixels}; each should be at least 1 pixel")
     if len(set(settings.shifts)) != len(settings.shifts):
         raise UsageError(f"data.shifts names a number twice: {', '.join(map(str, settings.shifts))}")
-    return DATA_SETS[settings.name](settings)
+    dataset = DATA_SETS[settings.name](settings)
+    size = dataset.image_shape[1:]
+    if settings.image_size and dataset.task != DETECTION and size != (settings.image_size,) * 2:
+        raise UsageError(
+            f"data.image_size is {settings.image_size}; images of {settings.name} are {size[1]}×{size[0]} pixels and "
+            f"stay so"
+        )
+    return dataset

@@ -304,13 +304,13 @@ def load(settings: DataSettings) -> Dataset:
         AblationError: a class has no readable image.
     """
     found = find(settings, _LAYOUT, look)
-    listing = list_images(found, found.root.name)
+    listing = list_images(found, places.title(found.root))
     listing, sizes, formats = _check_headers(listing)
     size, same = _common_size(settings, listing, sizes)
     small = max(size) <= SMALL_SIDE
     shape = f"{size[0]}×{size[1]}"
     description = (
-        f"Images from the folder {found.root.name}: {len(listing.class_names)} classes, colour, "
+        f"Images from {places.title(found.root)}: {len(listing.class_names)} classes, colour, "
         f"{{train}} training images (train/) and {{test}} test images ({found.test}/), "
         + (f"{shape} pixels as they are" if same else f"the middle 7/8 of each brought to {shape} pixels")
         + f". Files: {', '.join(f'{count} {name}' for name, count in formats)}."

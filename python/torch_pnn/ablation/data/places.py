@@ -222,6 +222,11 @@ def unpack(archive: Path) -> Path:
         raise AblationError(f"can't unpack {archive} into {cache_folder()}: {describe_os_error(error)}") from error
 
 
+def title(folder: Path) -> str:
+    """A folder's name for a reader: an unpacked archive goes by the archive's."""
+    return re.sub(r"-[0-9a-f]{16}$", "", folder.name) if folder.parent == cache_folder() else folder.name
+
+
 def _extract(archive: Path, folder: Path) -> None:
     if archive.suffix.lower() == ".zip":
         with zipfile.ZipFile(archive) as zipped:

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from ..errors import AblationError, UsageError, describe_os_error, require
 from ..study import DataSettings
-from . import draws, folders, memory, pictures, split
+from . import draws, folders, memory, pictures, places, split
 from .augment import Crop, move
 from .dataset import DETECTION, MULTILABEL, Batch, Dataset
 from .files import names_sha256
@@ -226,7 +226,7 @@ def _described(found: _Split, what: str) -> str:
     hard = sum(int(annotation.difficult.sum()) for annotation in every)
     never = [name for name in found.class_names if not any(name in annotation.names for annotation in every)]
     words = (
-        f"{what} from {found.root.name} (PASCAL VOC, Everingham et al.): {len(found.class_names)} classes, "
+        f"{what} from {places.title(found.root)} (PASCAL VOC, Everingham et al.): {len(found.class_names)} classes, "
         f"{len(found.train)} training and {len(found.test)} test images ({found.words}), {objects} objects, {hard} of "
         f"them marked as difficult, which count for nothing."
     )
