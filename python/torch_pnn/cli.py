@@ -412,18 +412,11 @@ def _ablate(arguments: argparse.Namespace, command: str) -> int:
 
 
 def _report(arguments: argparse.Namespace) -> int:
-    from .ablation import data as datasets
-    from .ablation import records, report, tables
-    from .ablation.errors import AblationError
+    from .ablation import compare, report
 
-    found = records.read(arguments.directories[0])
-    data = datasets.load(found.study.data)
-    if data.sha256 != found.data_sha256:
-        raise AblationError(
-            f"{arguments.directories[0]} holds results on other data than is installed here (scikit-learn's version?)"
-        )
-    path = report.write(found, data)
-    print(tables.text_report(found, tables.evaluate(found)))
+    folders = arguments.directories
+    path, text = report.rebuild(folders[0]) if len(folders) == 1 else compare.rebuild(folders)
+    print(text)
     print()
     print(f"report: {path}")
     return 0

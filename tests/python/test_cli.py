@@ -73,6 +73,7 @@ def test_a_study_from_end_to_end(computed):
         "report.html",
         "results.jsonl",
         "study.json",
+        "tables",
     ]
     lines = output.splitlines()
     assert lines[0].startswith("Undecided: 2 seeds can't decide between PNN and its control without noise")
@@ -120,13 +121,13 @@ def test_the_report_is_made_again_from_the_rows(computed, finished, capsys):
 
 def test_another_study_in_the_folder_is_refused(finished, capsys):
     folder = finished
-    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
     assert _run("ablate", "--out", folder, "--quick") == 2
     error = capsys.readouterr().err
     assert "holds the results of another study (" in error
     assert "epochs 1, not 6" in error
     assert error.count("\n") == 1
-    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+    assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
 
 
 def test_a_report_that_can_not_be_written(finished, capsys):
@@ -142,6 +143,7 @@ def test_a_report_that_can_not_be_written(finished, capsys):
         "report.html",
         "results.jsonl",
         "study.json",
+        "tables",
     ]
 
 
@@ -535,4 +537,4 @@ def test_reports_are_written_whole(finished, monkeypatch, capsys):
     assert _run("report", folder) == 1
     assert "no space left on device" in capsys.readouterr().err
     assert (folder / "report.html").read_bytes() == page
-    assert len(list(folder.iterdir())) == 5
+    assert len(list(folder.iterdir())) == 6

@@ -71,6 +71,9 @@ def test_wheel_carries_what_it_needs_and_nothing_else(wheel: Path) -> None:
     names = zipfile.ZipFile(wheel).namelist()
     assert "torch_pnn/schemas.txt" in names
     assert "torch_pnn/py.typed" in names
+    studies = {path.name for path in (ROOT / "python/torch_pnn/ablation/studies").glob("*.yaml")}
+    assert {"digits.yaml", "claim-reply.yaml"} <= studies
+    assert {f"torch_pnn/ablation/studies/{study}" for study in studies} <= set(names)
     assert "torch_pnn/lib/libtorch_pnn_ops.so" in names
     assert any(name.startswith("torch_pnn/lib/libtorch_pnn_autograd-2.") for name in names)
     assert "torch_pnn/share/cmake/torch_pnn/torch_pnnConfig.cmake" in names

@@ -21,11 +21,10 @@ from data_support import (  # noqa: E402
 from torchvision import datasets, ops  # noqa: E402
 from torchvision.transforms import RandomResizedCrop  # noqa: E402
 
-from torch_pnn.ablation import data, detection, tasks  # noqa: E402
+from torch_pnn.ablation import data, detection, files, tasks  # noqa: E402
 from torch_pnn.ablation.arms import build  # noqa: E402
 from torch_pnn.ablation.data import augment, draws, voc  # noqa: E402
 from torch_pnn.ablation.errors import AblationError  # noqa: E402
-from torch_pnn.ablation.ready import STUDIES  # noqa: E402
 from torch_pnn.ablation.study import Arm, DataSettings, ModelSettings  # noqa: E402
 from torch_pnn.modules import PerturbConv2d  # noqa: E402
 
@@ -149,7 +148,7 @@ def test_a_converted_detector_is_trained_and_measured(tmp_path):
     root = write_voc(tmp_path / "VOC2012", images, {"train": ["a", "d"], "val": ["b", "c"]}, (64, 64))
     dataset = data.load(DataSettings("voc-detection", str(root), augment=True))
     study = dataclasses.replace(
-        STUDIES["digits"],
+        files.load("digits"),
         data=DataSettings("voc-detection"),
         model=ModelSettings("fasterrcnn_mobilenet_v3_large_320_fpn", options={"min_size": 64, "max_size": 64}),
         arms=(Arm("pnn", layer="perturb", options={"preset": "juefeix2018"}),),

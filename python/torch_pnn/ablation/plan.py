@@ -53,7 +53,7 @@ class ArmPlan:
     name: str
     seeds: int
     left: int
-    width: int
+    width: float
     parameters: int
     macs: int
     mask_bytes: int
@@ -155,7 +155,7 @@ def _test(trainer: training.Trainer) -> float:
     return fastest / max(1, count)
 
 
-def tested_images(study: Study, data: Dataset) -> int:
+def images_tested(study: Study, data: Dataset) -> int:
     """Images that one run looks at in tests.
 
     The validation images after each epoch, the test images when they are wanted, the shifted ones, in four directions,
@@ -197,7 +197,7 @@ def measure(study: Study, name: str, data: Dataset, *, left: int) -> ArmPlan:
             macs=built.macs,
             mask_bytes=built.mask_bytes,
             step_seconds=step,
-            run_seconds=epochs * trainer.steps_per_epoch * step + tested_images(study, data) * test,
+            run_seconds=epochs * trainer.steps_per_epoch * step + images_tested(study, data) * test,
             memory_bytes=peak.bytes(),
         )
 
@@ -345,7 +345,7 @@ def text(plan: Plan) -> str:
             [
                 arm.name,
                 f"{arm.seeds}",
-                f"{arm.width}",
+                f"{arm.width:g}" if arm.width else "–",
                 _counted(arm.parameters),
                 _counted(arm.macs),
                 f"{_counted(arm.mask_bytes)}B",

@@ -253,6 +253,8 @@ class Study:
             >>> study = Study("s", "S", (Arm("pnn"),), (0, 1))
             >>> study.differences(dataclasses.replace(study, seeds=(0,), schedule=Schedule(epochs=3)))
             ['seeds 0,1, not 0', 'schedule.epochs 12, not 3']
+            >>> study.differences(dataclasses.replace(study, arms=(Arm("pnn", layer="conv"),)))
+            ['arms.pnn.layer perturb, not conv']
         """
         return _differences("", self.to_json(), other.to_json())
 
@@ -281,6 +283,9 @@ def _differences(prefix: str, mine: Mapping[str, Any], theirs: Mapping[str, Any]
             continue
         if isinstance(mine[key], dict) and set(mine[key]) == set(theirs[key]):
             found += _differences(f"{prefix}{key}.", mine[key], theirs[key])
+        elif key == "arms" and _words(mine[key]) == _words(theirs[key]):
+            for arm, other in zip(mine[key], theirs[key], strict=True):
+                found += _differences(f"arms.{arm['name']}.", arm, other)
         else:
             found.append(f"{prefix}{key} {_words(mine[key])}, not {_words(theirs[key])}")
     return found

@@ -162,6 +162,7 @@ class Trainer:
         self.steps_per_epoch = -(-self.data.train_count // study.schedule.batch_size)
 
     def autocast(self) -> contextlib.AbstractContextManager[Any]:
+        """The study's precision, while a network computes."""
         dtype = PRECISIONS[self.study.precision]
         return contextlib.nullcontext() if dtype is None else torch.autocast(self.device.type, dtype)
 
@@ -248,6 +249,7 @@ class Trainer:
         }
 
     def restore(self, state: dict[str, Any]) -> None:
+        """Goes back to what ``state`` gave."""
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.scaler.load_state_dict(state["scaler"])

@@ -62,10 +62,10 @@ def test_the_time_of_unequal_runs():
 def test_images_that_are_tested():
     study = changed(tiny_study(), epochs=7)
     data = tiny_data()
-    assert plan.tested_images(study, data) == 7 * 32
-    assert plan.tested_images(changed(study, shifts=(1, 2)), data) == (7 + 8) * 32
-    assert plan.tested_images(changed(study, test_every=3), data) == 3 * 32
-    assert plan.tested_images(changed(study, test_every=7), data) == 32
+    assert plan.images_tested(study, data) == 7 * 32
+    assert plan.images_tested(changed(study, shifts=(1, 2)), data) == (7 + 8) * 32
+    assert plan.images_tested(changed(study, test_every=3), data) == 3 * 32
+    assert plan.images_tested(changed(study, test_every=7), data) == 32
 
 
 def test_runs_that_are_done_are_not_planned():
