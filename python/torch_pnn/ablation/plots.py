@@ -157,20 +157,30 @@ def _figure(draw: Callable[[Figure], None], name: str, label: str, height: float
 
 
 def _window(values: Iterable[float], always: Sequence[float] = ()) -> tuple[float, float]:
-    """The range to show: of the values that are not far outside the others' (Tukey's fences), and of ``always``.
+    """The range to show.
+
+    Values far outside the others' (beyond Tukey's fences) are left out where all others would otherwise have less than
+    40 % of the room.
+
+    Args:
+        values: any number of them.
+        always: values that are never left out.
 
     Example:
-        >>> _window([1.0, 2.0, 3.0, 4.0, -50.0], always=[0.0])
-        (0.0, 4.0)
+        >>> _window([1.0, 2.0, 3.0, 4.0, -50.0], always=[0.0]), _window([1.0, 2.0, 3.0, 4.0, 8.0])
+        ((0.0, 4.0), (1.0, 8.0))
     """
     ordered = sorted(values)
-    if len(ordered) < 4:
-        shown = [*ordered, *always]
-    else:
+    every = [*ordered, *always]
+    if not every:
+        return 0.0, 1.0
+    if len(ordered) >= 4:
         first, third = ordered[len(ordered) // 4], ordered[3 * len(ordered) // 4]
         reach = 1.5 * (third - first)
-        shown = [value for value in ordered if first - reach <= value <= third + reach] + list(always)
-    return (min(shown), max(shown)) if shown else (0.0, 1.0)
+        near = [value for value in ordered if first - reach <= value <= third + reach] + list(always)
+        if max(near) - min(near) < 0.4 * (max(every) - min(every)):
+            return min(near), max(near)
+    return min(every), max(every)
 
 
 def _margins(low: float, high: float, share: float = 0.06) -> tuple[float, float]:
@@ -344,16 +354,16 @@ def accuracy_against_costs(records: Records, result: StudyResult) -> str:
     look = styles(records, result)
     drawn = costs(result)
     arms = {arm.arm: arm for arm in result.main if arm.accuracy.count}
-    low, high = _window([100 * arm.accuracy.mean for arm in arms.values()])
     question = records.study.question
-    for name in (question.candidate, question.control):
-        if name in arms:
-            low, high = min(low, 100 * arms[name].accuracy.mean), max(high, 100 * arms[name].accuracy.mean)
+    always = [100 * arms[name].accuracy.mean for name in (question.candidate, question.control) if name in arms]
+    low, high = _window([100 * arm.accuracy.mean for arm in arms.values()], always)
+    ends = [end for arm in arms.values() if low <= 100 * arm.accuracy.mean <= high for end in _spread(arm)]
+    low, high = min([low, *ends]), max([high, *ends])
 
     def draw(figure: Figure) -> None:
         rows = -(-len(drawn) // 2)
         grid = figure.subplots(rows, 2, squeeze=False, sharey=True)
-        bottom, top = _margins(low, high, 0.12)
+        bottom, top = _margins(low, high, 0.06)
         for place, axes in enumerate(grid.flat):
             if place >= len(drawn):
                 axes.set_visible(False)
@@ -368,6 +378,12 @@ def accuracy_against_costs(records: Records, result: StudyResult) -> str:
 
     label = f"{result.metric} against {', '.join(cost.name for cost in drawn)}"
     return _figure(draw, "costs", label, 2.35 * -(-len(drawn) // 2))
+
+
+def _spread(arm: ArmResult) -> tuple[float, float]:
+    """Mean - and + standard deviation, in per cent."""
+    reach = 100 * arm.accuracy.deviation if arm.accuracy.count > 1 else 0.0
+    return 100 * arm.accuracy.mean - reach, 100 * arm.accuracy.mean + reach
 
 
 def _cost_axis(axes: Axes, cost: Cost) -> None:
