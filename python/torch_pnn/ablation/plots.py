@@ -160,7 +160,7 @@ def _window(values: Iterable[float], always: Sequence[float] = ()) -> tuple[floa
     """The range to show.
 
     Values far outside the others' (beyond Tukey's fences) are left out where all others would otherwise have less than
-    40 % of the room.
+    half of the room.
 
     Args:
         values: any number of them.
@@ -178,7 +178,7 @@ def _window(values: Iterable[float], always: Sequence[float] = ()) -> tuple[floa
         first, third = ordered[len(ordered) // 4], ordered[3 * len(ordered) // 4]
         reach = 1.5 * (third - first)
         near = [value for value in ordered if first - reach <= value <= third + reach] + list(always)
-        if max(near) - min(near) < 0.4 * (max(every) - min(every)):
+        if max(near) - min(near) < 0.5 * (max(every) - min(every)):
             return min(near), max(near)
     return min(every), max(every)
 
