@@ -348,12 +348,14 @@ def _ablate(arguments: argparse.Namespace, command: str) -> int:
     from .ablation import environment as environments
     from .ablation import report, runner, tables
     from .ablation.errors import AblationError, require
-    from .ablation.loggers import Loggers
+    from .ablation.loggers import Loggers, find_logger
     from .ablation.progress import duration, make_progress
 
     study = _study(arguments)
     _check_device(study)
-    # Before minutes of training, not after: what the report will need.
+    # Before minutes of training, not after: what loggers and the report will need.
+    for name in arguments.loggers:
+        find_logger(name)
     require("scipy", "scipy", "the intervals and tests of the report")
     require("matplotlib", "matplotlib", "the report's plots")
     data = datasets.load(study.data)

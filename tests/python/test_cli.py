@@ -238,6 +238,18 @@ def test_wrong_usage(arguments, words, capsys, tmp_path, monkeypatch, no_trainin
         (("ablate", "--out", "x", "--arms", ""), 2, "unknown arm ''"),
         (("ablate", "--out", "x", "--arms", "pnn,pnn,control"), 2, "names an arm twice"),
         (("ablate", "--out", "x", "--arms", "cnn,pnn"), 2, "lacks control: the study compares pnn with control"),
+        (
+            ("ablate", "--out", "x", "--logger", "tensorbord"),
+            2,
+            "unknown logger 'tensorbord'; there is: tensorboard, wandb",
+        ),
+        (
+            ("ablate", "--out", "x", "--logger", "nowhere:X"),
+            2,
+            "--logger nowhere:X can't be had: No module named 'nowhere'",
+        ),
+        (("ablate", "mnist", "--out", "x"), 2, "where does mnist lie? Name its folder with --data"),
+        (("ablate", "mnist", "--out", "x", "--data", "none"), 2, "there is no folder none"),
         (("report", "x"), 1, "x is no folder; torch-pnn ablate --out x makes one"),
         (("report", "."), 1, ". holds no study (study.json is missing)"),
         (("ablate", "--out", "/proc/torch-pnn"), 1, "can't write into --out /proc/torch-pnn: no such file"),

@@ -42,10 +42,10 @@ def cores() -> int:
 def _git(*arguments: str) -> str | None:
     """What git says about the checkout that this package lies in; None where it doesn't lie in one."""
     folder = Path(__file__).parent
+    # Without optional locks: `git status` writes the index, and killed meanwhile it would leave the checkout locked.
+    command = ["git", "--no-optional-locks", "-C", str(folder), *arguments]
     try:
-        done = subprocess.run(
-            ["git", "-C", str(folder), *arguments], capture_output=True, text=True, timeout=10, check=False
-        )
+        done = subprocess.run(command, capture_output=True, text=True, timeout=10, check=False)
     except (OSError, subprocess.TimeoutExpired):
         return None
     return done.stdout.strip() if done.returncode == 0 else None

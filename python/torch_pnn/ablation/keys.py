@@ -284,13 +284,15 @@ def _takes(owner: type, name: str) -> str:
     return rule.wanted
 
 
-def _default(item: dataclasses.Field[Any]) -> str:
+def _default(owner: type, item: dataclasses.Field[Any]) -> str:
     if item.default is not dataclasses.MISSING:
         value: Any = item.default
     elif item.default_factory is not dataclasses.MISSING:
         value = item.default_factory()
     else:
-        return "–"
+        return {"Study.name": "the file's name", "Study.title": "the name"}.get(
+            f"{owner.__name__}.{item.name}", "needed"
+        )
     if dataclasses.is_dataclass(value):
         return ""
     if isinstance(value, tuple):
@@ -317,7 +319,7 @@ def reference() -> str:
         rows = [f"### {heading}", "", "| key | takes | default | meaning |", "| --- | --- | --- | --- |"]
         for item in dataclasses.fields(owner):
             meaning = meanings[item.name].replace("``", "`").replace("|", "\\|").replace("see there", "see below")
-            takes, default = _takes(owner, item.name), _default(item)
+            takes, default = _takes(owner, item.name), _default(owner, item)
             rows.append(f"| `{item.name}` | {takes} | {default} | {meaning[:1].upper()}{meaning[1:]} |")
         for key, said in {Study: EXTRA_KEYS, Arm: ARM_KEYS}.get(owner, {}).items():
             name = key if "`" in key else f"`{key}`"

@@ -1,8 +1,8 @@
 """YAML as a tree of nodes that know where they were written: the lowest layer of study files.
 
-PyYAML's safe loader makes the nodes; nothing in a file is ever executed. Refused here, each in one sentence that begins
-with the file and the line: what is no YAML, keys that stand twice, tags, aliases that stand inside themselves or for
-more than a study could hold, text that is not UTF-8.
+PyYAML's safe loader makes the nodes; no Python object is made of a file's tags. Refused here, each in one sentence that
+begins with the file and the line: what is no YAML, keys that stand twice, tags, aliases that stand inside themselves or
+for more than a study could hold, text that is not UTF-8.
 """
 
 from __future__ import annotations

@@ -62,7 +62,7 @@ def table(content: Table, marks: Mapping[str, str] | None = None) -> str:
         cells = "".join(f"<td>{escape(cell)}</td>" for cell in rest)
         kind = _class("primary" if index in content.strong else "")
         body.append(f"<tr{kind}><th scope='row'>{mark}{escape(first)}</th>{cells}</tr>")
-    caption = f"<caption>{escape(content.caption)}</caption>" if content.caption else ""
+    caption = f"<caption><span>{escape(content.caption)}</span></caption>" if content.caption else ""
     label = escape(content.caption or "table")
     return (
         f"<div class='scroll' tabindex='0' role='region' aria-label='{label}'><table>{caption}"

@@ -157,20 +157,30 @@ def _figure(draw: Callable[[Figure], None], name: str, label: str, height: float
 
 
 def _window(values: Iterable[float], always: Sequence[float] = ()) -> tuple[float, float]:
-    """The range to show: of the values that are not far outside the others' (Tukey's fences), and of ``always``.
+    """The range to show.
+
+    Values far outside the others' (beyond Tukey's fences) are left out where all others would otherwise have less than
+    half of the room.
+
+    Args:
+        values: any number of them.
+        always: values that are never left out.
 
     Example:
-        >>> _window([1.0, 2.0, 3.0, 4.0, -50.0], always=[0.0])
-        (0.0, 4.0)
+        >>> _window([1.0, 2.0, 3.0, 4.0, -50.0], always=[0.0]), _window([1.0, 2.0, 3.0, 4.0, 8.0])
+        ((0.0, 4.0), (1.0, 8.0))
     """
     ordered = sorted(values)
-    if len(ordered) < 4:
-        shown = [*ordered, *always]
-    else:
+    every = [*ordered, *always]
+    if not every:
+        return 0.0, 1.0
+    if len(ordered) >= 4:
         first, third = ordered[len(ordered) // 4], ordered[3 * len(ordered) // 4]
         reach = 1.5 * (third - first)
-        shown = [value for value in ordered if first - reach <= value <= third + reach] + list(always)
-    return (min(shown), max(shown)) if shown else (0.0, 1.0)
+        near = [value for value in ordered if first - reach <= value <= third + reach] + list(always)
+        if max(near) - min(near) < 0.5 * (max(every) - min(every)):
+            return min(near), max(near)
+    return min(every), max(every)
 
 
 def _margins(low: float, high: float, share: float = 0.06) -> tuple[float, float]:
@@ -198,7 +208,7 @@ class _Line:
 
 def _forest(axes: Axes, lines: Sequence[_Line], always: Sequence[float]) -> None:
     """Rows of means with 95 % t intervals and pale dots for the seeds, the first row at the top."""
-    reach = [end for line in lines for values, _ in line.marks for end in _ends(values)]
+    reach = [end for line in lines for values, _ in line.marks for end in _shown_ends(values)]
     low, high = _window(reach, always)
     axes.set_xlim(*_margins(low, high, 0.05))
     left, right = axes.get_xlim()
@@ -220,6 +230,11 @@ def _forest(axes: Axes, lines: Sequence[_Line], always: Sequence[float]) -> None
 def _ends(values: Sequence[float]) -> tuple[float, ...]:
     mean = sum(values) / len(values)
     return (mean, mean) if len(values) < 2 else t_interval(values)
+
+
+def _shown_ends(values: Sequence[float]) -> tuple[float, float]:
+    """The range that a plot makes room for: intervals from two or three seeds reach beyond every other thing."""
+    return (min(values), max(values)) if len(values) < 4 else t_interval(values)
 
 
 def _mark(
@@ -344,16 +359,16 @@ def accuracy_against_costs(records: Records, result: StudyResult) -> str:
     look = styles(records, result)
     drawn = costs(result)
     arms = {arm.arm: arm for arm in result.main if arm.accuracy.count}
-    low, high = _window([100 * arm.accuracy.mean for arm in arms.values()])
     question = records.study.question
-    for name in (question.candidate, question.control):
-        if name in arms:
-            low, high = min(low, 100 * arms[name].accuracy.mean), max(high, 100 * arms[name].accuracy.mean)
+    always = [100 * arms[name].accuracy.mean for name in (question.candidate, question.control) if name in arms]
+    low, high = _window([100 * arm.accuracy.mean for arm in arms.values()], always)
+    ends = [end for arm in arms.values() if low <= 100 * arm.accuracy.mean <= high for end in _spread(arm)]
+    low, high = min([low, *ends]), max([high, *ends])
 
     def draw(figure: Figure) -> None:
         rows = -(-len(drawn) // 2)
         grid = figure.subplots(rows, 2, squeeze=False, sharey=True)
-        bottom, top = _margins(low, high, 0.12)
+        bottom, top = _margins(low, high, 0.06)
         for place, axes in enumerate(grid.flat):
             if place >= len(drawn):
                 axes.set_visible(False)
@@ -368,6 +383,12 @@ def accuracy_against_costs(records: Records, result: StudyResult) -> str:
 
     label = f"{result.metric} against {', '.join(cost.name for cost in drawn)}"
     return _figure(draw, "costs", label, 2.35 * -(-len(drawn) // 2))
+
+
+def _spread(arm: ArmResult) -> tuple[float, float]:
+    """Mean - and + standard deviation, in per cent."""
+    reach = 100 * arm.accuracy.deviation if arm.accuracy.count > 1 else 0.0
+    return 100 * arm.accuracy.mean - reach, 100 * arm.accuracy.mean + reach
 
 
 def _cost_axis(axes: Axes, cost: Cost) -> None:
@@ -487,7 +508,7 @@ def learning_curves(records: Records, result: StudyResult) -> str:
                                   alpha=0.18, linewidth=0)  # fmt: skip
             axes.plot(epochs, means, color=style.colour, linewidth=1.8 if style.coloured else 0.9,
                       marker=style.marker if len(epochs) <= 12 and style.coloured else "", markersize=4)  # fmt: skip
-            settled.append(means[len(means) // 4])
+            settled.append(min(means[len(means) // 4 :]))
             ends.append((arm, epochs[-1], means[-1]))
             highest = max(highest, *means)
         # The first epochs, and arms far below, would press everything else against the upper edge.
@@ -556,6 +577,9 @@ def sweep(records: Records, result: StudyResult, lines: Sequence[SweepLine], nam
     look = styles(records, result)
     control = result.find(records.study.question.control)
     numeric = all(line.numeric for line in lines)
+    arms = [*(arm for line in lines for _, arm in line.points), *([control] if control is not None else [])]
+    reach = [100 * end for arm in arms if arm.accuracy.count for end in _shown_ends(_scores(records, arm))]
+    shown = (min(reach), max(reach)) if reach else (0.0, 1.0)
 
     def style_of(line: SweepLine) -> Style:
         return look[line.points[0][1].arm]
@@ -571,6 +595,7 @@ def sweep(records: Records, result: StudyResult, lines: Sequence[SweepLine], nam
             _value_ticks(axes, sorted({float(value) for line in lines for value, _ in line.points}))
             axes.set_xlabel(lines[0].setting)
             axes.set_ylabel(f"{result.metric}, %")
+            axes.set_ylim(*_margins(*shown))
         else:
             rows = [(line, value, arm) for line in lines for value, arm in line.points if arm.accuracy.count]
             for place, (line, _, arm) in enumerate(rows):
@@ -585,6 +610,7 @@ def sweep(records: Records, result: StudyResult, lines: Sequence[SweepLine], nam
             axes.grid(axis="y", visible=False)
             axes.tick_params(axis="y", length=0)
             axes.set_xlabel(f"{result.metric}, %")
+            axes.set_xlim(*_margins(*shown))
         if control is not None and control.accuracy.count:
             mark = axes.axhline if numeric else axes.axvline
             mark(100 * control.accuracy.mean, color=look[control.arm].colour, linewidth=1.3, linestyle=(0, (4, 3)),
@@ -595,8 +621,12 @@ def sweep(records: Records, result: StudyResult, lines: Sequence[SweepLine], nam
     return _figure(draw, name, f"{result.metric} against {lines[0].setting}, with 95 % intervals", height)
 
 
+def _scores(records: Records, arm: ArmResult) -> list[float]:
+    return list(records.scores(arm.arm).values())
+
+
 def _score_interval(records: Records, arm: ArmResult) -> tuple[float, float]:
-    values = [100 * score for score in records.scores(arm.arm).values()]
+    values = [100 * score for score in _scores(records, arm)]
     return (values[0], values[0]) if len(values) == 1 else t_interval(values)
 
 

@@ -370,7 +370,8 @@ def _commands(records: Records) -> str:
 def _counts(study: Study) -> str:
     """How many arms and seeds."""
     text = f"{len(study.arms)} arms, {len(study.seeds)} seeds"
-    return text + (f" ({len(study.other_seeds)} for the other arms)" if study.other_seeds else "")
+    fewer = study.other_seeds and len(study.other_seeds) != len(study.seeds)
+    return text + (f" ({len(study.other_seeds)} for the other arms)" if fewer else "")
 
 
 def render(records: Records, data: Dataset | None = None) -> str:

@@ -702,8 +702,10 @@ def _shift_order(shift: str) -> tuple[int, str]:
 
 def runs_csv(records: Records) -> str:
     """Every run, one a line."""
-    plain: tuple[str, ...] = ("accuracy", "correct", "total", "test_loss", "best_epoch", "best_accuracy", "epochs")
-    plain += ("seconds_per_epoch", "seconds", "peak_memory_bytes")
+    plain = [
+        *("accuracy", "correct", "total", "test_loss", "best_epoch", "best_accuracy", "epochs"),
+        *("seconds_per_epoch", "seconds", "peak_memory_bytes"),
+    ]
     shifts = sorted({shift for row in records.results for shift in row.get("shifted") or {}}, key=_shift_order)
     head = ["arm", "seed", "status", "problem", *plain, *(f"shift_{shift}" for shift in shifts)]
     rows = [
