@@ -111,6 +111,26 @@ def test_pairing_does_not_rest_on_how_the_layers_draw_their_weights(monkeypatch)
     assert _equal(pnn, other)
 
 
+def test_a_layers_weights_do_not_hang_on_the_layers_before_it():
+    """So that a network whose stem is a layer too has the others' weights."""
+    plain, more = (_build(tiny_study(options={"stem_layer": stem}), "pnn") for stem in (False, True))
+    weights = [{slot.name: slot.layer.weight for slot in built.slots} for built in (plain, more)]
+    assert weights[1].pop("stem.0") is not None
+    assert _equal(*weights)
+
+
+def test_shared_weights_leave_trained_masks():
+    def net():
+        net = nn.Linear(2, 2)
+        net.mask = nn.Parameter(torch.rand(2))
+        return net
+
+    target, source = net(), net()
+    mask = target.mask.detach().clone()
+    assert arms.share_weights(target, source) == 2
+    assert torch.equal(target.weight, source.weight) and torch.equal(target.mask, mask)
+
+
 def test_weights_hang_on_one_stream_and_masks_on_another():
     study, dataset = tiny_study(width=8), tiny_data()
 
