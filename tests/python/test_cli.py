@@ -7,7 +7,6 @@ import importlib.metadata
 import io
 import json
 import os
-import resource
 import shutil
 import signal
 import subprocess
@@ -475,30 +474,12 @@ def test_a_worker_that_dies_costs_its_own_run_alone(tmp_path):
     os.kill(_children(process)[0], signal.SIGKILL)
     _, errors = process.communicate(timeout=300)
     assert process.returncode == 1
-    assert "its process died (it was ended by signal 9)" in errors.splitlines()[-1]
+    assert "its process died (it was ended by signal 9" in errors.splitlines()[-1]
     states = [row["status"] for row in _rows(tmp_path / "x")]
     assert sorted(states) == ["broken"] + ["finished"] * 5
     again = command("ablate", "--out", tmp_path / "x", "--jobs", 1, *LONGER)
     assert again.returncode == 0, again.stderr
-    assert sorted(row["status"] for row in _rows(tmp_path / "x")) == ["finished"] * 6
-
-
-@pytest.mark.slow
-def test_a_full_disk_stops_it_with_one_line(tmp_path):
-    def small_files():
-        resource.setrlimit(resource.RLIMIT_FSIZE, (3000, 3000))
-
-    process = _start(tmp_path / "x", "--jobs", 1, *LONGER, preexec_fn=small_files)
-    _, errors = process.communicate(timeout=300)
-    assert process.returncode == 1
-    assert "Traceback" not in errors
-    last = errors.splitlines()[-1]
-    assert last.startswith("torch-pnn: can't write")
-    assert "finished runs are kept, and the same command goes on" in last
-    again = command("ablate", "--out", tmp_path / "x", "--jobs", 1, *LONGER)
-    assert again.returncode == 0, again.stderr
-    assert "runs were finished before and are kept" in again.stderr
-    assert len(_bits(tmp_path / "x")) == 6
+    assert [row["status"] for row in records.read(tmp_path / "x").results] == ["finished"] * 6
 
 
 @pytest.mark.slow
