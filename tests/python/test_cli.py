@@ -7,6 +7,7 @@ import importlib.metadata
 import io
 import json
 import os
+import resource
 import shutil
 import signal
 import subprocess
@@ -454,17 +455,23 @@ def test_killed_at_any_moment_it_goes_on_to_the_same_bits(tmp_path, jobs):
 
 
 @pytest.mark.slow
-def test_ctrl_c_says_how_to_go_on(tmp_path):
+@pytest.mark.parametrize("end", [signal.SIGINT, signal.SIGTERM])
+def test_ctrl_c_and_a_job_s_end_say_how_to_go_on(tmp_path, end):
     process = _start(tmp_path / "x", "--jobs", 2, *LONGER)
     _wait_for_rows(tmp_path / "x", process, 1)
     workers = _children(process)
-    os.killpg(process.pid, signal.SIGINT)  # as a terminal does: to all of them
+    if end == signal.SIGINT:
+        os.killpg(process.pid, end)  # as a terminal does: to all of them
+    else:
+        process.terminate()
     _, errors = process.communicate(timeout=300)
     assert process.returncode == 130
     assert "Traceback" not in errors
     assert errors.splitlines()[-1].startswith("torch-pnn: interrupted; ")
     assert "the same command goes on from there" in errors
     _wait_until_gone(workers)
+    left = list((tmp_path / "x" / "running").glob("*"))
+    assert all(".checkpoint." in path.name for path in left)  # no claim is left behind
 
 
 @pytest.mark.slow
@@ -474,12 +481,33 @@ def test_a_worker_that_dies_costs_its_own_run_alone(tmp_path):
     os.kill(_children(process)[0], signal.SIGKILL)
     _, errors = process.communicate(timeout=300)
     assert process.returncode == 1
-    assert "its process died (it was ended by signal 9" in errors.splitlines()[-1]
+    assert "its process died (it was ended by signal 9, as the system does where memory runs out)" in errors
     states = [row["status"] for row in _rows(tmp_path / "x")]
     assert sorted(states) == ["broken"] + ["finished"] * 5
     again = command("ablate", "--out", tmp_path / "x", "--jobs", 1, *LONGER)
     assert again.returncode == 0, again.stderr
     assert [row["status"] for row in records.read(tmp_path / "x").results] == ["finished"] * 6
+
+
+@pytest.mark.slow
+def test_a_full_disk_is_said_and_in_the_end_it_is_an_error(tmp_path):
+    assert command("ablate", "--out", tmp_path / "x", *LONGER, "--shard", "1/6").returncode == 0
+    size = (tmp_path / "x" / "study.json").stat().st_size + 2000  # not enough for all results, nor for a checkpoint
+
+    def small_files():
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
+
+    process = _start(tmp_path / "x", "--jobs", 1, *LONGER, preexec_fn=small_files)
+    _, errors = process.communicate(timeout=300)
+    assert process.returncode == 1
+    assert "Traceback" not in errors
+    assert "can't write the checkpoint of " in errors
+    assert "[6/6]" in errors
+    assert errors.splitlines()[-1].startswith("torch-pnn: can't write")
+    again = command("ablate", "--out", tmp_path / "x", "--jobs", 1, *LONGER)
+    assert again.returncode == 0, again.stderr
+    assert "runs were finished before and are kept" in again.stderr
+    assert len(_bits(tmp_path / "x")) == 6
 
 
 @pytest.mark.slow

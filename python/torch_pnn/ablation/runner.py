@@ -8,15 +8,17 @@ does (see ``records.Store.claim``). Under torchrun, one run is spread over all p
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 import os
 import queue
+import signal
 import subprocess
 import sys
 import tempfile
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import IO
 
@@ -80,6 +82,37 @@ def execute(
         _together(study, data, store, progress, runs, loggers)
         return
     assert store is not None
+    with _interrupted_by_sigterm():
+        _by_itself(study, data, store, progress, jobs, runs, loggers)
+
+
+@contextlib.contextmanager
+def _interrupted_by_sigterm() -> Iterator[None]:
+    """The signal with which a job's time ends does what Ctrl-C does: claims are given free at once."""
+
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    if threading.current_thread() is not threading.main_thread() or signal.getsignal(signal.SIGTERM) != signal.SIG_DFL:
+        yield
+        return
+    signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+def _by_itself(
+    study: Study,
+    data: Dataset,
+    store: Store,
+    progress: Progress,
+    jobs: int,
+    runs: Sequence[Run] | None,
+    loggers: Loggers | None,
+) -> None:
+    """The runs in this process, or in workers of its own."""
     left = [run for run in store.records.missing if runs is None or run in set(runs)]
     jobs = min(jobs, len(left))
     if jobs > 1:
