@@ -264,7 +264,7 @@ class Machine:
         """Runs Python tests against the source tree and the libraries of the build tree."""
         missing = [
             module
-            for module in ("pytest", "hypothesis", "mpmath", "numpy", "scipy", "sklearn", "matplotlib", "tqdm")
+            for module in ("pytest", "hypothesis", "mpmath", "numpy", "scipy", "sklearn", "matplotlib", "tqdm", "yaml")
             if importlib.util.find_spec(module) is None
         ]
         if missing:

@@ -11,6 +11,7 @@ small plain networks of three and six inner layers.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -100,7 +101,8 @@ class ResNet(nn.Module):
         depths: Blocks in each of the four stages.
         num_classes: Outputs of the classifier.
         in_channels: Channels of the image.
-        width: Channels of the first stage; the others have two, four and eight times as many.
+        width: Channels of the first stage; the others have two, four and eight times as many. It may be a fraction,
+            6.25 say; each stage then has the nearest whole number, 6, 13, 25 and 50.
         stem: "cifar" (3x3 convolution) or "imagenet" (7x7 convolution of stride 2, then 3x3 max pooling of stride 2).
         layer: Kind of the blocks' inner layers.
         seed: Seed of the whole network's masks; each layer's is derived from it and the layer's name (`layer_seed`).
@@ -117,34 +119,35 @@ class ResNet(nn.Module):
         num_classes: int,
         *,
         in_channels: int,
-        width: int,
+        width: float,
         stem: str,
         layer: str,
         seed: int | None,
         **options: Any,
     ) -> None:
         super().__init__()
-        _check_positive(num_classes=num_classes, in_channels=in_channels, width=width)
+        _check_positive(num_classes=num_classes, in_channels=in_channels)
+        first = _channels(width)
         if stem == "cifar":
             self.stem = nn.Sequential(
-                nn.Conv2d(in_channels, width, 3, padding=1, bias=False), nn.BatchNorm2d(width), nn.ReLU()
+                nn.Conv2d(in_channels, first, 3, padding=1, bias=False), nn.BatchNorm2d(first), nn.ReLU()
             )
         elif stem == "imagenet":
             self.stem = nn.Sequential(
-                nn.Conv2d(in_channels, width, 7, stride=2, padding=3, bias=False),
-                nn.BatchNorm2d(width),
+                nn.Conv2d(in_channels, first, 7, stride=2, padding=3, bias=False),
+                nn.BatchNorm2d(first),
                 nn.ReLU(),
                 nn.MaxPool2d(3, stride=2, padding=1),
             )
         else:
             raise ValueError(f"stem is {stem!r}, should be 'cifar' or 'imagenet'")
-        channels = width
+        channels = first
         stages = []
         for stage, depth in enumerate(depths):
             blocks = []
             for index in range(depth):
                 stride = 2 if stage > 0 and index == 0 else 1
-                planes = width * 2**stage
+                planes = _channels(width, 2**stage)
                 blocks.append(block(channels, planes, stride, layer=layer, **options))
                 channels = planes * block.expansion
             stages.append(nn.Sequential(*blocks))
@@ -166,7 +169,7 @@ class PlainNet(nn.Module):
     Args:
         num_classes: Outputs of the classifier.
         in_channels: Channels of the image.
-        width: Channels of the stem.
+        width: Channels of the stem; it may be a fraction, then each layer has the nearest whole number.
         plan: For each inner layer the multiple of `width` that it has, and "pool" where the image is halved.
         layer: Kind of the inner layers.
         seed: Seed of the whole network's masks.
@@ -181,24 +184,25 @@ class PlainNet(nn.Module):
         num_classes: int,
         *,
         in_channels: int,
-        width: int,
+        width: float,
         plan: Sequence[int | str],
         layer: str,
         seed: int | None,
         **options: Any,
     ) -> None:
         super().__init__()
-        _check_positive(num_classes=num_classes, in_channels=in_channels, width=width)
+        _check_positive(num_classes=num_classes, in_channels=in_channels)
+        first = _channels(width)
         self.stem = nn.Sequential(
-            nn.Conv2d(in_channels, width, 3, padding=1, bias=False), nn.BatchNorm2d(width), nn.ReLU()
+            nn.Conv2d(in_channels, first, 3, padding=1, bias=False), nn.BatchNorm2d(first), nn.ReLU()
         )
         steps: list[nn.Module] = []
-        channels = width
+        channels = first
         for step in plan:
             if step == "pool":
                 steps.append(nn.MaxPool2d(2, ceil_mode=True))
                 continue
-            planes = width * int(step)
+            planes = _channels(width, int(step))
             steps.append(make_layer(layer, channels, planes, 3, padding=1, bias=False, **options))
             steps += [nn.BatchNorm2d(planes), nn.ReLU()]
             channels = planes
@@ -217,7 +221,7 @@ def lenet(
     num_classes: int = 10,
     *,
     in_channels: int = 1,
-    width: int = 32,
+    width: float = 32,
     layer: str = "perturb",
     preset: str | None = None,
     seed: int | None = None,
@@ -230,7 +234,7 @@ def lenet(
     Args:
         num_classes: Outputs of the classifier.
         in_channels: Channels of the image.
-        width: Channels of the stem and of the first inner layer.
+        width: Channels of the stem and of the first inner layer; a fraction (6.25) is rounded for each layer.
         layer: "perturb", "conv" (3x3), "lbc" or "conv1x1".
         preset: For "perturb", a published variant's name: "paper", "juefeix2018" or "klachko2018".
         seed: From it and the layers' names the seeds of masks and fixed filters are derived, as `torch_pnn.convert`
@@ -260,7 +264,7 @@ def cifarnet(
     num_classes: int = 10,
     *,
     in_channels: int = 3,
-    width: int = 64,
+    width: float = 64,
     layer: str = "perturb",
     preset: str | None = None,
     seed: int | None = None,
@@ -274,7 +278,7 @@ def cifarnet(
     Args:
         num_classes: Outputs of the classifier.
         in_channels: Channels of the image.
-        width: Channels of the stem and of the first stage.
+        width: Channels of the stem and of the first stage; a fraction (6.25) is rounded for each stage.
         layer: As `lenet`.
         preset: As `lenet`.
         seed: As `lenet`.
@@ -300,7 +304,7 @@ def noise_resnet18(
     num_classes: int = 10,
     *,
     in_channels: int = 3,
-    width: int = 64,
+    width: float = 64,
     stem: str = "cifar",
     layer: str = "perturb",
     preset: str | None = None,
@@ -341,7 +345,7 @@ def noise_resnet34(
     num_classes: int = 10,
     *,
     in_channels: int = 3,
-    width: int = 64,
+    width: float = 64,
     stem: str = "cifar",
     layer: str = "perturb",
     preset: str | None = None,
@@ -356,7 +360,7 @@ def noise_resnet50(
     num_classes: int = 10,
     *,
     in_channels: int = 3,
-    width: int = 64,
+    width: float = 64,
     stem: str = "cifar",
     layer: str = "perturb",
     preset: str | None = None,
@@ -371,7 +375,7 @@ def noise_resnet101(
     num_classes: int = 10,
     *,
     in_channels: int = 3,
-    width: int = 64,
+    width: float = 64,
     stem: str = "cifar",
     layer: str = "perturb",
     preset: str | None = None,
@@ -388,7 +392,7 @@ def noise_resnet152(
     num_classes: int = 10,
     *,
     in_channels: int = 3,
-    width: int = 64,
+    width: float = 64,
     stem: str = "cifar",
     layer: str = "perturb",
     preset: str | None = None,
@@ -406,7 +410,7 @@ def _resnet(
     depths: Sequence[int],
     num_classes: int,
     in_channels: int,
-    width: int,
+    width: float,
     stem: str,
     layer: str,
     preset: str | None,
@@ -471,23 +475,29 @@ def costs(model: nn.Module, input_size: Sequence[int]) -> Costs:
 
 
 def match_width(
-    build: Callable[[int], nn.Module], target_parameters: int, *, minimum: int = 1, maximum: int = 4096
+    build: Callable[[int], nn.Module],
+    target_parameters: int,
+    *,
+    minimum: int = 1,
+    maximum: int = 4096,
+    count: Callable[[nn.Module], int] | None = None,
 ) -> int:
-    """The width at which a network's learnable parameters come nearest to a budget.
+    """The width at which a network's learnable parameters, or another cost of it, come nearest to a budget.
 
     The count must grow with the width. PyTorch's default generator is left as it was.
 
     Args:
         build: Makes the network of a width.
-        target_parameters: The budget: learnable numbers.
+        target_parameters: The budget: learnable numbers, or what `count` counts.
         minimum: The least width to consider.
         maximum: The greatest.
+        count: What is to be met, of a network, in place of its learnable parameters: multiply-adds, say.
 
     Returns:
         The width; the smaller one of two that are equally near.
 
     Raises:
-        TypeError: `build` isn't callable.
+        TypeError: `build` or `count` isn't callable.
         ValueError: `target_parameters` isn't positive, `minimum` and `maximum` aren't 1 <= minimum <= maximum.
 
     Examples:
@@ -495,9 +505,14 @@ def match_width(
         >>> budget = sum(p.numel() for p in pnn.parameters())
         >>> match_width(lambda width: lenet(width=width, layer="conv"), budget)
         7
+        >>> macs = lambda network: costs(network, (1, 8, 8)).macs
+        >>> match_width(lambda width: lenet(width=width, layer="conv"), macs(pnn), count=macs)
+        6
     """
     if not callable(build):
         raise TypeError(f"build is {build!r}, should be a function that makes a network of a width")
+    if count is not None and not callable(count):
+        raise TypeError(f"count is {count!r}, should be a function of a network or None")
     if not target_parameters > 0:
         raise ValueError(f"target_parameters is {target_parameters!r}, should be positive")
     if not 1 <= minimum <= maximum:
@@ -505,29 +520,40 @@ def match_width(
 
     counted: dict[int, int] = {}
 
-    def count(width: int) -> int:
+    def cost(width: int) -> int:
         if width not in counted:
             with torch.random.fork_rng(devices=[]):
-                counted[width] = sum(p.numel() for p in build(width).parameters() if p.requires_grad)
+                model = build(width)
+                if count is None:
+                    counted[width] = sum(p.numel() for p in model.parameters() if p.requires_grad)
+                else:
+                    counted[width] = count(model)
         return counted[width]
 
     # Double until the budget is reached, so that no network much larger than it is ever built; then bisect.
     low = high = minimum
-    while count(high) < target_parameters and high < maximum:
+    while cost(high) < target_parameters and high < maximum:
         low, high = high, min(2 * high, maximum)
     while high - low > 1:
         middle = (low + high) // 2
-        if count(middle) < target_parameters:
+        if cost(middle) < target_parameters:
             low = middle
         else:
             high = middle
-    return min((low, high), key=lambda width: (abs(count(width) - target_parameters), width))
+    return min((low, high), key=lambda width: (abs(cost(width) - target_parameters), width))
 
 
 def _check_positive(**numbers: Any) -> None:
     for name, value in numbers.items():
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
             raise ValueError(f"{name} is {value!r}, should be a positive int")
+
+
+def _channels(width: Any, times: int = 1) -> int:
+    """The whole number of channels nearest to a multiple of the width, at least 1."""
+    if isinstance(width, bool) or not isinstance(width, (int, float)) or not 0 < width < math.inf:
+        raise ValueError(f"width is {width!r}, should be a positive number")
+    return max(1, math.floor(width * times + 0.5))
 
 
 def _options(layer: str, preset: str | None, options: dict[str, Any]) -> dict[str, Any]:

@@ -38,8 +38,8 @@ class SummaryRow:
         name: its qualified name; empty for the model itself.
         kind: its class.
         output_size: the size of its (first) output tensor, at its last call; () where there was none.
-        masks: how fixed masks are held: "seed" (computed, never stored), "stored", "trained", "filters" (the fixed
-            filters of `LBConv2d`); empty where there are none.
+        masks: how fixed masks are held: "seed" (computed, never stored), "stored", "trained", "filters" (fixed
+            ones, as of `LBConv2d`); empty where there are none.
         parameters: learnable numbers of its own; a parameter that several modules share counts for the first.
         mask_bytes: bytes of fixed masks or filters that it stores; 8 for a seed.
         multiply_adds: of convolutions, matrix products, attention and perturbation layers.
@@ -345,10 +345,10 @@ def _undisturbed(model: nn.Module) -> Iterator[None]:
 
 def _masks(module: nn.Module) -> tuple[str, int]:
     """How a module holds fixed masks, and their bytes."""
-    if isinstance(module, LBConv2d):
-        return "filters", module.mask_bytes
     if not isinstance(module, PerturbConv2d) or module.noise is None or module.level == 0:
-        return "", 0
+        filters = getattr(module, "mask_bytes", 0)
+        filters = filters if isinstance(filters, int) and not isinstance(filters, bool) else 0
+        return ("filters", filters) if filters or isinstance(module, LBConv2d) else ("", 0)
     if module.train_masks or isinstance(module.mask, nn.Parameter):  # (or the result of a parametrization of one)
         return "trained", module.mask_bytes
     return ("seed" if module.mask is None else "stored"), module.mask_bytes
@@ -368,7 +368,8 @@ def summary(model: nn.Module, input_size: Any = None, *, inputs: Any = None) -> 
     The model runs once, in evaluation mode, and is afterwards as it was: training flags, buffers and PyTorch's random
     generators too. Counted are
 
-    - learnable parameters (`requires_grad`), and bytes of fixed masks and filters: 8 where a seed stands for them;
+    - learnable parameters (`requires_grad`), and bytes of fixed masks and filters: 8 where a seed stands for them (a
+      module of your own that stores such says how many as its attribute `mask_bytes`);
     - multiply-adds of convolutions, linear layers, other matrix products, attention and perturbation layers (at every
       pixel that they compute, which with pooling is before it), by the formulas of ``torch.utils.flop_counter``;
     - adds outside of those: masks, biases, one for each value that is normalised, sums of tensors (shortcuts);

@@ -11,8 +11,10 @@ from pathlib import Path
 import torch
 
 import torch_pnn
-from torch_pnn.ablation.data import Dataset
-from torch_pnn.ablation.study import STUDIES, Study
+from torch_pnn.ablation import files
+from torch_pnn.ablation.arms import find_arm
+from torch_pnn.ablation.data import Dataset, TensorDataset
+from torch_pnn.ablation.study import Study
 
 PACKAGE_PARENT = Path(torch_pnn.__file__).resolve().parents[1]
 
@@ -28,7 +30,20 @@ def tiny_study(**changes: object) -> Study:
         "warmup_epochs": 0.5,
         **changes,
     }
-    return dataclasses.replace(STUDIES["digits"], **settings)
+    return changed(files.load("digits"), **settings)
+
+
+def changed(study: Study, **settings: object) -> Study:
+    """The study with some settings replaced, whichever part of it they belong to; arms by their names."""
+    for part in ("data", "model", "schedule", "question"):
+        value = getattr(study, part)
+        own = {field.name for field in dataclasses.fields(value)} & settings.keys() - {"name"}
+        study = dataclasses.replace(
+            study, **{part: dataclasses.replace(value, **{name: settings.pop(name) for name in own})}
+        )
+    if "arms" in settings:
+        settings["arms"] = tuple(find_arm(arm) if isinstance(arm, str) else arm for arm in settings["arms"])
+    return dataclasses.replace(study, **settings)
 
 
 def tiny_data(images: int = 96, classes: int = 10) -> Dataset:
@@ -37,8 +52,9 @@ def tiny_data(images: int = 96, classes: int = 10) -> Dataset:
     pictures = torch.randn(images, 1, 8, 8, generator=generator)
     labels = pictures.flatten(1)[:, :classes].argmax(dim=1)
     cut = images * 2 // 3
-    return Dataset(
-        "tiny", "Random images.", pictures[:cut], labels[:cut], pictures[cut:], labels[cut:], classes, sha256="0" * 64
+    names = [f"pixel {number}" for number in range(classes)]
+    return TensorDataset(
+        "tiny", "Random images.", names, (pictures[:cut], labels[:cut]), (pictures[cut:], labels[cut:])
     )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import re
 import resource
 import stat
 import subprocess
@@ -13,9 +14,10 @@ import sys
 import pytest
 from ablation_support import environment, tiny_study
 
+from torch_pnn.ablation import files
 from torch_pnn.ablation.errors import AblationError, UsageError
 from torch_pnn.ablation.records import Store, read, read_rows, write_whole
-from torch_pnn.ablation.study import STUDIES, Study, find_study
+from torch_pnn.ablation.study import PLACE_OF_DATA, Study
 
 SHA = "ab" * 32
 
@@ -88,14 +90,33 @@ def test_half_a_last_line_is_dropped_and_its_run_done_again(tmp_path, name, cut)
         assert [(row["arm"], row["seed"]) for row in rows] == [("pnn", 0), ("control", 0)]
 
 
-def test_epochs_of_a_run_that_never_ended_are_dropped(tmp_path):
-    with _store(tmp_path, tiny_study(epochs=3)) as store:
+def test_epochs_of_a_run_that_never_ended_are_kept_once(tmp_path):
+    study = tiny_study(epochs=3)
+    with _store(tmp_path, study) as store:
         _fill(store, ("pnn", 0))  # claims one epoch, as a run that diverged would
         store.add_epoch(_epoch("control", 0))
-        store.add_epoch(_epoch("control", 0, 2))
-    with _store(tmp_path, tiny_study(epochs=3)) as store:
-        assert store.dropped == 1
-        assert [row["arm"] for row in store.records.epochs] == ["pnn"]
+        store.add_epoch({**_epoch("control", 0, 2), "test_accuracy": 0.1, "seconds": 1.0})
+        store.checkpoint(("control", 0)).with_name("control, seed 0.checkpoint.a").write_bytes(b"")
+    with _store(tmp_path, study) as store:
+        assert (store.continued, store.dropped) == (1, 0)
+        assert ("control", 0) in store.records.missing
+        # It goes on from its first epoch: what was there is not written again, what differs takes its place.
+        assert not store.add_epoch(_epoch("control", 0))
+        assert store.add_epoch({**_epoch("control", 0, 2), "test_accuracy": 0.7, "seconds": 2.0})
+        assert not store.add_epoch({**_epoch("control", 0, 2), "test_accuracy": 0.7, "seconds": 3.0})
+        assert store.add_epoch(_epoch("control", 0, 3))
+        store.add_result(_result("control", 0, epochs=3))
+        assert not store.checkpoint(("control", 0)).with_name("control, seed 0.checkpoint.a").exists()
+    rows, _ = read_rows(tmp_path / "epochs.jsonl")
+    assert [(row["arm"], row["epoch"], row["test_accuracy"]) for row in rows] == [
+        ("pnn", 1, 0.5),
+        ("control", 1, 0.5),
+        ("control", 2, 0.7),
+        ("control", 3, 0.5),
+    ]
+    with _store(tmp_path, study) as store:
+        assert ("control", 0) not in store.records.missing
+        assert (store.continued, store.dropped) == (0, 0)
 
 
 def test_a_line_of_noise_at_the_end_is_dropped_but_not_elsewhere(tmp_path):
@@ -126,13 +147,26 @@ def test_a_run_that_broke_is_done_again_and_one_that_diverged_is_not(tmp_path):
         assert [row["status"] for row in store.records.results] == ["diverged"]
         assert ("control", 0) in store.records.missing
         assert store.records.correct("pnn") == {}
+        assert store.claim([("control", 0)]) == ("control", 0)
+        store.add_epoch(_epoch("control", 0))
+        store.add_result(_result("control", 0))
+    rows, _ = read_rows(tmp_path / "results.jsonl")
+    assert [(row["arm"], row["status"]) for row in rows] == [("pnn", "diverged"), ("control", "finished")]
+
+
+def test_a_run_that_breaks_is_not_tried_twice_by_one_command(tmp_path):
+    with _store(tmp_path) as store:
+        run = store.claim()
+        store.add_result(_result(*run, "broken", epochs=0))
+        assert store.claim() != run
+        assert read(tmp_path).of_arm(run[0])[0]["status"] == "broken"
 
 
 def test_another_study_is_refused_with_what_differs(tmp_path):
     with _store(tmp_path) as store:
         _fill(store, ("pnn", 0))
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
-    with pytest.raises(UsageError, match=r"another study \(seeds 0,1, not 0,1,2; epochs 1, not 4\)"):
+    with pytest.raises(UsageError, match=r"another study \(seeds 0,1, not 0,1,2; schedule.epochs 1, not 4\)"):
         _store(tmp_path, tiny_study(epochs=4, seeds=(0, 1, 2)))
     with pytest.raises(UsageError, match="other data"):
         _store(tmp_path, sha="cd" * 32)
@@ -188,13 +222,6 @@ def test_reading_no_study(tmp_path):
         read(tmp_path / "nowhere")
 
 
-def test_a_second_writer_is_refused(tmp_path):
-    with _store(tmp_path), pytest.raises(AblationError, match="another torch-pnn is writing"):
-        _store(tmp_path)
-    with _store(tmp_path):
-        pass
-
-
 def test_the_folder_is_a_file(tmp_path):
     path = tmp_path / "file"
     path.write_text("mine")
@@ -222,7 +249,8 @@ def test_the_folder_is_read_only(tmp_path):
         tmp_path.chmod(0o700)
 
 
-def test_a_full_disk_is_said_and_finished_runs_are_kept(tmp_path):
+@pytest.mark.parametrize("mended", [True, False])
+def test_a_full_disk_is_said_and_the_runs_go_on(tmp_path, mended):
     # A limit on the size of files stands for a full disk: the write comes back short, then fails.
     script = f"""
 import resource, signal, sys
@@ -232,11 +260,16 @@ from test_ablation_records import _epoch, _result, _store
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 from torch_pnn.ablation.errors import AblationError
 store = _store(Path({str(tmp_path)!r}), tiny_study(seeds=tuple(range(100))))
-resource.setrlimit(resource.RLIMIT_FSIZE, (8000, 8000))
+store.on_trouble = print
+hard = resource.getrlimit(resource.RLIMIT_FSIZE)[1]
+resource.setrlimit(resource.RLIMIT_FSIZE, (8000, hard))
+for seed in range(100):
+    if seed == 95 and "mended" in sys.argv:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))
+    store.add_epoch(_epoch("pnn", seed))
+    store.add_result(_result("pnn", seed))
 try:
-    for seed in range(100):
-        store.add_epoch(_epoch("pnn", seed))
-        store.add_result(_result("pnn", seed))
+    store.close()
 except AblationError as error:
     print(error)
     sys.exit(7)
@@ -245,15 +278,31 @@ except AblationError as error:
     variables = environment()
     variables["PYTHONPATH"] = os.pathsep.join([here, variables["PYTHONPATH"]])
     done = subprocess.run(
-        [sys.executable, "-c", script], env=variables, capture_output=True, text=True, timeout=60, check=False
+        [sys.executable, "-c", script, "mended" if mended else ""],
+        env=variables,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
     )
+    lines = done.stdout.splitlines()
+    assert re.fullmatch(
+        r"can't write .*\.jsonl: file too large; the runs go on, and their rows are written once .*", lines[0]
+    )
+    records = read(tmp_path)
+    if mended:  # the half line was continued, and nothing is missing
+        assert done.returncode == 0, done.stderr
+        assert lines[1:] == ["rows can be written again; none was lost"]
+        assert [len(read_rows(tmp_path / f"{kind}.jsonl")[0]) for kind in ("results", "epochs")] == [100, 100]
+        assert records.invocations[0]["troubles"] == [lines[0].split(";")[0]]
+        return
     assert done.returncode == 7, done.stderr
-    assert "can't write" in done.stdout
-    assert "file too large; finished runs are kept" in done.stdout
+    assert len(lines) == 2
+    assert "file too large; finished runs that were written are kept" in lines[1]
     with _store(tmp_path, tiny_study(seeds=tuple(range(100)))) as store:
         kept = len(store.records.results)
         assert 10 < kept < 100
-        assert store.dropped == 1
+        assert store.dropped >= 1
         assert all(row["status"] == "finished" for row in store.records.results)
 
 
@@ -276,26 +325,45 @@ def test_writing_whole_or_not_at_all(tmp_path):
     assert [entry.name for entry in tmp_path.iterdir()] == ["file"]
 
 
+def _other(value):
+    """Something else of the same type."""
+    if isinstance(value, tuple):
+        return (*value, value[-1] if value else 1)
+    if isinstance(value, bool):
+        return not value
+    return {**value, "x": 1} if isinstance(value, dict) else value + ("x" if isinstance(value, str) else 1)
+
+
 def test_every_setting_is_part_of_the_fingerprint():
-    study = STUDIES["digits"]
+    study = files.load("digits")
     for field in dataclasses.fields(Study):
         value = getattr(study, field.name)
-        other = (
-            (*value, value[-1])
-            if isinstance(value, tuple)
-            else value + type(value)(1 if value != "" else "x")
-            if not isinstance(value, str)
-            else value + "x"
+        others = (
+            [
+                dataclasses.replace(value, **{inner.name: _other(getattr(value, inner.name))})
+                for inner in dataclasses.fields(value)
+            ]
+            if dataclasses.is_dataclass(value)
+            else [_other(value)]
         )
-        changed = dataclasses.replace(study, **{field.name: other})
-        assert changed.fingerprint() != study.fingerprint(), field.name
-        assert len(study.differences(changed)) == 1
+        for other in others:
+            changed = dataclasses.replace(study, **{field.name: other})
+            places = [
+                dataclasses.replace(study.data, **{place: _other(getattr(study.data, place))})
+                for place in PLACE_OF_DATA
+            ]
+            if other in places:  # where the images lie does not matter
+                assert changed.fingerprint() == study.fingerprint()
+                assert study.differences(changed) == []
+            else:
+                assert changed.fingerprint() != study.fingerprint(), field.name
+                assert len(study.differences(changed)) == 1
 
 
 def test_quick_studies_are_smaller():
-    for name in STUDIES:
-        full, quick = find_study(name), find_study(name, quick=True)
-        assert len(quick.seeds) * quick.epochs * 3 < len(full.seeds) * full.epochs
+    for name in files.ready_names():
+        full, quick = files.load(name), files.load(name, quick=True)
+        assert len(quick.seeds) * quick.schedule.epochs * 3 < len(full.seeds) * full.schedule.epochs
         assert quick.arms == full.arms
     with pytest.raises(UsageError, match=r"unknown study 'digit' \(did you mean digits\?\); there is: digits"):
-        find_study("digit")
+        files.load("digit")

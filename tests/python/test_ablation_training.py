@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+from pathlib import Path
 
 import pytest
 import torch
 from ablation_support import tiny_data, tiny_study
 from torch import nn
 
-from torch_pnn.ablation import arms, data, training
+from torch_pnn.ablation import arms, data, memory, training
+from torch_pnn.ablation.data import Dataset
 from torch_pnn.ablation.errors import UsageError
-from torch_pnn.ablation.study import STUDIES
+from torch_pnn.ablation.study import DataSettings, Schedule
 from torch_pnn.ablation.worker import attempt
 
 
@@ -20,12 +23,16 @@ def _train(study, arm, seed, dataset=None, epochs=None):
     return training.train(study, arm, seed, dataset or tiny_data(), rows.append)
 
 
+def _build(study, arm, seed, dataset):
+    return arms.build(study, arm, study.streams(seed), dataset)
+
+
 def _same_but_for_time(first, second):
-    timings = ("seconds", "seconds_per_epoch")
+    timings = ("seconds", "seconds_per_epoch", "peak_memory_bytes")
     return {k: v for k, v in first.items() if k not in timings} == {k: v for k, v in second.items() if k not in timings}
 
 
-@pytest.mark.parametrize("arm", list(arms.ARMS))
+@pytest.mark.parametrize("arm", list(arms.CATALOGUE))
 def test_a_run_done_twice_gives_the_same_bits(arm):
     study = tiny_study(epochs=2)
     curves = [], []
@@ -55,65 +62,6 @@ def test_the_bits_do_not_depend_on_what_ran_before_or_on_threads():
     assert torch.equal(torch.get_rng_state(), state)
 
 
-@pytest.mark.parametrize("network", list(arms.NETWORKS))
-@pytest.mark.parametrize("arm", ["control", "waves"])
-def test_paired_arms_start_from_the_same_bits(network, arm):
-    study = tiny_study(network=network, width=8)
-    dataset = tiny_data()
-    pnn = dict(arms.build(study, "pnn", 5, dataset).model.named_parameters())
-    other = dict(arms.build(study, arm, 5, dataset).model.named_parameters())
-    assert pnn.keys() == other.keys()
-    for name, parameter in pnn.items():
-        assert torch.equal(parameter, other[name]), name
-
-
-def test_pairing_does_not_rest_on_how_the_layers_draw_their_weights(monkeypatch):
-    plain = arms._network
-
-    def restless(study, arm, seed, *rest):
-        return plain(study, arm, seed + len(arm.name), *rest)
-
-    monkeypatch.setattr(arms, "_network", restless)
-    study, dataset = tiny_study(width=8), tiny_data()
-    pnn = dict(arms.build(study, "pnn", 5, dataset).model.named_parameters())
-    other = dict(arms.build(study, "control", 5, dataset).model.named_parameters())
-    assert all(torch.equal(parameter, other[name]) for name, parameter in pnn.items())
-
-
-def test_the_control_differs_in_its_output_by_the_noise_alone():
-    study, dataset = tiny_study(width=8), tiny_data()
-    with torch.no_grad():
-        outputs = {}
-        for arm in ("pnn", "control", "waves"):
-            outputs[arm] = arms.build(study, arm, 1, dataset).model(dataset.test_images)
-    assert not torch.equal(outputs["pnn"], outputs["control"])
-    assert not torch.equal(outputs["pnn"], outputs["waves"])
-    quiet = dataclasses.replace(arms.ARMS["pnn"], options={**arms.ARMS["pnn"].options, "level": 0.0})
-    model = arms._network(study, quiet, 1, 8, 1, 10)
-    arms.share_weights(model, arms.build(study, "pnn", 1, dataset).model)
-    with torch.no_grad():
-        assert torch.equal(model(dataset.test_images), outputs["control"])
-
-
-@pytest.mark.parametrize("network", list(arms.NETWORKS))
-def test_costs_of_the_arms(network):
-    study, dataset = tiny_study(network=network, width=16), tiny_data()
-    built = {name: arms.build(study, name, 0, dataset) for name in arms.ARMS}
-    assert built["pnn"].parameters == built["control"].parameters == built["waves"].parameters
-    assert built["pnn"].macs == built["control"].macs == built["waves"].macs
-    assert built["cnn"].parameters > 3 * built["pnn"].parameters
-    # As near as whole channels allow: a wider or narrower one is further off.
-    narrow = built["cnn-narrow"]
-    target = built["pnn"].parameters
-    assert 0 < narrow.width < 16
-    for width in (narrow.width - 1, narrow.width + 1):
-        if width:
-            off = arms._learnable(arms._network(study, arms.ARMS["cnn"], 0, width, 1, 10)) - target
-            assert abs(narrow.parameters - target) <= abs(off)
-    assert built["cnn"].mask_bytes == built["cnn-narrow"].mask_bytes == 0
-    assert built["lbcnn"].mask_bytes > built["pnn"].mask_bytes > 0
-
-
 def test_every_arm_sees_the_same_batches(monkeypatch):
     seen = {}
 
@@ -135,47 +83,17 @@ def test_every_arm_sees_the_same_batches(monkeypatch):
     monkeypatch.setattr(training, "build", build)
     study = tiny_study(epochs=2, batch_size=24)
     dataset = tiny_data()
-    for arm in ("pnn", "cnn-narrow"):
+    for arm in ("pnn", "cnn-params"):
         _train(study, arm, 7, dataset)
     assert [len(batch) for batch in seen["pnn"]] == [24, 24, 16] * 2
-    for first, second in zip(seen["pnn"], seen["cnn-narrow"], strict=True):
+    for first, second in zip(seen["pnn"], seen["cnn-params"], strict=True):
         assert torch.equal(first, second)
     # Every image once an epoch, in another order each epoch.
     first_epoch, second_epoch = torch.cat(seen["pnn"][:3]), torch.cat(seen["pnn"][3:])
     assert not torch.equal(first_epoch, second_epoch)
-    for epoch in (first_epoch, second_epoch):
-        assert torch.equal(epoch.flatten(1).sum(1).sort().values, dataset.train_images.flatten(1).sum(1).sort().values)
-
-
-@pytest.mark.parametrize("images", [0, 1, 255, 256, 257, 600])
-def test_accuracy_is_a_count_over_the_whole_set(images):
-    class Sometimes(nn.Module):
-        """Right for images whose first pixel is positive; a batch mean would weigh the short last batch too much."""
-
-        def forward(self, x):
-            assert not self.training
-            right = (x[:, 0, 0, 0] > 0).float()
-            return torch.stack([1 - right, right], dim=1)
-
-    generator = torch.Generator().manual_seed(1)
-    pictures = torch.randn(images, 1, 2, 2, generator=generator)
-    expected = int((pictures[:, 0, 0, 0] > 0).sum())
-    labels = torch.ones(images, dtype=torch.int64)
-    model = Sometimes()
-    if images == 0:
-        with pytest.raises(ZeroDivisionError):
-            training.evaluate(model, pictures, labels)
-        return
-    correct, _ = training.evaluate(model, pictures, labels)
-    assert correct == expected
-    assert model.training
-
-
-def test_evaluation_leaves_statistics_alone():
-    model = nn.Sequential(nn.BatchNorm2d(1), nn.Flatten())
-    before = {k: v.clone() for k, v in model.state_dict().items()}
-    training.evaluate(model, torch.randn(5, 1, 2, 5), torch.zeros(5, dtype=torch.int64))
-    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+    sums = [epoch.flatten(1).sum(1).sort().values for epoch in (first_epoch, second_epoch)]
+    assert torch.equal(*sums)
+    assert len(sums[0].unique()) == 64
 
 
 def test_a_diverged_run_is_recorded_and_stops():
@@ -198,48 +116,172 @@ def test_a_run_that_breaks_becomes_a_row(monkeypatch):
 
 
 def test_learning_rate_rises_and_falls_to_zero():
-    study = dataclasses.replace(STUDIES["digits"], epochs=10, warmup_epochs=2, learning_rate=0.5)
-    rates = [training.learning_rate(study, step, 7) for step in range(70)]
+    schedule = Schedule(epochs=10, warmup_epochs=2, learning_rate=0.5)
+    rates = [training.learning_rate(schedule, step, 7) for step in range(70)]
     assert max(rates) == rates[13] == 0.5
     assert all(a < b for a, b in zip(rates[:13], rates[1:14], strict=True))
     assert all(a > b for a, b in zip(rates[13:], rates[14:], strict=False))
     assert 0 <= rates[-1] < 1e-12
 
 
+def test_learning_rate_in_steps_and_constant():
+    schedule = Schedule(epochs=6, warmup_epochs=1, learning_rate=0.5, decay="steps", milestones=(2, 4), factor=0.1)
+    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=0.5)
+    theirs = torch.optim.lr_scheduler.MultiStepLR(optimizer, [2, 4], 0.1)
+    for epoch in range(6):
+        if epoch:  # the first one is the warm-up
+            assert training.learning_rate(schedule, 5 * epoch, 5) == pytest.approx(optimizer.param_groups[0]["lr"])
+            assert training.learning_rate(schedule, 5 * epoch + 4, 5) == training.learning_rate(schedule, 5 * epoch, 5)
+        optimizer.step()
+        theirs.step()
+    constant = dataclasses.replace(schedule, decay="constant")
+    assert {training.learning_rate(constant, step, 5) for step in range(4, 30)} == {0.5}
+    with pytest.raises(UsageError, match="unknown decay 'linear'; there is: cosine, steps, constant"):
+        training.learning_rate(dataclasses.replace(schedule, decay="linear"), 29, 5)
+
+
 def test_small_things_are_not_decayed():
-    study = tiny_study()
     model = nn.Sequential(nn.Conv2d(1, 2, 3), nn.BatchNorm2d(2), nn.Flatten(), nn.Linear(2, 2))
-    decayed, plain = training._optimizer(model, study).param_groups
-    assert decayed["weight_decay"] == study.weight_decay
-    assert [p.ndim for p in decayed["params"]] == [4, 2]
-    assert plain["weight_decay"] == 0
-    assert [p.ndim for p in plain["params"]] == [1, 1, 1, 1]
+    for name, kind in {"sgd": torch.optim.SGD, "adam": torch.optim.Adam, "adamw": torch.optim.AdamW}.items():
+        schedule = Schedule(optimizer=name)
+        optimizer = training.make_optimizer(model, schedule)
+        assert type(optimizer) is kind
+        decayed, plain = optimizer.param_groups
+        assert decayed["weight_decay"] == schedule.weight_decay
+        assert [p.ndim for p in decayed["params"]] == [4, 2]
+        assert plain["weight_decay"] == 0
+        assert [p.ndim for p in plain["params"]] == [1, 1, 1, 1]
+    with pytest.raises(UsageError, match="unknown optimizer 'lion'; there is: sgd, adam, adamw"):
+        training.make_optimizer(model, Schedule(optimizer="lion"))
+
+
+@pytest.mark.parametrize("precision", ["bfloat16", "float16"])
+def test_half_precision_learns_in_full_precision_weights(precision):
+    full, half = (_train(tiny_study(epochs=2, precision=p), "pnn", 0) for p in ("float32", precision))
+    assert half["status"] == "finished"
+    assert half["initial_sha256"] == full["initial_sha256"]
+    assert half["final_sha256"] != full["final_sha256"]
+    assert half["test_loss"] == pytest.approx(full["test_loss"], rel=0.1)
+    with pytest.raises(UsageError, match="unknown precision 'float8'"):
+        _train(tiny_study(precision="float8"), "pnn", 0)
+
+
+class _Scripted(Dataset):
+    """A data set whose scores are known beforehand: after an epoch so many images show what is always answered."""
+
+    def __init__(self, validation, test, shifts=()):
+        super().__init__(
+            "scripted", "", ("a", "b"), counts=(8, 10, 10), sha256="0", image_shape=(1, 8, 8), shifts=shifts
+        )
+        self.script = {"validation": validation, "test": test}
+        self.epoch, self.asked = 0, []
+
+    def train_batches(self, batch_size, *, epoch, **_):
+        self.epoch = epoch
+        yield torch.zeros(8, 1, 8, 8), torch.tensor([0, 1] * 4)
+
+    def test_batches(self, which, batch_size, device="cpu"):
+        self.asked.append((self.epoch, which))
+        right = self.script.get(which, self.script["test"])[self.epoch - 1]
+        yield torch.zeros(10, 1, 8, 8), torch.tensor([1] * right + [0] * (10 - right))
+
+    _train = _test = None
+
+
+class _AlwaysOne(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.bias = nn.Parameter(torch.tensor([-50.0, 50.0]))
+
+    def forward(self, x):
+        return self.bias.expand(len(x), 2)
+
+
+@pytest.fixture
+def scripted(monkeypatch):
+    """Trains a network that always answers 1, and says what was asked of the data."""
+    built = arms.build
+
+    def build(*arguments):
+        return dataclasses.replace(built(*arguments), model=_AlwaysOne())
+
+    monkeypatch.setattr(training, "build", build)
+    monkeypatch.setattr(torch.optim.SGD, "step", lambda self: None)
+
+    def run(dataset, **settings):
+        rows = []
+        study = tiny_study(epochs=5, **settings)
+        return training.train(study, "pnn", 0, dataset, rows.append), rows
+
+    return run
+
+
+def test_the_validation_images_choose_the_best_epoch(scripted):
+    row, rows = scripted(_Scripted(validation=[2, 7, 5, 7, 1], test=[1, 3, 9, 8, 4]))
+    assert (row["accuracy"], row["correct"], row["total"]) == (0.4, 4, 10)
+    assert (row["best_epoch"], row["best_accuracy"]) == (2, 0.3)  # the first of two equals, whatever the test says
+    assert [r["validation_score"] for r in rows] == [0.2, 0.7, 0.5, 0.7, 0.1]
+    assert [r["test_score"] for r in rows] == [0.1, 0.3, 0.9, 0.8, 0.4]
+    assert row["per_class"] == [0.0, 1.0]
+    assert row["shifted"] == {}
+
+
+def test_the_test_set_is_measured_as_often_as_asked(scripted):
+    dataset = _Scripted(validation=[2, 1, 1, 7, 1], test=[1, 3, 9, 8, 4])
+    row, rows = scripted(dataset, test_every=2)
+    # After every second epoch, the first best (1), the next best (4, due anyway) and the last.
+    assert [r["test_score"] for r in rows] == [0.1, 0.3, None, 0.8, 0.4]
+    assert (row["best_epoch"], row["best_accuracy"], row["accuracy"]) == (4, 0.8, 0.4)
+    assert [epoch for epoch, which in dataset.asked if which == "test"] == [1, 2, 4, 5]
+    assert rows[2]["test_loss"] is rows[2]["test_correct"] is rows[2]["test_accuracy"] is None
+
+
+def test_shifted_images_are_measured_once_at_the_end(scripted):
+    dataset = _Scripted([1] * 5, [3] * 5, shifts=(1, 2))
+    row, _ = scripted(dataset)
+    assert row["shifted"] == {"1": 0.3, "2": 0.3}
+    assert [item for item in dataset.asked if item[1].startswith("shift")] == [(5, "shift 1"), (5, "shift 2")]
+
+
+def test_masks_are_changed_before_steps_and_for_tests(monkeypatch):
+    told = []
+
+    class Told(arms.Built):
+        def before_step(self, step):
+            told.append(step)
+
+        @contextlib.contextmanager
+        def for_test(self):
+            told.append("test")
+            yield
+            told.append("over")
+
+    plain = arms.build
+
+    def build(*arguments):
+        built = plain(*arguments)
+        return Told(**{f.name: getattr(built, f.name) for f in dataclasses.fields(arms.Built)})
+
+    monkeypatch.setattr(training, "build", build)
+    _train(tiny_study(epochs=2, batch_size=32), "pnn", 0)
+    assert told == [0, 1, "test", "over", 2, 3, "test", "over"]
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="the system does not tell the highest size")
+def test_peak_memory_is_that_of_the_run_alone():
+    peak = memory.Peak(torch.device("cpu"))
+    hog = torch.ones(64 << 20, dtype=torch.uint8)
+    assert 60 << 20 < peak.bytes() < 200 << 20
+    del hog
+    assert peak.bytes() > 60 << 20
+    assert memory.Peak(torch.device("cpu")).bytes() < 30 << 20
 
 
 def test_unknown_names():
     dataset = tiny_data()
     with pytest.raises(UsageError, match="unknown arm 'ppn'"):
-        arms.build(tiny_study(), "ppn", 0, dataset)
+        _build(tiny_study(), "ppn", 0, dataset)
     with pytest.raises(UsageError, match="unknown network 'vgg'"):
-        arms.build(tiny_study(network="vgg"), "pnn", 0, dataset)
+        _build(tiny_study(network="vgg"), "pnn", 0, dataset)
     with pytest.raises(UsageError, match="unknown data set 'letters'; there is: digits"):
-        data.load("letters")
-
-
-def test_digits_split():
-    digits = data.load("digits")
-    assert digits.train_images.shape == (1198, 1, 8, 8)
-    assert digits.test_images.shape == (599, 1, 8, 8)
-    assert digits.image_shape == (1, 8, 8)
-    # Class by class: shares agree to one image.
-    train, test = torch.bincount(digits.train_labels), torch.bincount(digits.test_labels)
-    assert len(train) == len(test) == digits.classes == 10
-    assert ((train + test) / 3 - test).abs().max() <= 1
-    # No image on both sides, and none lost.
-    both = torch.cat([digits.train_images, digits.test_images]).flatten(1)
-    assert len(torch.unique(both, dim=0)) == 1797
-    # Scaled by the training images alone.
-    assert abs(float(digits.train_images.mean())) < 1e-6
-    assert float(digits.train_images.std()) == pytest.approx(1, abs=1e-3)
-    assert data.load("digits").sha256 == digits.sha256
-    assert str(len(digits.test_labels)) in digits.description
+        data.load(DataSettings("letters"))

@@ -71,6 +71,9 @@ def test_wheel_carries_what_it_needs_and_nothing_else(wheel: Path) -> None:
     names = zipfile.ZipFile(wheel).namelist()
     assert "torch_pnn/schemas.txt" in names
     assert "torch_pnn/py.typed" in names
+    studies = {path.name for path in (ROOT / "python/torch_pnn/ablation/studies").glob("*.yaml")}
+    assert {"digits.yaml", "claim-reply.yaml"} <= studies
+    assert {f"torch_pnn/ablation/studies/{study}" for study in studies} <= set(names)
     assert "torch_pnn/lib/libtorch_pnn_ops.so" in names
     assert any(name.startswith("torch_pnn/lib/libtorch_pnn_autograd-2.") for name in names)
     assert "torch_pnn/share/cmake/torch_pnn/torch_pnnConfig.cmake" in names
@@ -122,8 +125,17 @@ def test_without_pytorch_the_build_says_so(tmp_path: Path) -> None:
     if cmake is None:
         pytest.skip("no cmake")
     done = subprocess.run(
-        [cmake, "-S", str(ROOT), "-B", str(tmp_path / "b"), "-DPNN_TORCH=ON", "-G", "Ninja",
-         f"-DPython_EXECUTABLE={tmp_path}/empty/bin/python"],
+        [
+            cmake,
+            "-S",
+            str(ROOT),
+            "-B",
+            str(tmp_path / "b"),
+            "-DPNN_TORCH=ON",
+            "-G",
+            "Ninja",
+            f"-DPython_EXECUTABLE={tmp_path}/empty/bin/python",
+        ],
         env=clean_environment(tmp_path),
         check=False,
         capture_output=True,
@@ -147,8 +159,17 @@ def test_pytorch_without_headers_is_named(tmp_path: Path) -> None:
     for version, expected in (("2.13.0", "lacks include/ATen/ATen.h"), ("2.10.1", "too old: torch-pnn needs 2.11")):
         (site / "torch" / "version.py").write_text(f"__version__ = '{version}'\n", encoding="utf-8")
         done = subprocess.run(
-            [cmake, "-S", str(ROOT), "-B", str(tmp_path / version), "-DPNN_TORCH=ON", "-G", "Ninja",
-             f"-DPython_EXECUTABLE={python}"],
+            [
+                cmake,
+                "-S",
+                str(ROOT),
+                "-B",
+                str(tmp_path / version),
+                "-DPNN_TORCH=ON",
+                "-G",
+                "Ninja",
+                f"-DPython_EXECUTABLE={python}",
+            ],
             env=clean_environment(tmp_path),
             check=False,
             capture_output=True,

@@ -73,8 +73,10 @@ def test_summary_without_skipped_tests() -> None:
     ("results", "last"),
     [
         ([run.Result("c", run.Counts(10, 1), 0.0)], "10 passed, 1 failed"),
-        ([run.Result("c", run.Counts(10), 0.0), run.Result("isa", run.Counts(0, 0, 3), 0.0)],
-         "10 passed, 1 failed, 3 skipped"),
+        (
+            [run.Result("c", run.Counts(10), 0.0), run.Result("isa", run.Counts(0, 0, 3), 0.0)],
+            "10 passed, 1 failed, 3 skipped",
+        ),
         ([], "0 passed, 1 failed"),
     ],
 )

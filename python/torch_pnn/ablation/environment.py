@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.metadata
 import os
 import platform
+import re
+import subprocess
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -35,13 +39,50 @@ def cores() -> int:
         return os.cpu_count() or 1
 
 
+def _git(*arguments: str) -> str | None:
+    """What git says about the checkout that this package lies in; None where it doesn't lie in one."""
+    folder = Path(__file__).parent
+    # Without optional locks: `git status` writes the index, and killed meanwhile it would leave the checkout locked.
+    command = ["git", "--no-optional-locks", "-C", str(folder), *arguments]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=10, check=False)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.strip() if done.returncode == 0 else None
+
+
+@functools.cache
+def code_version() -> dict[str, Any]:
+    """The commit that this code is from, where it is run from a checkout.
+
+    Returns:
+        ``commit`` (None where it is installed, or git is missing) and ``changed``: whether files of the checkout differ
+        from that commit (None where unknown).
+    """
+    if _git("ls-files", "--error-unmatch", Path(__file__).name) is None:  # in a checkout of something else at most
+        return {"commit": None, "changed": None}
+    changes = _git("status", "--porcelain", "--untracked-files=no")
+    return {"commit": _git("rev-parse", "HEAD"), "changed": None if changes is None else bool(changes)}
+
+
+def processor() -> str | None:
+    """The processor's name, as far as the system tells it."""
+    try:
+        found = re.search(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
+    except OSError:
+        found = None
+    return found[1] if found else platform.processor() or None
+
+
 def describe() -> Environment:
     """What stands beside the results of a study.
 
     Returns:
-        JSON values: ``torch_pnn``, ``libpnn``, ``torch``, ``python``, ``numpy``, ``scikit-learn`` and ``scipy``
-        (versions; None where missing), ``operators`` ("compiled" or "reference"), ``derivatives`` ("compiled", "python"
-        or "reference"), ``isa``, ``machine``, ``system``, ``cores``.
+        JSON values: ``torch_pnn``, ``libpnn``, ``torch``, ``python``, ``numpy``, ``scikit-learn``, ``scipy``,
+        ``torchvision`` and ``pillow`` (versions; None where missing), ``commit`` and ``changed`` (see
+        ``code_version``), ``operators`` ("compiled" or "reference"), ``derivatives`` ("compiled", "python" or
+        "reference"), ``isa``, ``machine``, ``processor``, ``system``, ``cores``, ``card`` (the first graphics card's
+        name, or None).
 
     Example:
         >>> describe()["operators"] in ("compiled", "reference")
@@ -55,13 +96,16 @@ def describe() -> Environment:
         "libpnn": status.library_version,
         "torch": torch.__version__,
         "python": platform.python_version(),
-        **{name: version(name) for name in ("numpy", "scikit-learn", "scipy")},
+        **{name: version(name) for name in ("numpy", "scikit-learn", "scipy", "torchvision", "pillow")},
+        **code_version(),
         "operators": "compiled" if compiled else "reference",
         "derivatives": derivatives if compiled else "reference",
         "isa": status.isa,
         "machine": platform.machine(),
+        "processor": processor(),
         "system": platform.system(),
         "cores": cores(),
+        "card": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
     }
 
 

@@ -22,6 +22,10 @@ class UsageError(AblationError):
     exit_status = 2
 
 
+class RecordsError(AblationError):
+    """Rows or claims can't be written into the study's folder: no fault of the run that wanted to."""
+
+
 def require(module: str, package: str, purpose: str) -> ModuleType:
     """Imports an optional dependency.
 

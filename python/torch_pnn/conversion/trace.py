@@ -23,7 +23,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from .reads import HARMLESS
 from .swap import swap
 
-__all__ = ["SEEN_IN_A_RUN", "Trace", "rehearse", "trace"]
+__all__ = ["SEEN_IN_A_RUN", "Trace", "padded_size", "rehearse", "trace"]
 
 _USED = "its weight is used outside its own forward"
 _SHARED = "a function or an object that a copy of the model shares with it calls this module"
@@ -170,7 +170,7 @@ def trace(model: nn.Module, example_input: Any, names: Mapping[nn.Module, tuple[
         if origin.learned.get(source) is False:
             seen.stem.add(name)
         if isinstance(module, nn.Conv2d) and source.dim() in (3, 4):
-            seen.sizes.setdefault(name, []).append(_padded_size(module, source.shape[-2], source.shape[-1]))
+            seen.sizes.setdefault(name, []).append(padded_size(module, source.shape[-2], source.shape[-1]))
 
     def leave(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         running.pop()
@@ -242,7 +242,7 @@ def rehearse(seen: Trace, replacements: Mapping[str, nn.Module]) -> dict[str, st
     return reasons
 
 
-def _padded_size(module: nn.Conv2d, height: int, width: int) -> tuple[int, int]:
+def padded_size(module: nn.Conv2d, height: int, width: int) -> tuple[int, int]:
     """The size of the padded grid on which the replacement's masks live: H + 2p - d(k - 1) along each axis."""
     sizes = []
     for axis, size in enumerate((height, width)):
