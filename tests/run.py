@@ -337,10 +337,10 @@ def tier_c(machine: Machine) -> tuple[Counts, str]:
 
 
 def tier_asan(machine: Machine) -> tuple[Counts, str]:
-    """The C tests under the address and undefined-behaviour sanitizers."""
+    """The C tests, and the CUDA kernels on the CPU, under the address and undefined-behaviour sanitizers."""
     tree = ROOT / "build" / "asan"
     machine.build_tree("asan", tree)
-    return machine.ctest(tree, "asan", {"UBSAN_OPTIONS": "print_stacktrace=1"}, "-L", "^c$"), ""
+    return machine.ctest(tree, "asan", {"UBSAN_OPTIONS": "print_stacktrace=1"}, "-L", "^(c|cuda)$"), ""
 
 
 def tier_python(machine: Machine) -> tuple[Counts, str]:
