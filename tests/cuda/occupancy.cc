@@ -1,5 +1,6 @@
 /*
- * occupancy.cc - how many blocks of a kernel fit on a multiprocessor, by NVIDIA's own cuda_occupancy.h, without a device.
+ * occupancy.cc - how many blocks of a kernel fit on a multiprocessor, by NVIDIA's own cuda_occupancy.h, without a
+ * device.
  *
  * Reads lines of "compute capability times ten, registers a thread, threads a block, bytes of dynamic shared memory"
  * and prints the number of blocks of each. gates.py calls it.

@@ -49,7 +49,8 @@ int main(void) {
   const pnn_status status = pnn_cuda_forward(&params, NULL, &error);
   if (!gpu) {
     if (status != PNN_ERROR_DEVICE || error.message[0] == '\0') {
-      fprintf(stderr, "without a GPU the status is %d (%s), it should be PNN_ERROR_DEVICE\n", (int)status, error.message);
+      fprintf(stderr, "without a GPU the status is %d (%s), it should be PNN_ERROR_DEVICE\n", (int)status,
+              error.message);
       return 1;
     }
     printf("libpnn %s for %s: no GPU, and it says so: %s\n", pnn_version(), pnn_cuda_architectures(), error.message);
