@@ -474,7 +474,7 @@ def tier_cuda(machine: Machine) -> tuple[Counts, str]:
 def tier_coverage(machine: Machine) -> tuple[Counts, str]:
     """The CUDA kernels' tests on the CPU once more, counting lines: each line of cuda/ must be run (needs GCC's gcov)."""
     tree = ROOT / "build" / "coverage"
-    targets = ["cuda_cuda_on_host_test", "cuda_layer_test", "cuda_activation_test", "cuda_results_host"]
+    targets = ["cuda_cuda_on_host_test", "cuda_layer_test", "cuda_activation_test", "cuda_results_host", "cuda_list_kernels"]
     machine.build_tree("coverage", tree, ["-DCMAKE_CXX_COMPILER=g++", "-DCMAKE_C_COMPILER=gcc"], targets)
     for data in tree.rglob("*.gcda"):
         data.unlink()

@@ -63,11 +63,11 @@ def failures_of(text: str, counts: dict[int, int]) -> list[tuple[int, str]]:
 
 
 def gcov(build: Path) -> list[dict]:
-    """gcov's reports on the kernels' objects."""
+    """gcov's reports on the objects of the kernels and of their tests."""
     tool = shutil.which("gcov")
     if tool is None:
         sys.exit("coverage.py: gcov was not found; it comes with GCC")
-    data = sorted((build / "tests/cuda").glob("CMakeFiles/pnn_cuda_on_host.dir/**/*.gcda"))
+    data = sorted((build / "tests/cuda").glob("CMakeFiles/**/*.gcda"))
     if not data:
         sys.exit(f"coverage.py: no *.gcda below {build}: configure with -DPNN_COVERAGE=ON, build, run `ctest -L cuda`")
     done = subprocess.run([tool, "--json-format", "--stdout", *map(str, data)], check=True, capture_output=True, text=True)

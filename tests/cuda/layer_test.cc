@@ -356,6 +356,31 @@ TEST(CudaMoments, NeitherOverflowNorCancel) {
   }
 }
 
+TEST(CudaMoments, InfiniteAndNanElementsReachTheMeanAndTheVariance) {
+  /* Of the maps' 3 * 31 * 33 elements, in three chunks, one or two are special, in the first chunk or in the last. */
+  for (pnn_dtype type : {PNN_FLOAT32, PNN_FLOAT64}) {
+    Case c;
+    c.input_type = c.weight_type = type;
+    c.B = 3, c.C = 5, c.T = 2, c.H = 31, c.W = 33, c.norm = c.training = true, c.fill = Fill::kRandom;
+    c.noise = PNN_NOISE_NONE, c.activation = PNN_ACTIVATION_IDENTITY;
+    Problem p(c);
+    const int64_t image = c.H * c.W, last = (2 * c.C + 1) * image - 1; /* channel 0's last pixel */
+    p.input.set(5, HUGE_VAL);
+    p.input.set(image, -HUGE_VAL);
+    p.input.set(last + image * 2, std::nan(""));
+    p.input.set(image * 3, HUGE_VAL);
+    p.input.set(last + image * 3, -HUGE_VAL);
+    p.input.seal();
+    ASSERT_EQ(p.forward(), PNN_OK) << p.error.message;
+    EXPECT_EQ(p.mean.value(0), HUGE_VAL);
+    EXPECT_EQ(p.mean.value(1), -HUGE_VAL);
+    EXPECT_TRUE(std::isnan(p.mean.value(2)));
+    EXPECT_TRUE(std::isnan(p.mean.value(3)));
+    for (int64_t k = 0; k < 4; k++) EXPECT_TRUE(std::isnan(p.variance.value(k))) << k;
+    EXPECT_TRUE(std::isfinite(p.mean.value(4)) && std::isfinite(p.variance.value(4)));
+  }
+}
+
 /* float32 and float64 sum in the CPU's order, so any data give the CPU's bits where the activation does. */
 TEST(CudaAndCpu, SameBitsOnAnyData) {
   uint64_t seed = 1000;
