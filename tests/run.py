@@ -475,9 +475,9 @@ def tier_coverage(machine: Machine) -> tuple[Counts, str]:
     """The CUDA kernels' tests on the CPU once more, counting lines: each line of cuda/ must be run (needs GCC's gcov)."""
     tree = ROOT / "build" / "coverage"
     targets = ["cuda_cuda_on_host_test", "cuda_layer_test", "cuda_activation_test", "cuda_results_host", "cuda_list_kernels"]
-    machine.build_tree("coverage", tree, ["-DCMAKE_CXX_COMPILER=g++", "-DCMAKE_C_COMPILER=gcc"], targets)
-    for data in tree.rglob("*.gcda"):
+    for data in tree.rglob("*.gcda"):  # of an earlier run; building lists the tests, which counts too
         data.unlink()
+    machine.build_tree("coverage", tree, ["-DCMAKE_CXX_COMPILER=g++", "-DCMAKE_C_COMPILER=gcc"], targets)
     tests = machine.ctest(tree, "coverage", None, "-L", "^cuda$")
     counts = machine.counting([machine.python, "tests/cuda/coverage.py", "--build", tree])
     return Counts(counts.passed, counts.failed + tests.failed, counts.skipped), "files of cuda/"
