@@ -442,7 +442,7 @@ def tier_slow(machine: Machine) -> tuple[Counts, str]:
 
 
 def tier_operators(machine: Machine) -> tuple[Counts, str]:
-    """All Python tests, on a build of the operators alone, with the CUDA half where it can be: for a further PyTorch."""
+    """All Python tests, on a build of the operators alone (CUDA's too, where it can be): for a further PyTorch."""
     machine.build_operators()
     elsewhere = "not ablation and not cli and not packaging and not runner"
     return machine.pytest("operators", ["-k", elsewhere]), torch_version()
@@ -472,9 +472,15 @@ def tier_cuda(machine: Machine) -> tuple[Counts, str]:
 
 
 def tier_coverage(machine: Machine) -> tuple[Counts, str]:
-    """The CUDA kernels' tests on the CPU once more, counting lines: each line of cuda/ must be run (needs GCC's gcov)."""
+    """The CUDA kernels on the CPU once more, counting lines: each line of cuda/ must be run (needs GCC's gcov)."""
     tree = ROOT / "build" / "coverage"
-    targets = ["cuda_cuda_on_host_test", "cuda_layer_test", "cuda_activation_test", "cuda_results_host", "cuda_list_kernels"]
+    targets = [
+        "cuda_cuda_on_host_test",
+        "cuda_layer_test",
+        "cuda_activation_test",
+        "cuda_results_host",
+        "cuda_list_kernels",
+    ]
     for data in tree.rglob("*.gcda"):  # of an earlier run; building lists the tests, which counts too
         data.unlink()
     machine.build_tree("coverage", tree, ["-DCMAKE_CXX_COMPILER=g++", "-DCMAKE_C_COMPILER=gcc"], targets)

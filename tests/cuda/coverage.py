@@ -70,7 +70,9 @@ def gcov(build: Path) -> list[dict]:
     data = sorted((build / "tests/cuda").glob("CMakeFiles/**/*.gcda"))
     if not data:
         sys.exit(f"coverage.py: no *.gcda below {build}: configure with -DPNN_COVERAGE=ON, build, run `ctest -L cuda`")
-    done = subprocess.run([tool, "--json-format", "--stdout", *map(str, data)], check=True, capture_output=True, text=True)
+    done = subprocess.run(
+        [tool, "--json-format", "--stdout", *map(str, data)], check=True, capture_output=True, text=True
+    )
     return [json.loads(line) for line in done.stdout.splitlines() if line.strip()]
 
 

@@ -8,10 +8,10 @@ For every architecture in the object files, no kernel may use local memory (LDL,
 The tiled kernels may not call functions (CALL; before sm_90 the compiler also writes one that jumps over the next
 instruction, where the threads of a warp meet again: that one is none) nor, unless they compute in double, use double
 precision (DFMA, DADD, DMUL, DSETP, DMNMX, DMMA; a float kernel converts its double `level` once, which is none of
-these); those of 16-bit types must use the tensor cores (HMMA) and ldmatrix (LDSM); all must copy asynchronously
-(LDGSTS), but for the moments', which need no tile. A block of each must fit on every multiprocessor. The kernels of
-finish.cu, of which there is one thread per channel, output or weight, may do all but spill. (nvcc itself refuses spills
-in a build with warnings as errors.)
+these); those of 16-bit types and TF32 must use the tensor cores (HMMA) and ldmatrix (LDSM; not TF32 where neither
+operand has its depth in a row); all must copy asynchronously (LDGSTS), but for the moments', which need no tile. A
+block of each must fit on every multiprocessor. The kernels of finish.cu, of which there is one thread per channel, output or
+weight, may do all but spill. (nvcc itself refuses spills in a build with warnings as errors.)
 
 Registers, shared memory, the blocks that fit on a multiprocessor (by NVIDIA's cuda_occupancy.h, see occupancy.cc) and
 the numbers of instructions are printed as two tables, which must equal tests/cuda/kernels.txt: a change is to be looked
@@ -71,7 +71,13 @@ def short_name(mangled: str) -> str:
     parts = [re.sub(r"^.*\d", "", name[1]) or name[1]]
     arguments = mangled.split("_kernelI", 1)[1] if "_kernelI" in mangled else ""
     if arguments:
-        kinds = {"f": "float", "d": "double", "NS_8bfloat16E": "bfloat16", "NS_7float16E": "float16"}
+        kinds = {
+            "f": "float",
+            "d": "double",
+            "NS_8bfloat16E": "bfloat16",
+            "NS_7float16E": "float16",
+            "NS_4tf32E": "tf32",
+        }
         parts.append(next((kind for code, kind in kinds.items() if arguments.startswith(code)), "?"))
         if "5LargeI" in arguments:
             parts.append("Large")
@@ -195,15 +201,17 @@ def check(
         if "double" not in words and doubles:
             failures.append(f"{where}: {', '.join(doubles)}, double precision")
         needed = set() if words[0] == "moments" else {"LDGSTS"}
-        if words[0] != "moments" and ("bfloat16" in words or "float16" in words):
-            needed |= {"HMMA", "LDSM"}
+        if words[0] != "moments" and words[1] in ("bfloat16", "float16", "tf32"):
+            needed |= {"HMMA"} if words[1] == "tf32" and words[-1] == "rows" else {"HMMA", "LDSM"}
         failures += [f"{where}: no {op}" for op in sorted(needed) if not operations[op]]
         if kernel in shapes and fitting[kernel, architecture] == 0:
             failures.append(f"{where}: a block needs more than a multiprocessor has")
     return failures
 
 
-def occupancy(program: Path, resources: Mapping[Key, Resources], shapes: Mapping[str, tuple[int, int]]) -> dict[Key, int]:
+def occupancy(
+    program: Path, resources: Mapping[Key, Resources], shapes: Mapping[str, tuple[int, int]]
+) -> dict[Key, int]:
     """How many blocks of each tiled kernel fit on a multiprocessor."""
     asked = [key for key in resources if key[0] in shapes]
     lines = []

@@ -7,8 +7,8 @@
 Needs a GPU, PyTorch 2.11 or newer with CUDA, CMake, Ninja and nvcc 13; no network, no test framework. The phases:
 
   build      the operators and the check programs, for this GPU's architecture alone
-  bits       a list of calls against the same kernels run on the CPU in Hopper's arithmetic (results.cc), bit by bit, and
-             100 times over: every run must give the same bits
+  bits       a list of calls against the same kernels run on the CPU in Hopper's arithmetic (results.cc), bit by bit,
+             and 100 times over: every run must give the same bits
   sanitizer  these calls under compute-sanitizer's memcheck, racecheck, initcheck and synccheck
   reference  the operators against float64 on the CPU, with a bound for each element: every type, layout, kind of mask
   device     what else is promised on a GPU: streams, CUDA graphs, batch splits, exact sums, more than 2^31 elements
@@ -16,8 +16,8 @@ Needs a GPU, PyTorch 2.11 or newer with CUDA, CMake, Ninja and nvcc 13; no netwo
              flushed, beside the plain composition, torch.compile, cuDNN's 1x1 and 3x3 convolutions, a copy and cuBLAS,
              with peak memory, and beside what predictions.py says
 
-Each phase has its share of the budget and a process of its own, which is ended when its time is up; what it has found by
-then is kept, a phase that fails or crashes does not stop the next ones, and the JSON is written after each.
+Each phase has its share of the budget and a process of its own, which is ended when its time is up; what it has found
+by then is kept, a phase that fails or crashes does not stop the next ones, and the JSON is written after each.
 
 Exit status: 0 = every phase ran and passed; 1 = a phase failed, crashed or did not finish (a missed speed target is
 told, and is no failure); 2 = no GPU, nothing was checked; 3 = something to build with is missing.
@@ -61,7 +61,7 @@ TARGETS = ("torch_pnn_libraries", "cuda_results_host", "cuda_results_device")
 
 
 def count_gpus() -> int:
-    """The number of GPUs that the CUDA driver shows; 0 without a driver. Asks the driver, since PyTorch takes seconds."""
+    """The number of GPUs that the CUDA driver shows; 0 without a driver. (Asking PyTorch takes seconds.)"""
     try:
         driver = ctypes.CDLL("libcuda.so.1")
     except OSError:
@@ -159,7 +159,16 @@ class Check:
         part = self.out.with_name(f"{self.out.stem}-{phase}.part.json")
         part.unlink(missing_ok=True)
         part.parent.mkdir(parents=True, exist_ok=True)
-        command = [sys.executable, str(WORK), phase, "--out", str(part), "--seconds", f"{seconds * 0.9:.0f}", *arguments]
+        command = [
+            sys.executable,
+            str(WORK),
+            phase,
+            "--out",
+            str(part),
+            "--seconds",
+            f"{seconds * 0.9:.0f}",
+            *arguments,
+        ]
         if self.rehearse:
             command.append("--rehearse")
         status, output = self.run(command, seconds, **self.environment())
@@ -219,7 +228,9 @@ def differences(host: str, device: str) -> list[str]:
         if fields[::2] != others[::2]:
             different.append(f"'{other[:60]}', the host has '{line[:60]}'")
             continue
-        different += [f"call {fields[1]}: {fields[i]}" for i in range(2, len(fields), 2) if fields[i + 1] != others[i + 1]]
+        different += [
+            f"call {fields[1]}: {fields[i]}" for i in range(2, len(fields), 2) if fields[i + 1] != others[i + 1]
+        ]
     return different
 
 

@@ -1,6 +1,6 @@
 """What gpu_check.py found, as text: one line for each phase, and tables that set measured beside predicted.
 
-    python tests/cuda/gpu_report.py runs/gpu-check.json      prints the tables of a run again
+python tests/cuda/gpu_report.py runs/gpu-check.json      prints the tables of a run again
 """
 
 from __future__ import annotations
@@ -73,7 +73,15 @@ def predicted(rows: list[dict[str, Any]], direction: str) -> list[str]:
         share = ratio(ours, guess)
         missed = share is not None and not 1 / MISSED <= share <= MISSED
         bound = str(row.get(f"{direction} bound", "-"))
-        cells = [case_text(row), row["type"], row["layout"], cell(guess, 1), cell(ours, 1), cell(share, 2, missed), bound]
+        cells = [
+            case_text(row),
+            row["type"],
+            row["layout"],
+            cell(guess, 1),
+            cell(ours, 1),
+            cell(share, 2, missed),
+            bound,
+        ]
         body.append(cells)
     return table(["B,C,H,T,M", "type", "layout", "predicted us", "measured us", "ratio", "bound by"], body)
 
@@ -143,7 +151,10 @@ def memory(rows: list[dict[str, Any]]) -> list[str]:
             case_text(row),
             row["type"],
             row["layout"],
-            *(cell(row[key] / 2**20 if row.get(key) is not None else None, 1) for key in ("peak_bytes ours", "peak_bytes plain")),
+            *(
+                cell(row[key] / 2**20 if row.get(key) is not None else None, 1)
+                for key in ("peak_bytes ours", "peak_bytes plain")
+            ),
         ]
         for row in rows
     ]
@@ -166,7 +177,10 @@ def report(results: dict[str, Any]) -> str:
     rows = phases.get("timings", {}).get("rows", [])
     if rows:
         empty = phases["timings"].get("empty_graph_us")
-        lines += [f"A graph of one kernel that does nothing takes {cell(empty, 1)} us, which every time below holds.", ""]
+        lines += [
+            f"A graph of one kernel that does nothing takes {cell(empty, 1)} us, which every time below holds.",
+            "",
+        ]
         lines += ["## Targets", "", *targets(rows), ""]
         for direction in ("forward", "forward+backward"):
             lines += [f"## {direction}: measured beside predicted", "", *predicted(rows, direction), ""]

@@ -19,10 +19,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import predictions
 import torch
 import torch.nn.functional as F
-
-import predictions
 
 LAYOUTS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
 # Unit roundoff of the type itself, and of the sums that its products are added up in (16-bit types: the tensor cores',
@@ -214,7 +213,9 @@ def compare_one(
         if absolute:
             made[1:] = [t.abs() for t in made[1:]]
         leaves = {"input": made[0], "weight": made[1]}
-        arguments = {key: value.to(device) if isinstance(value, torch.Tensor) else value for key, value in source.items()}
+        arguments = {
+            key: value.to(device) if isinstance(value, torch.Tensor) else value for key, value in source.items()
+        }
         if train:
             kind = torch.float64 if wide or dtype == torch.float64 else torch.float32
             arguments["mask"] = leaves["mask"] = arguments["mask"].to(kind)
@@ -275,7 +276,9 @@ def normalised_one(work: Work, dtype: torch.dtype, layout: str, training: bool) 
         "norm_weight": torch.rand(channels * masks, generator=generator) + 0.5,
         "norm_bias": torch.randn(channels * masks, generator=generator),
     }
-    tensors = {name: t.to(dtype if name in ("input", "weight", "bias") else torch.float32) for name, t in tensors.items()}
+    tensors = {
+        name: t.to(dtype if name in ("input", "weight", "bias") else torch.float32) for name, t in tensors.items()
+    }
     g = torch.randn(4, outputs, 9, 16, generator=generator).to(dtype)
 
     def run(function: Any, device: str, wide: bool) -> dict[str, torch.Tensor]:
@@ -298,8 +301,9 @@ def normalised_one(work: Work, dtype: torch.dtype, layout: str, training: bool) 
         found = {"output": y, "running_mean": mean, "running_var": variance, **named}
         return {name: value.detach().cpu().double() for name, value in found.items()}
 
-    got, want = run(torch_pnn.functional.perturb_norm_conv2d, work.device, False), run(
-        reference.perturb_norm_conv2d, "cpu", True
+    got, want = (
+        run(torch_pnn.functional.perturb_norm_conv2d, work.device, False),
+        run(reference.perturb_norm_conv2d, "cpu", True),
     )
     limit = {torch.float32: 1e-5, torch.float64: 1e-12, torch.bfloat16: 3e-2, torch.float16: 5e-3}[dtype]
     return {
@@ -327,7 +331,9 @@ def reference_phase(work: Work) -> None:
             # 128 large tiles, in each pass.
             todo.append((*types, (4, 72, 64, 64, 136, 1), layout, "uniform", relu))
         for activation in ("identity", "leaky_relu", "elu", "selu", "gelu", "silu", "tanh", "sigmoid", "hardtanh"):
-            todo.append((*types, (2, 16, 8, 8, 24, 2), "contiguous", "normal", {"level": LEVEL, "activation": activation}))
+            todo.append(
+                (*types, (2, 16, 8, 8, 24, 2), "contiguous", "normal", {"level": LEVEL, "activation": activation})
+            )
     if work.rehearse:
         todo = todo[:: len(todo) // 40]
     for one in todo:
@@ -364,7 +370,9 @@ def reference_phase(work: Work) -> None:
                     continue
                 cases += 1
                 worst[where] = max(ratios.values())
-                failures += [f"{where}: {what} errs {r:.3g} times its bound" for what, r in ratios.items() if not r <= 1]
+                failures += [
+                    f"{where}: {what} errs {r:.3g} times its bound" for what, r in ratios.items() if not r <= 1
+                ]
     work.found.update(cases=cases, skipped=skipped, worst=worst, failures=failures[:40])
     work.found["passed"] = cases > 0 and skipped == 0 and not failures
     work.write()
@@ -465,7 +473,7 @@ def device_phase(work: Work) -> None:
         for dtype in (torch.float32, torch.bfloat16):
             x, weight = random_layer(dtype, 16)
             want = both(x, weight)
-            replay, results = capture(work, lambda: both(x, weight))
+            replay, results = capture(work, lambda x=x, weight=weight: both(x, weight))  # type: ignore[misc]
             for result in results:
                 result.fill_(-1) if not work.rehearse else None
             replay()
@@ -651,7 +659,7 @@ class Layer:
 
 
 def plain_layer(x: torch.Tensor, weight: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    """The layer as one writes it in PyTorch, the masks stored. x [B, C, H, W], mask [C, M, H, W], weight [T, C*M, 1, 1]."""
+    """The layer in PyTorch, the masks stored. x [B, C, H, W], mask [C, M, H, W], weight [T, C*M, 1, 1]."""
     if mask.shape[1] == 1:
         return F.conv2d(torch.relu(x + (0.1 * mask[:, 0]).to(x.dtype)), weight)
     return F.conv2d(torch.relu(x.unsqueeze(2) + (0.1 * mask).to(x.dtype)).flatten(1, 2), weight)
@@ -790,7 +798,6 @@ def time_others(work: Work, row: dict[str, Any], layer: Layer, timed: Callable[.
         row, "forward+backward cudnn 1x1", layer,
         lambda: torch.autograd.grad(F.conv2d(ready, layer.weight), (ready, layer.weight), layer.g),
     )  # fmt: skip
-    del ready
     if row["layout"] == "contiguous":
         y = torch.empty_like(layer.x.detach())
         timed(row, "copy", layer, lambda: y.copy_(layer.x.detach()))

@@ -1,4 +1,4 @@
-"""The checks of the GPU's machine code and of the kernels' coverage must be able to fail: doctored input, planted bugs."""
+"""The checks of the GPU's machine code and of the kernels' coverage can fail: doctored input, planted bugs."""
 
 from __future__ import annotations
 

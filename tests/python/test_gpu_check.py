@@ -95,9 +95,7 @@ def fake_programs(check: Any, tmp_path: Path, text: str) -> None:
     program.chmod(0o755)
 
 
-def test_bits_fail_where_the_device_differs_or_does_not_repeat(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_bits_fail_where_the_device_differs_or_does_not_repeat(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     check = gpu_check.Check(options(tmp_path))
     check.results["device"] = {"architecture": "90"}
     fake_programs(check, tmp_path, "#!/bin/sh\necho call 0 output aa\n")
@@ -142,7 +140,7 @@ def test_a_phase_that_breaks_leaves_what_it_had_and_the_next_ones_run(
     script = tmp_path / "work.py"
     script.write_text(
         "import sys\nphase, out = sys.argv[1], sys.argv[3]\n"
-        "text = {'probe': '{\"device\": {\"name\": \"x\", \"architecture\": \"90\"}, \"versions\": \"y\"}'}\n"
+        'text = {\'probe\': \'{"device": {"name": "x", "architecture": "90"}, "versions": "y"}\'}\n'
         "open(out, 'w').write(text.get(phase, '{\"passed\": true, \"cases\": 7}'))\n"
         "if phase == 'reference': print('illegal memory access'); sys.exit(1)\n",
         encoding="utf-8",
