@@ -1,6 +1,6 @@
 # Installs libpnn into a folder of its own and builds and runs the programs of this folder and of package-cuda against
-# it, as a stranger would: `cmake --install`, find_package(pnn), pnn::pnn and pnn::pnn_static; find_package(pnn COMPONENTS
-# cuda) gives pnn::cuda where HAVE_CUDA, and else stops with a message that says what to do.
+# it, as a stranger would: `cmake --install`, find_package(pnn), pnn::pnn and pnn::pnn_static. find_package(pnn
+# COMPONENTS cuda) gives pnn::cuda where HAVE_CUDA, and else stops with a message that says what to do.
 
 function(run)
   execute_process(COMMAND ${ARGN} RESULT_VARIABLE status OUTPUT_VARIABLE output ERROR_VARIABLE output)

@@ -82,10 +82,12 @@ def test_status_says_why_it_is_not_loaded() -> None:
         assert state == "loaded"
 
 
+@pytest.mark.slow
 def test_info_shows_that_the_half_is_loaded_or_why_not(tmp_path: Path) -> None:
     assert info(libraries_in(tmp_path)) == (_library.status().cuda if built else "not built")
 
 
+@pytest.mark.slow
 def test_info_repeats_why_the_build_left_the_half_out(tmp_path: Path) -> None:
     folder = libraries_in(tmp_path, without=_library.CUDA_FILE)
     (folder / _library.CUDA_MISSING_FILE).write_text("no nvcc was found\n", encoding="utf-8")
@@ -94,7 +96,7 @@ def test_info_repeats_why_the_build_left_the_half_out(tmp_path: Path) -> None:
     if torch.version.cuda is None:
         assert info(folder) == "not loaded: this PyTorch is not a CUDA build"
     else:
-        assert info(folder).startswith("not loaded: ") and "invalid ELF header" in info(folder)
+        assert info(folder).startswith(f"not loaded: {folder / _library.CUDA_FILE}: ")
 
 
 # ---- what the libraries link ----
