@@ -463,11 +463,15 @@ def tier_cuda(machine: Machine) -> tuple[Counts, str]:
         raise BuildError(
             f"nvcc is here, and cuobjdump or nvdisasm is not: {machine.python} -m pip install -r requirements/cuda.txt"
         )
+    machine.build_dev()  # has the list of kernels, from the same sources run on the CPU
     tree = ROOT / "build" / "cuda"
-    targets = ["pnn", "pnn_static", "pnn_cuda", "cuda_list_kernels", "cuda_occupancy"]
+    targets = ["pnn", "pnn_static", "pnn_cuda", "cuda_occupancy"]
     machine.build_tree("cuda", tree, [f"-DPNN_NVCC={nvcc}"], targets)
+    kernels = machine.build / "tests" / "cuda_list_kernels"
     counts = machine.ctest(tree, "cuda", None, "-L", "^package$")
-    counts += machine.counting([machine.python, "tests/cuda/gates.py", "--build", tree, "--nvcc", nvcc])
+    counts += machine.counting(
+        [machine.python, "tests/cuda/gates.py", "--build", tree, "--nvcc", nvcc, "--kernels", kernels]
+    )
     return counts, "nvcc " + ".".join(map(str, version_of(str(nvcc), r"release (\d+)\.(\d+)")))
 
 

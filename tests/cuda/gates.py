@@ -1,7 +1,7 @@
 """Static gates on the GPU's machine code: what its kernels must contain, must not contain, and what they occupy.
 
     python tests/run.py cuda                   builds for every architecture, then runs this
-    python tests/cuda/gates.py --build build/cuda --nvcc /usr/local/cuda/bin/nvcc
+    python tests/cuda/gates.py --build build/cuda --kernels build/dev/tests/cuda_list_kernels
     python tests/cuda/gates.py ... --write     writes the table anew
 
 For every architecture in the object files, no kernel may use local memory (LDL, STL, a stack frame: spilled registers).
@@ -275,6 +275,7 @@ def main() -> int:
     """Runs the gates; the exit status is 0 if all hold."""
     parser = argparse.ArgumentParser(description="Checks the GPU's machine code.")
     parser.add_argument("--build", type=Path, required=True, help="a build tree with PNN_CUDA and PNN_TESTS")
+    parser.add_argument("--kernels", type=Path, required=True, help="the program cuda_list_kernels of any build tree")
     parser.add_argument("--nvcc", default="nvcc", help="the compiler that it was made with")
     parser.add_argument("--jobs", type=int, default=2, help="how many disassemblers at once")
     parser.add_argument("--write", action="store_true", help="write the tables anew instead of comparing with them")
@@ -282,7 +283,7 @@ def main() -> int:
 
     version = re.search(r"release [\d.]+, V([\d.]+)", run(options.nvcc, "--version"))
     shapes = {}
-    for line in run(str(options.build / "tests/cuda_list_kernels")).splitlines():
+    for line in run(str(options.kernels)).splitlines():
         name, threads, shared = line.split("\t")
         shapes[name] = (int(threads), int(shared))
     code, resources = read_objects(options.build / "cuda", options.jobs)
