@@ -213,14 +213,17 @@ void list_forward(Visit visit) {
   list<float, Large<float>>(visit, "forward float Large");
   list<float, Small>(visit, "forward float Small");
   list<double, Small>(visit, "forward double Small");
+  list<tf32, Large<tf32>>(visit, "forward tf32 Large");
+  list<tf32, Small>(visit, "forward tf32 Small");
   list<bfloat16, Large<bfloat16>>(visit, "forward bfloat16 Large");
   list<bfloat16, Small>(visit, "forward bfloat16 Small");
   list<float16, Large<float16>>(visit, "forward float16 Large");
   list<float16, Small>(visit, "forward float16 Small");
 }
 
-Status run_forward(const Layer &layer, int dtype, Stream stream) {
-  switch (dtype) {
+Status run_forward(const Layer &layer, int product, Stream stream) {
+  switch (product) {
+    case PRODUCT_TF32: return choose<tf32>(layer, stream);
     case PNN_FLOAT32: return choose<float>(layer, stream);
     case PNN_FLOAT64: return launch<double, Small>(layer, stream);
     case PNN_BFLOAT16: return choose<bfloat16>(layer, stream);

@@ -103,7 +103,7 @@ __global__ void __launch_bounds__(S::threads, S::blocks)
 #pragma unroll 1
     for (int64_t k0 = k_aligned; k0 < k_end; k0 += S::rows) {
       __syncthreads();
-      Tile<D, S::rows, S::columns, S::threads, ROWS_FASTEST, G> tile;
+      Tile<D, S::rows, S::columns, S::threads, ROWS_FASTEST, G, false> tile;
       tile.start([](int, int) { return R(0); });
       const auto load = [&](int64_t step) {
         if (step < steps) {
@@ -290,14 +290,17 @@ void list_input_gradient(Visit visit) {
   list<float, Large<float>>(visit, "input_gradient float Large");
   list<float, Small>(visit, "input_gradient float Small");
   list<double, Small>(visit, "input_gradient double Small");
+  list<tf32, Large<tf32>>(visit, "input_gradient tf32 Large");
+  list<tf32, Small>(visit, "input_gradient tf32 Small");
   list<bfloat16, Large<bfloat16>>(visit, "input_gradient bfloat16 Large");
   list<bfloat16, Small>(visit, "input_gradient bfloat16 Small");
   list<float16, Large<float16>>(visit, "input_gradient float16 Large");
   list<float16, Small>(visit, "input_gradient float16 Small");
 }
 
-Status run_input_gradient(const Layer &layer, int dtype, bool masks, Stream stream) {
-  switch (dtype) {
+Status run_input_gradient(const Layer &layer, int product, bool masks, Stream stream) {
+  switch (product) {
+    case PRODUCT_TF32: return choose<tf32>(layer, masks, stream);
     case PNN_FLOAT32: return choose<float>(layer, masks, stream);
     case PNN_FLOAT64: return choose_order<double, Small>(layer, masks, stream);
     case PNN_BFLOAT16: return choose<bfloat16>(layer, masks, stream);

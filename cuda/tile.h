@@ -5,10 +5,11 @@
  *
  *     DEPTH_FASTEST   [row][depth], 64 bytes of depth and 16 of padding to a row
  *     ROWS_FASTEST    [depth][row], all the tile's rows and 16 bytes of padding to a depth
- *
- * With either, eight rows of 16 bytes fall into different banks. 16-bit operands go through ldmatrix (transposed for
- * ROWS_FASTEST) to the tensor cores; a warp holds 16x8 blocks of C. float and double go by fused multiply-adds, in
- * ascending depth for each element of C, so float32 has the CPU's bits wherever the activation has.
+ * (32 with TF32). With either, eight rows of 16 bytes fall into different banks. 16-bit operands go through ldmatrix
+ * (transposed for ROWS_FASTEST) to the tensor cores; a warp holds 16x8 blocks of C. TF32 operands do so from
+ * DEPTH_FASTEST, where a row of an 8x8 matrix is four numbers, and go one by one from ROWS_FASTEST, since ldmatrix
+ * transposes 16-bit numbers only. float and double go by fused multiply-adds, in ascending depth for each element of C,
+ * so float32 has the CPU's bits wherever the activation has.
  */
 #ifndef PNN_CUDA_TILE_H
 #define PNN_CUDA_TILE_H
@@ -23,12 +24,18 @@ template <class D>
 struct Depth {
   static constexpr int value = 64 / static_cast<int>(sizeof(D));  /* of one step of the pipeline */
   static constexpr int vector = 16 / static_cast<int>(sizeof(D)); /* elements in 16 bytes */
+  static constexpr int padding = 16;                              /* bytes behind a depth of ROWS_FASTEST */
+};
+template <>
+struct Depth<tf32> {
+  static constexpr int value = 16, vector = 4;
+  static constexpr int padding = 32; /* four depths of eight numbers meet all 32 banks once */
 };
 
 /* Bytes from one row (or one depth) to the next, and of the whole tile. */
 template <class D>
 PNN_HOST_DEVICE constexpr int pitch_of(Fastest fastest, int rows) {
-  return fastest == DEPTH_FASTEST ? 80 : rows * static_cast<int>(sizeof(D)) + 16;
+  return fastest == DEPTH_FASTEST ? 80 : rows * static_cast<int>(sizeof(D)) + Depth<D>::padding;
 }
 template <class D>
 PNN_HOST_DEVICE constexpr int bytes_of(Fastest fastest, int rows) {
@@ -40,8 +47,9 @@ PNN_DEVICE double real_at(const words4 &v, int i, double) {
   return double_of(static_cast<uint64_t>(v.w[2 * i + 1]) << 32 | v.w[2 * i]);
 }
 
-/* float and double: each thread holds ROWS/R x COLUMNS/8 elements of C. */
-template <class D, int ROWS, int COLUMNS, int THREADS, Fastest A, Fastest B>
+/* float and double: each thread holds ROWS/R x COLUMNS/8 elements of C. B_MADE: operand B was written by store_run, so
+ * it is rounded to TF32 already; it means nothing to other types. */
+template <class D, int ROWS, int COLUMNS, int THREADS, Fastest A, Fastest B, bool B_MADE = true>
 struct Tile {
   using R = D;
   static constexpr int V = Depth<D>::vector;
@@ -114,7 +122,7 @@ struct Tile {
   }
 };
 
-/* 16-bit types on the tensor cores: two rows of warps. */
+/* On the tensor cores: two rows of warps. The product below is that of 16-bit types. */
 template <class D, int ROWS, int COLUMNS, int THREADS, Fastest A, Fastest B>
 struct TensorTile {
   using R = float;
@@ -177,10 +185,58 @@ struct TensorTile {
   }
 };
 
-template <int ROWS, int COLUMNS, int THREADS, Fastest A, Fastest B>
-struct Tile<bfloat16, ROWS, COLUMNS, THREADS, A, B> : TensorTile<bfloat16, ROWS, COLUMNS, THREADS, A, B> {};
-template <int ROWS, int COLUMNS, int THREADS, Fastest A, Fastest B>
-struct Tile<float16, ROWS, COLUMNS, THREADS, A, B> : TensorTile<float16, ROWS, COLUMNS, THREADS, A, B> {};
+template <int ROWS, int COLUMNS, int THREADS, Fastest A, Fastest B, bool B_MADE>
+struct Tile<bfloat16, ROWS, COLUMNS, THREADS, A, B, B_MADE> : TensorTile<bfloat16, ROWS, COLUMNS, THREADS, A, B> {};
+template <int ROWS, int COLUMNS, int THREADS, Fastest A, Fastest B, bool B_MADE>
+struct Tile<float16, ROWS, COLUMNS, THREADS, A, B, B_MADE> : TensorTile<float16, ROWS, COLUMNS, THREADS, A, B> {};
+
+/* TF32: an operand that came as it is stored is rounded here, from shared memory to the tensor cores. */
+template <int ROWS, int COLUMNS, int THREADS, Fastest A, Fastest B, bool B_MADE>
+struct Tile<tf32, ROWS, COLUMNS, THREADS, A, B, B_MADE> : TensorTile<tf32, ROWS, COLUMNS, THREADS, A, B> {
+  using Base = TensorTile<tf32, ROWS, COLUMNS, THREADS, A, B>;
+  using Base::c;
+
+  /* Four 8x4 blocks at (row, depth), in the orders of TensorTile::load: lane i gets of each the element at row i / 4,
+   * depth i % 4. */
+  template <Fastest F, int ROWS_OF, bool ROW_FIRST, bool ROUND>
+  static PNN_DEVICE void load(const char *tile, int row, int depth, uint32_t r[4]) {
+    constexpr int pitch = pitch_of<tf32>(F, ROWS_OF);
+    const int lane = Base::lane();
+    if constexpr (F == DEPTH_FASTEST) {
+      const int matrix = lane / 8, i = lane % 8;
+      row += (ROW_FIRST ? matrix % 2 : matrix / 2) * 8;
+      depth += (ROW_FIRST ? matrix / 2 : matrix % 2) * 4;
+      load_matrices(r, tile + (row + i) * pitch + depth * 4);
+    } else {
+#pragma unroll
+      for (int block = 0; block < 4; block++) {
+        const int at_row = row + (ROW_FIRST ? block % 2 : block / 2) * 8 + lane / 4;
+        const int at_depth = depth + (ROW_FIRST ? block / 2 : block % 2) * 4 + lane % 4;
+        r[block] = bits_of(load_shared(reinterpret_cast<const float *>(tile + at_depth * pitch + at_row * 4)));
+      }
+    }
+    if constexpr (ROUND) {
+#pragma unroll
+      for (int block = 0; block < 4; block++) r[block] = to_tf32(float_of(r[block]));
+    }
+  }
+
+  PNN_DEVICE void add_product(const char *a, const char *b) {
+#pragma unroll
+    for (int depth = 0; depth < Depth<tf32>::value; depth += 8) {
+      uint32_t x[Base::M][4], y[Base::N / 2][4];
+#pragma unroll
+      for (int i = 0; i < Base::M; i++) load<A, ROWS, true, true>(a, Base::first_row() + i * 16, depth, x[i]);
+#pragma unroll
+      for (int j = 0; j < Base::N / 2; j++)
+        load<B, COLUMNS, false, !B_MADE>(b, Base::first_column() + j * 16, depth, y[j]);
+#pragma unroll
+      for (int i = 0; i < Base::M; i++)
+#pragma unroll
+        for (int j = 0; j < Base::N; j++) multiply_tf32(c[i][j], x[i], &y[j / 2][j % 2 * 2]);
+    }
+  }
+};
 
 /* ---- operands into shared memory ---- */
 
@@ -272,6 +328,12 @@ PNN_DEVICE void store_run(float *to, const float v[8]) {
     for (int i = 0; i < 4; i++) w.w[i] = bits_of(v[h * 4 + i]);
     store_shared(reinterpret_cast<words4 *>(to) + h, w);
   }
+}
+PNN_DEVICE void store_run(tf32 *to, const float v[8]) {
+  float rounded[8];
+#pragma unroll
+  for (int i = 0; i < 8; i++) rounded[i] = float_of(to_tf32(v[i]));
+  store_run(&to->value, rounded);
 }
 PNN_DEVICE void store_run(double *to, const double v[8]) {
 #pragma unroll

@@ -215,14 +215,17 @@ void list_weight_gradient(Visit visit) {
   list<float, Large<float>>(visit, "weight_gradient float Large");
   list<float, Small>(visit, "weight_gradient float Small");
   list<double, Small>(visit, "weight_gradient double Small");
+  list<tf32, Large<tf32>>(visit, "weight_gradient tf32 Large");
+  list<tf32, Small>(visit, "weight_gradient tf32 Small");
   list<bfloat16, Large<bfloat16>>(visit, "weight_gradient bfloat16 Large");
   list<bfloat16, Small>(visit, "weight_gradient bfloat16 Small");
   list<float16, Large<float16>>(visit, "weight_gradient float16 Large");
   list<float16, Small>(visit, "weight_gradient float16 Small");
 }
 
-Status run_weight_gradient(const Layer &layer, int dtype, Stream stream) {
-  switch (dtype) {
+Status run_weight_gradient(const Layer &layer, int product, Stream stream) {
+  switch (product) {
+    case PRODUCT_TF32: return choose<tf32>(layer, stream);
     case PNN_FLOAT32: return choose<float>(layer, stream);
     case PNN_FLOAT64: return choose_order<double, Small>(layer, stream);
     case PNN_BFLOAT16: return choose<bfloat16>(layer, stream);

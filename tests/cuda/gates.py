@@ -6,8 +6,9 @@
 For every architecture in the object files, no kernel may use local memory (LDL, STL: spilled registers). The tiled
 kernels may not call functions (CALL; before sm_90 the compiler also writes one that jumps over the next instruction,
 where the threads of a warp meet again: that one is none) nor, unless they compute in double, use double precision
-(DFMA, DADD, DMUL, DSETP); those of 16-bit types must use the tensor cores (HMMA) and ldmatrix (LDSM); all must copy
-asynchronously (LDGSTS), but for the moments', which need no tile. A block of each must fit on every multiprocessor. The
+(DFMA, DADD, DMUL, DSETP); those of 16-bit types and TF32 must use the tensor cores (HMMA) and ldmatrix (LDSM; not TF32
+where neither operand has its depth in a row); all must copy asynchronously (LDGSTS), but for the moments', which need
+no tile. A block of each must fit on every multiprocessor. The
 kernels of finish.cu, of which there is one thread per channel, output or weight, may do all but spill. (nvcc itself
 refuses spills in a build with warnings as errors.)
 
@@ -63,7 +64,7 @@ def short_name(mangled: str) -> str:
     parts = [re.sub(r"^.*\d", "", name[1]) or name[1]]
     arguments = mangled.split("_kernelI", 1)[1] if "_kernelI" in mangled else ""
     if arguments:
-        kinds = {"f": "float", "d": "double", "NS_8bfloat16E": "bfloat16", "NS_7float16E": "float16"}
+        kinds = {"f": "float", "d": "double", "NS_8bfloat16E": "bfloat16", "NS_7float16E": "float16", "NS_4tf32E": "tf32"}
         parts.append(next(kind for code, kind in kinds.items() if arguments.startswith(code)))
         if "5LargeI" in arguments:
             parts.append("Large")
@@ -140,8 +141,8 @@ def check(found: dict[tuple[str, int], set[str]]) -> list[str]:
         if "double" not in words and (doubles := sorted(op for op in operations if DOUBLE.match(op))):
             failures.append(f"{where}: {', '.join(doubles)}, double precision")
         needed = {"LDGSTS"} if words[0] != "moments" else set()
-        if words[0] != "moments" and ("bfloat16" in words or "float16" in words):
-            needed |= {"HMMA", "LDSM"}
+        if words[0] != "moments" and words[1] in ("bfloat16", "float16", "tf32"):
+            needed |= {"HMMA", "LDSM"} if words[1] != "tf32" or words[-1] != "rows" else {"HMMA"}
         failures += [f"{where}: no {operation}" for operation in sorted(needed - operations)]
     return failures
 
