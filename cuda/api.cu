@@ -53,6 +53,7 @@ Layer layer_of(const pnn_problem &p) {
   l.by_pixels = divider_make(p.pixels);
   l.by_width = divider_make(p.out_width);
   l.by_masks = divider_make(p.masks);
+  l.masks_reciprocal = p.masks <= 32 ? 65536 / static_cast<uint32_t>(p.masks) + 1 : 0;
   l.input = view_of(p.input);
   l.mask = view_of(p.mask);
   l.output = view_of(p.output);
@@ -61,6 +62,8 @@ Layer layer_of(const pnn_problem &p) {
   l.grad_mask = view_of(p.grad_mask);
   l.input_staging = staging_of(p, p.input, p.channels, p.group_channels);
   if (p.grad_output.data) l.grad_output_staging = staging_of(p, p.grad_output, p.outputs, p.group_outputs);
+  if (p.output.data) l.output_staging = staging_of(p, p.output, p.outputs, p.group_outputs);
+  if (p.grad_input.data) l.grad_input_staging = staging_of(p, p.grad_input, p.channels, p.group_channels);
   l.input_float = p.input.dtype == PNN_FLOAT32 && p.product_type != PNN_FLOAT32;
   l.output_channels_fastest = p.outputs > 1 && p.output.channel == 1 && p.output.column != 1;
   l.input_channels_fastest = p.channels > 1 && p.grad_input.channel == 1 && p.grad_input.column != 1;
@@ -68,6 +71,7 @@ Layer layer_of(const pnn_problem &p) {
   l.activation = p.activation;
   l.shared = p.shared;
   l.level = p.level;
+  l.level_float = static_cast<float>(p.level);
   l.seed = p.noise == PNN_NOISE_NONE || p.noise == PNN_NOISE_TENSOR ? nullptr : params.seed;
   l.splits = 1;
   l.split_columns = l.columns;

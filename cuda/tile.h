@@ -65,13 +65,15 @@ struct Tile {
   static PNN_DEVICE int lane_m() { return static_cast<int>(threadIdx.x) / LANES_N; }
   static PNN_DEVICE int lane_n() { return static_cast<int>(threadIdx.x) % LANES_N; }
 
-  /* f(row, column) -> the element's first value. */
+  /* f(row) -> the first value of the row's elements. */
   template <class F>
   PNN_DEVICE void start(F f) {
 #pragma unroll
-    for (int i = 0; i < M; i++)
+    for (int i = 0; i < M; i++) {
+      const R first = f(index<A, LANES_M>(i, lane_m()));
 #pragma unroll
-      for (int j = 0; j < N; j++) c[i][j] = f(index<A, LANES_M>(i, lane_m()), index<B, LANES_N>(j, lane_n()));
+      for (int j = 0; j < N; j++) c[i][j] = first;
+    }
   }
   /* f(row, column, value) */
   template <class F>
@@ -139,11 +141,11 @@ struct TensorTile {
   template <class F>
   PNN_DEVICE void start(F f) {
 #pragma unroll
-    for (int i = 0; i < M; i++)
+    for (int i = 0; i < M; i++) {
+      const R low = f(row(i, 0)), high = f(row(i, 2));
 #pragma unroll
-      for (int j = 0; j < N; j++)
-#pragma unroll
-        for (int e = 0; e < 4; e++) c[i][j][e] = f(row(i, e), column(j, e));
+      for (int j = 0; j < N; j++) c[i][j][0] = c[i][j][1] = low, c[i][j][2] = c[i][j][3] = high;
+    }
   }
   template <class F>
   PNN_DEVICE void each(F f) {
@@ -244,52 +246,72 @@ PNN_DEVICE int clamp_bytes(int64_t elements, int size) {
   return elements <= 0 ? 0 : elements * size >= 16 ? 16 : static_cast<int>(elements) * size;
 }
 
-/* The weight's rows [t0, t0 + rows) and columns [k0, k0 + columns) of a group as [row][column], asynchronously, zero
- * beyond the group's; `columns` is a multiple of 16 bytes. */
-template <class D, int THREADS>
-PNN_DEVICE void stage_weight(const Layer &layer, int64_t group, int64_t t0, int rows, int64_t k0, int columns, char *to,
-                             int pitch) {
-  constexpr int V = Depth<D>::vector, SIZE = static_cast<int>(sizeof(D));
-  const int chunks = columns / V;
-  for (int i = static_cast<int>(threadIdx.x); i < rows * chunks; i += THREADS) {
-    const int r = i / chunks, ch = i % chunks;
-    const int64_t t = t0 + r, k = k0 + ch * V;
-    const int valid = t < layer.group_outputs ? clamp_bytes(layer.group_maps - k, SIZE) : 0;
-    const int64_t at = valid ? (group * layer.group_outputs + t) * layer.weight_step + k : 0;
-    copy_async16(to + r * pitch + ch * 16, layer.weight + at * SIZE, valid);
+/* The weight's rows [t0, t0 + ROWS) and columns [k0, k0 + COLUMNS) of a group as [row][column], asynchronously, zero
+ * beyond the group's. A thread keeps its place in the row and goes down the rows. */
+template <class D, int ROWS, int COLUMNS, int THREADS>
+PNN_DEVICE void stage_weight(const Layer &layer, int64_t group, int64_t t0, int64_t k0, char *to, int pitch) {
+  constexpr int SIZE = static_cast<int>(sizeof(D)), CHUNKS = COLUMNS * SIZE / 16, STEP = THREADS / CHUNKS;
+  static_assert(THREADS % CHUNKS == 0 && ROWS % STEP == 0, "whole rows");
+  const int first = static_cast<int>(threadIdx.x) / CHUNKS, ch = static_cast<int>(threadIdx.x) % CHUNKS;
+  const int64_t k = k0 + ch * (16 / SIZE);
+  const int bytes = clamp_bytes(layer.group_maps - k, SIZE);
+  const int64_t rows = layer.group_outputs - t0;
+  const char *from = layer.weight + ((group * layer.group_outputs + t0 + first) * layer.weight_step + k) * SIZE;
+  to += first * pitch + ch * 16;
+#pragma unroll
+  for (int r = 0; r < ROWS; r += STEP) {
+    const int valid = first + r < rows ? bytes : 0;
+    copy_async16(to + r * pitch, valid ? from : layer.weight, valid);
+    from += STEP * layer.weight_step * SIZE;
   }
 }
 
-/* Channels [c0, c0 + count) below `end` of columns [0, columns) of a view into shared memory: [channel][column] with
- * STAGE_PIXELS (and STAGE_ELEMENTS, at once and not asynchronously), [column][channel] with STAGE_CHANNELS, where c0
- * and count are multiples of 16 bytes. offset(j) is column j's place in the view, or -1 where it is beyond the last. */
-template <int SIZE, int COLUMNS, int THREADS, class Offset>
+/* Channels [c0, c0 + count) below `end` of columns [0, COLUMNS) of a view into shared memory, count <= CHANNELS:
+ * [channel][column] with STAGE_PIXELS (and STAGE_ELEMENTS, at once and not asynchronously), [column][channel] with
+ * STAGE_CHANNELS, where c0 is a multiple of 16 bytes. offset(j, &at) tells whether column j is there, and its place in
+ * the view. */
+template <int SIZE, int CHANNELS, int COLUMNS, int THREADS, class Offset>
 PNN_DEVICE void stage_view(const View &v, int staging, int64_t c0, int count, int64_t end, int64_t group_first,
                            char *to, int pitch, Offset offset) {
   constexpr int V = 16 / SIZE;
   const int thread = static_cast<int>(threadIdx.x);
+  int64_t at;
   if (staging == STAGE_PIXELS) {
-    constexpr int CHUNKS = COLUMNS / V;
-    for (int i = thread; i < count * CHUNKS; i += THREADS) {
-      const int r = i / CHUNKS, j = i % CHUNKS * V;
-      int64_t at;
-      const bool here = offset(j, &at) && c0 + r < end;
-      const char *from = here ? v.data + (at + (group_first + c0 + r) * v.channel) * SIZE : v.data;
-      copy_async16(to + r * pitch + j * SIZE, from, here ? 16 : 0);
+    /* A thread keeps its pixels and goes through the channels. */
+    constexpr int CHUNKS = COLUMNS / V, STEP = THREADS / CHUNKS;
+    static_assert(THREADS % CHUNKS == 0, "whole channels");
+    const int first = thread / CHUNKS, j = thread % CHUNKS * V;
+    const bool here = offset(j, &at);
+    const int channels = static_cast<int>(end - c0 < count ? end - c0 : count);
+    const char *from = v.data + (at + (group_first + c0 + first) * v.channel) * SIZE;
+    to += first * pitch + j * SIZE;
+#pragma unroll
+    for (int r = first; r < first + CHANNELS; r += STEP) {
+      if (r < count) {
+        const bool valid = here && r < channels;
+        copy_async16(to, valid ? from : v.data, valid ? 16 : 0);
+      }
+      to += STEP * pitch;
+      from += STEP * v.channel * SIZE;
     }
   } else if (staging == STAGE_CHANNELS) {
-    const int chunks = count / V;
-    for (int i = thread; i < COLUMNS * chunks; i += THREADS) {
-      const int j = i / chunks, r = i % chunks * V;
-      int64_t at;
-      const int valid = offset(j, &at) ? clamp_bytes(end - c0 - r, SIZE) : 0;
-      const char *from = valid ? v.data + (at + (group_first + c0 + r)) * SIZE : v.data;
-      copy_async16(to + j * pitch + r * SIZE, from, valid);
+    /* A thread keeps its channels and goes through the pixels. */
+    constexpr int CHUNKS = CHANNELS / V, STEP = THREADS / CHUNKS;
+    static_assert(THREADS % CHUNKS == 0 && COLUMNS % STEP == 0, "whole pixels");
+    const int first = thread / CHUNKS, r = thread % CHUNKS * V;
+    if (r >= count) return;
+    const int bytes = clamp_bytes(end - c0 - r, SIZE);
+    const char *const from = v.data + (group_first + c0 + r) * SIZE;
+    to += first * pitch + r * SIZE;
+#pragma unroll
+    for (int j = 0; j < COLUMNS; j += STEP) {
+      const int valid = offset(first + j, &at) ? bytes : 0;
+      copy_async16(to + j * pitch, valid ? from + at * SIZE : v.data, valid);
     }
   } else {
+#pragma unroll 1
     for (int i = thread; i < count * COLUMNS; i += THREADS) {
       const int r = i / COLUMNS, j = i % COLUMNS;
-      int64_t at;
       const bool here = offset(j, &at) && c0 + r < end;
       const int64_t element = here ? at + (group_first + c0 + r) * v.channel : 0;
       if constexpr (SIZE == 2)
@@ -347,6 +369,26 @@ PNN_DEVICE void store_run(double *to, const double v[8]) {
     }
     store_shared(reinterpret_cast<words4 *>(to) + h, w);
   }
+}
+
+/* 16 bytes of reals from shared memory, rounded to D, to 16-byte aligned device memory. */
+template <class D, class R>
+PNN_DEVICE void store_vector(D *to, const R *sums) {
+  constexpr int V = Depth<D>::vector, W = 16 / static_cast<int>(sizeof(R));
+  words4 out;
+  if constexpr (V == W) { /* float, double: as they are */
+    out = load_shared(reinterpret_cast<const words4 *>(sums));
+  } else {
+    const words4 a = load_shared(reinterpret_cast<const words4 *>(sums));
+    const words4 b = load_shared(reinterpret_cast<const words4 *>(sums) + 1);
+#pragma unroll
+    for (int i = 0; i < 4; i++) {
+      const words4 &from = i < 2 ? a : b;
+      out.w[i] = static_cast<uint32_t>(round_to(D{}, float_of(from.w[i % 2 * 2 + 1])).bits) << 16 |
+                 round_to(D{}, float_of(from.w[i % 2 * 2])).bits;
+    }
+  }
+  *reinterpret_cast<words4 *>(to) = out;
 }
 
 }  // namespace pnn_cuda
