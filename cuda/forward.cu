@@ -90,11 +90,16 @@ __global__ void __launch_bounds__(S::threads, S::blocks)
   const auto first_channel = [&](const Map &map) {
     return staging == STAGE_CHANNELS ? map.c & -static_cast<int64_t>(V) : map.c;
   };
-  Map loaded = {0, 0}, transformed = {0, 0}; /* the first maps of the next step of each kind */
+  /* Of the next step of each kind: its first map, its place in the ring. */
+  Map loaded = {0, 0}, transformed = {0, 0};
+  Slot<STAGES> load_slot, transform_slot, product_slot;
+  WeightTiles<D, S::rows, DEPTH, S::threads> weight(layer, group, t0, 0);
   const auto load = [&](int64_t step) {
     if (step < steps) {
-      char *const to = pipeline + step % STAGES * stage_bytes;
-      stage_weight<D, S::rows, DEPTH, S::threads>(layer, group, t0, step * DEPTH, to, pitch_of<D>(DEPTH_FASTEST, 0));
+      char *const to = pipeline + load_slot.at * stage_bytes;
+      load_slot.next();
+      weight.stage(layer, to, pitch_of<D>(DEPTH_FASTEST, 0));
+      weight.next_columns();
       const int64_t c0 = first_channel(loaded);
       map_advance(layer, &loaded, DEPTH);
       if (staging != STAGE_ELEMENTS) {
@@ -121,8 +126,9 @@ __global__ void __launch_bounds__(S::threads, S::blocks)
   static_assert(S::columns * (DEPTH / RUN / RUNS) <= S::threads, "one item for a thread");
   const int j = thread % S::columns, first_run = thread / S::columns * (RUN * RUNS);
   const auto transform = [&](int64_t step) {
-    const char *const raw = pipeline + step % STAGES * stage_bytes + H::weight_bytes;
-    D *const to = reinterpret_cast<D *>(operands + step % 2 * H::operand_bytes + j * pitch_of<D>(DEPTH_FASTEST, 0));
+    const char *const raw = pipeline + transform_slot.at * stage_bytes + H::weight_bytes;
+    transform_slot.next();
+    D *const to = reinterpret_cast<D *>(operands + (step & 1) * H::operand_bytes + j * pitch_of<D>(DEPTH_FASTEST, 0));
     const int64_t c0 = first_channel(transformed);
     Map map = transformed;
     map_advance(layer, &transformed, DEPTH);
@@ -165,7 +171,10 @@ __global__ void __launch_bounds__(S::threads, S::blocks)
     }
     load(step + STAGES - 1);
     if (step >= -1 && step + 1 < steps) transform(step + 1);
-    if (step >= 0) tile.add_product(pipeline + step % STAGES * stage_bytes, operands + step % 2 * H::operand_bytes);
+    if (step >= 0) {
+      tile.add_product(pipeline + product_slot.at * stage_bytes, operands + (step & 1) * H::operand_bytes);
+      product_slot.next();
+    }
   }
   copy_wait<0>();
   __syncthreads();

@@ -106,11 +106,14 @@ __global__ void __launch_bounds__(S::threads, S::blocks)
       __syncthreads();
       Tile<D, S::rows, S::columns, S::threads, ROWS_FASTEST, G, false> tile;
       tile.start([](int) { return R(0); });
+      Slot<STAGES> load_slot, product_slot;
+      WeightTiles<D, DEPTH, S::rows, S::threads> weight(layer, group, 0, k0);
       const auto load = [&](int64_t step) {
         if (step < steps) {
-          char *const to = pipeline + step % STAGES * H::stage_bytes;
-          stage_weight<D, DEPTH, S::rows, S::threads>(layer, group, step * DEPTH, k0, to,
-                                                      pitch_of<D>(ROWS_FASTEST, S::rows));
+          char *const to = pipeline + load_slot.at * H::stage_bytes;
+          load_slot.next();
+          weight.stage(layer, to, pitch_of<D>(ROWS_FASTEST, S::rows));
+          weight.next_rows(layer);
           const auto place = [&](int j, int64_t *at) {
             *at = j < columns ? table[j].grad_output : 0;
             return j < columns;
@@ -131,8 +134,10 @@ __global__ void __launch_bounds__(S::threads, S::blocks)
           __syncthreads();
         }
         load(step + STAGES - 1);
-        const char *const from = pipeline + step % STAGES * H::stage_bytes;
-        if (step >= 0) tile.add_product(from, from + H::weight_bytes);
+        if (step < 0) continue;
+        const char *const from = pipeline + product_slot.at * H::stage_bytes;
+        tile.add_product(from, from + H::weight_bytes);
+        product_slot.next();
       }
       copy_wait<0>();
       __syncthreads();

@@ -246,25 +246,50 @@ PNN_DEVICE int clamp_bytes(int64_t elements, int size) {
   return elements <= 0 ? 0 : elements * size >= 16 ? 16 : static_cast<int>(elements) * size;
 }
 
-/* The weight's rows [t0, t0 + ROWS) and columns [k0, k0 + COLUMNS) of a group as [row][column], asynchronously, zero
- * beyond the group's. A thread keeps its place in the row and goes down the rows. */
+/* Tiles of the weight, [row][column], asynchronously, zero beyond the group's. A thread keeps its place in the row and
+ * goes down the rows; where it reads from moves on from tile to tile, so that nothing is multiplied on the way. */
 template <class D, int ROWS, int COLUMNS, int THREADS>
-PNN_DEVICE void stage_weight(const Layer &layer, int64_t group, int64_t t0, int64_t k0, char *to, int pitch) {
-  constexpr int SIZE = static_cast<int>(sizeof(D)), CHUNKS = COLUMNS * SIZE / 16, STEP = THREADS / CHUNKS;
+struct WeightTiles {
+  static constexpr int SIZE = static_cast<int>(sizeof(D)), CHUNKS = COLUMNS * SIZE / 16, STEP = THREADS / CHUNKS;
   static_assert(THREADS % CHUNKS == 0 && ROWS % STEP == 0, "whole rows");
-  const int first = static_cast<int>(threadIdx.x) / CHUNKS, ch = static_cast<int>(threadIdx.x) % CHUNKS;
-  const int64_t k = k0 + ch * (16 / SIZE);
-  const int bytes = clamp_bytes(layer.group_maps - k, SIZE);
-  const int64_t rows = layer.group_outputs - t0;
-  const char *from = layer.weight + ((group * layer.group_outputs + t0 + first) * layer.weight_step + k) * SIZE;
-  to += first * pitch + ch * 16;
-#pragma unroll
-  for (int r = 0; r < ROWS; r += STEP) {
-    const int valid = first + r < rows ? bytes : 0;
-    copy_async16(to + r * pitch, valid ? from : layer.weight, valid);
-    from += STEP * layer.weight_step * SIZE;
+  const char *from;
+  int64_t rows, columns; /* left from this thread's own */
+
+  /* The first tile's rows start at t0 of the group, its columns at k0. */
+  PNN_DEVICE WeightTiles(const Layer &layer, int64_t group, int64_t t0, int64_t k0) {
+    const int first = static_cast<int>(threadIdx.x) / CHUNKS;
+    const int64_t k = k0 + static_cast<int>(threadIdx.x) % CHUNKS * (16 / SIZE);
+    from = layer.weight + ((group * layer.group_outputs + t0 + first) * layer.weight_step + k) * SIZE;
+    rows = layer.group_outputs - t0 - first;
+    columns = layer.group_maps - k;
   }
-}
+  PNN_DEVICE void stage(const Layer &layer, char *to, int pitch) const {
+    const int bytes = clamp_bytes(columns, SIZE);
+    const int64_t step = STEP * layer.weight_step * SIZE;
+    const char *at = from;
+    to += static_cast<int>(threadIdx.x) / CHUNKS * pitch + static_cast<int>(threadIdx.x) % CHUNKS * 16;
+#pragma unroll
+    for (int r = 0; r < ROWS; r += STEP, at += step) {
+      const int valid = r < rows ? bytes : 0;
+      copy_async16(to + r * pitch, valid ? at : layer.weight, valid);
+    }
+  }
+  PNN_DEVICE void next_columns() {
+    from += COLUMNS * SIZE;
+    columns -= COLUMNS;
+  }
+  PNN_DEVICE void next_rows(const Layer &layer) {
+    from += ROWS * layer.weight_step * SIZE;
+    rows -= ROWS;
+  }
+};
+
+/* The place of a step in a ring of STAGES. */
+template <int STAGES>
+struct Slot {
+  int at = 0;
+  PNN_DEVICE void next() { at = at + 1 == STAGES ? 0 : at + 1; }
+};
 
 /* Channels [c0, c0 + count) below `end` of columns [0, COLUMNS) of a view into shared memory, count <= CHANNELS:
  * [channel][column] with STAGE_PIXELS (and STAGE_ELEMENTS, at once and not asynchronously), [column][channel] with

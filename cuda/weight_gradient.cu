@@ -88,21 +88,25 @@ __global__ void __launch_bounds__(S::threads, S::blocks)
   }
   const int pitch = (staging == STAGE_PIXELS ? DEPTH : static_cast<int>(S::columns)) * input_size + 16;
 
+  Slot<STAGES> look_up_slot, load_slot, transform_slot, product_slot;
   const auto pixels_of = [&](int64_t step) {
     const int64_t left = q_end - q_begin - step * DEPTH;
     return left < DEPTH ? static_cast<int>(left) : DEPTH;
   };
   /* Where a step's pixels stand: made once, one step before the step is loaded. */
   const auto look_up = [&](int64_t step) {
+    const int slot = look_up_slot.at;
+    look_up_slot.next();
     if (step >= steps || thread >= pixels_of(step)) return;
     const Place p = place_make(layer, q_begin + step * DEPTH + thread);
-    tables[step % STAGES * DEPTH + thread] = {place_in(layer.input, p), place_in(layer.grad_output, p),
+    tables[slot * DEPTH + thread] = {place_in(layer.input, p), place_in(layer.grad_output, p),
                                               pixel_make(layer, p)};
   };
   const auto load = [&](int64_t step) {
     if (step < steps) {
-      char *const to = pipeline + step % STAGES * stage_bytes;
-      const Column *const table = tables + step % STAGES * DEPTH;
+      char *const to = pipeline + load_slot.at * stage_bytes;
+      const Column *const table = tables + load_slot.at * DEPTH;
+      load_slot.next();
       const int pixels = pixels_of(step);
       const int order = G == ROWS_FASTEST                           ? STAGE_CHANNELS
                         : layer.grad_output_staging == STAGE_PIXELS ? STAGE_PIXELS
@@ -134,11 +138,12 @@ __global__ void __launch_bounds__(S::threads, S::blocks)
   const int j = thread % DEPTH, first_run = thread / DEPTH * (RUN * RUNS);
   const Map map_of_thread = map_make(layer, k0 + first_run);
   const auto transform = [&](int64_t step) {
+    const char *const raw = pipeline + transform_slot.at * stage_bytes + H::gradient_bytes;
+    const Column &column = tables[transform_slot.at * DEPTH + j];
+    transform_slot.next();
     if (first_run >= S::columns) return;
-    const char *const raw = pipeline + step % STAGES * stage_bytes + H::gradient_bytes;
     D *const to =
-        reinterpret_cast<D *>(operands + step % 2 * H::operand_bytes + j * pitch_of<D>(ROWS_FASTEST, S::columns));
-    const Column &column = tables[step % STAGES * DEPTH + j];
+        reinterpret_cast<D *>(operands + (step & 1) * H::operand_bytes + j * pitch_of<D>(ROWS_FASTEST, S::columns));
     const int pixels = pixels_of(step);
     Map map = map_of_thread;
     Generated last = nothing_generated();
@@ -185,8 +190,9 @@ __global__ void __launch_bounds__(S::threads, S::blocks)
     look_up(step + STAGES);
     if (products && step >= -1 && step + 1 < steps) transform(step + 1);
     if (step < 0) continue;
-    const char *const gradient = pipeline + step % STAGES * stage_bytes;
-    if (products) tile.add_product(gradient, operands + step % 2 * H::operand_bytes);
+    const char *const gradient = pipeline + product_slot.at * stage_bytes;
+    product_slot.next();
+    if (products) tile.add_product(gradient, operands + (step & 1) * H::operand_bytes);
     if (totals && thread < S::rows) {
 #pragma unroll
       for (int j = 0; j < DEPTH; j++) {
