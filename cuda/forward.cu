@@ -125,6 +125,9 @@ __global__ void __launch_bounds__(S::threads, S::blocks)
   constexpr int RUNS = DEPTH / RUN >= 4 ? 2 : 1;
   static_assert(S::columns * (DEPTH / RUN / RUNS) <= S::threads, "one item for a thread");
   const int j = thread % S::columns, first_run = thread / S::columns * (RUN * RUNS);
+  constexpr int SIZE = static_cast<int>(sizeof(D)), PITCH = S::columns * SIZE + 16;
+  const bool plain = staging != STAGE_ELEMENTS && plain_layer<D>(layer);
+  const R zeros[RUN] = {};
   const auto transform = [&](int64_t step) {
     const char *const raw = pipeline + transform_slot.at * stage_bytes + H::weight_bytes;
     transform_slot.next();
@@ -134,6 +137,20 @@ __global__ void __launch_bounds__(S::threads, S::blocks)
     map_advance(layer, &transformed, DEPTH);
     if (first_run >= DEPTH) return;
     map_advance(layer, &map, first_run);
+    if constexpr (sizeof(D) < 8) {
+      if (plain) {
+        if (j >= columns || step * DEPTH + first_run >= layer.group_maps) {
+#pragma unroll
+          for (int run = 0; run < RUN * RUNS; run += RUN) store_run(to + first_run + run, zeros);
+          return;
+        }
+        const bool pixels = staging == STAGE_PIXELS;
+        const int first = static_cast<int>(map.c - c0) * (pixels ? PITCH : SIZE) + j * (pixels ? SIZE : DEPTH * SIZE + 16);
+        plain_response<D, RUN * RUNS, PITCH>(layer, seed, map_first + step * DEPTH + first_run, table[j].pixel.row,
+                                             table[j].pixel.column, raw + first, pixels, to + first_run);
+        return;
+      }
+    }
     Generated last = nothing_generated();
 #pragma unroll 1
     for (int run = first_run; run < first_run + RUN * RUNS; run += RUN) {

@@ -131,6 +131,12 @@ PNN_DEVICE float widen(float16 x) {
 PNN_DEVICE words4 load_shared(const words4 *p) { return *p; }
 PNN_DEVICE float load_shared(const float *p) { return *p; }
 PNN_DEVICE void store_shared(words4 *p, words4 v) { *p = v; }
+/* 16 bytes in one instruction; the compiler may take a plain assignment apart. */
+PNN_DEVICE void store_global(words4 *p, words4 v) {
+  asm volatile("st.global.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(__cvta_generic_to_global(p)), "r"(v.w[0]), "r"(v.w[1]),
+               "r"(v.w[2]), "r"(v.w[3])
+               : "memory");
+}
 PNN_DEVICE void note_load(const void *, int) {}
 PNN_DEVICE void note_store(void *, int) {}
 
@@ -273,6 +279,10 @@ inline float load_shared(const float *p) {
 inline void store_shared(words4 *p, words4 v) {
   check_shared_alignment(p, 16);
   cuda_on_host::count_access(cuda_on_host::STORE, p, 16);
+  *p = v;
+}
+inline void store_global(words4 *p, words4 v) {
+  if (reinterpret_cast<uintptr_t>(p) % 16) cuda_on_host::fail("a misaligned store to device memory");
   *p = v;
 }
 inline void note_load(const void *p, int bytes) { cuda_on_host::count_access(cuda_on_host::LOAD, p, bytes); }

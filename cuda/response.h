@@ -10,6 +10,7 @@
 
 #include "activation.h"
 #include "layer.h"
+#include "tile.h"
 
 namespace pnn_cuda {
 
@@ -317,6 +318,59 @@ PNN_DEVICE void respond(const Layer &layer, int64_t k, int count, R u[RUN]) {
 #pragma unroll
   for (int e = 0; e < RUN; e++)
     if (e >= count) u[e] = 0;
+}
+
+/* Most layers have the 256-value lattice from a seed, relu, and maps in whole sixteens: their operands are made without a
+ * branch, a bound or a register that moves, which halves the instructions. The bits are those of the way above. */
+template <class D>
+PNN_DEVICE bool plain_layer(const Layer &layer) {
+  const bool masks_fit = layer.masks % 16 == 0 || layer.masks == 1 || layer.masks == 2 || layer.masks == 4 ||
+                         layer.masks == 8;
+  return sizeof(D) < 8 && layer.noise == PNN_NOISE_UNIFORM && !layer.shared && layer.group_maps % 16 == 0 &&
+         layer.activation == PNN_ACTIVATION_RELU && !layer.mean && !layer.input_float && masks_fit;
+}
+
+/* MAPS maps from k on, of one pixel, to shared memory as D; x is their channels' place in shared memory, whose steps are
+ * PITCH bytes where pixels are contiguous (`pixels`), else one element. */
+template <class D, int MAPS, int PITCH>
+PNN_DEVICE void plain_response(const Layer &layer, uint64_t seed, int64_t k, uint32_t row, uint32_t column,
+                               const char *x, bool pixels, D *to) {
+  uint32_t words[4] = {column, row, static_cast<uint32_t>(k / 16), 0};
+  philox(words, seed);
+  if (MAPS == 8 && k % 16 != 0) words[0] = words[2], words[1] = words[3];
+  constexpr int SIZE = static_cast<int>(sizeof(D)), V = 16 / SIZE;
+  float v[MAPS];
+  if (layer.masks == 1 && pixels) {
+#pragma unroll
+    for (int e = 0; e < MAPS; e++) {
+      v[e] = static_cast<float>(widen(*reinterpret_cast<const D *>(x + e * PITCH)));
+      note_load(x + e * PITCH, SIZE);
+    }
+  } else if (layer.masks == 1) {
+#pragma unroll
+    for (int i = 0; i < MAPS; i += V) {
+      const words4 vector = load_shared(reinterpret_cast<const words4 *>(x) + i / V);
+#pragma unroll
+      for (int e = 0; e < V; e++) v[i + e] = static_cast<float>(widen(element_in(D{}, vector, e)));
+    }
+  } else {
+    /* Maps to a channel: a power of two, or so many that all are of one channel. */
+    const int shift = layer.masks % 16 == 0 ? 4 : layer.masks == 8 ? 3 : layer.masks == 4 ? 2 : 1;
+    const int step = pixels ? PITCH : SIZE;
+#pragma unroll
+    for (int e = 0; e < MAPS; e++) {
+      const char *at = x + (e >> shift) * step;
+      v[e] = static_cast<float>(widen(*reinterpret_cast<const D *>(at)));
+      note_load(at, SIZE);
+    }
+  }
+#pragma unroll
+  for (int e = 0; e < MAPS; e++) {
+    const float u = v[e] + layer.level_float * lattice(words[e / 4] >> (e % 4 * 8) & 0xff);
+    v[e] = u < 0 ? 0.0f : u;
+  }
+#pragma unroll
+  for (int i = 0; i < MAPS; i += RUN) store_run(to + i, v + i);
 }
 
 PNN_DEVICE uint64_t seed_read(const Layer &layer) { return layer.seed ? static_cast<uint64_t>(*layer.seed) : 0; }

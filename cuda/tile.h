@@ -413,7 +413,7 @@ PNN_DEVICE void store_vector(D *to, const R *sums) {
                  round_to(D{}, float_of(from.w[i % 2 * 2])).bits;
     }
   }
-  *reinterpret_cast<words4 *>(to) = out;
+  store_global(reinterpret_cast<words4 *>(to), out);
 }
 
 }  // namespace pnn_cuda

@@ -137,6 +137,9 @@ __global__ void __launch_bounds__(S::threads, S::blocks)
   static_assert(DEPTH * (S::columns / RUN / RUNS) <= S::threads, "one item for a thread");
   const int j = thread % DEPTH, first_run = thread / DEPTH * (RUN * RUNS);
   const Map map_of_thread = map_make(layer, k0 + first_run);
+  constexpr int SIZE = static_cast<int>(sizeof(D)), PITCH = DEPTH * SIZE + 16;
+  const bool plain = staging != STAGE_ELEMENTS && plain_layer<D>(layer);
+  const R zeros[RUN] = {};
   const auto transform = [&](int64_t step) {
     const char *const raw = pipeline + transform_slot.at * stage_bytes + H::gradient_bytes;
     const Column &column = tables[transform_slot.at * DEPTH + j];
@@ -145,6 +148,21 @@ __global__ void __launch_bounds__(S::threads, S::blocks)
     D *const to =
         reinterpret_cast<D *>(operands + (step & 1) * H::operand_bytes + j * pitch_of<D>(ROWS_FASTEST, S::columns));
     const int pixels = pixels_of(step);
+    if constexpr (sizeof(D) < 8) {
+      if (plain) {
+        if (j >= pixels || first_run >= maps) {
+#pragma unroll
+          for (int run = 0; run < RUN * RUNS; run += RUN) store_run(to + first_run + run, zeros);
+          return;
+        }
+        const bool in_pixels = staging == STAGE_PIXELS;
+        const int first = static_cast<int>(map_of_thread.c - c0) * (in_pixels ? PITCH : SIZE) +
+                          j * (in_pixels ? SIZE : S::columns * SIZE + 16);
+        plain_response<D, RUN * RUNS, PITCH>(layer, seed, map_first + k0 + first_run, column.pixel.row,
+                                             column.pixel.column, raw + first, in_pixels, to + first_run);
+        return;
+      }
+    }
     Map map = map_of_thread;
     Generated last = nothing_generated();
 #pragma unroll 1
