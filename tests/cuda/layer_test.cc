@@ -105,6 +105,21 @@ TEST_P(CudaTypes, AlignedLayouts) {
       }
 }
 
+TEST_P(CudaTypes, PlainLayers) {
+  /* Whole sixteens of maps, a seed's lattice, relu: the way without branches; and what just misses it. */
+  uint64_t seed = 150;
+  for (LayoutKind kind : {LayoutKind::kContiguous, LayoutKind::kChannelsLast})
+    for (int64_t M : {1, 2, 3, 4, 8, 16, 48}) {
+      Case c = base();
+      c.placement = Placement::kHeap;
+      set_layouts(c, kind);
+      c.B = 2, c.C = M > 8 ? 8 : 48, c.T = 40, c.H = 5, c.W = 8, c.M = M, c.level = M % 2 ? 0.5 : -1, c.seed = seed++;
+      check(c);
+      c.groups = 2, c.T = 16, c.C = 16, c.seed = seed++;
+      check(c);
+    }
+}
+
 TEST_P(CudaTypes, EveryLayout) {
   uint64_t seed = 200;
   for (LayoutKind kind : input_layouts()) {
@@ -211,12 +226,14 @@ TEST(CudaLarge, LargeTiles) {
       set_type(c, type);
       c.placement = Placement::kHeap;
       set_layouts(c, kind);
-      c.B = 1, c.C = 8, c.T = 72, c.H = 1, c.W = 127 * 128 + 8, c.seed = seed++, c.gradients = 0;
+      /* Whole sixteens of maps or not: two ways to make the operand. */
+      const int64_t more = (seed + seed / 2) % 2 ? 8 : 0;
+      c.B = 1, c.C = 8 + more, c.T = 72, c.H = 1, c.W = 127 * 128 + 8, c.seed = seed++, c.gradients = 0;
       check(c);
       /* The input's gradient, and the weight's, whose choice is by outputs and maps alone. */
       c.C = 72, c.T = 8, c.gradients = kGradInput;
       check(c);
-      c.T = 72, c.W = 136, c.gradients = kGradWeight | kGradBias;
+      c.C += more, c.T = 72, c.W = 136, c.gradients = kGradWeight | kGradBias;
       check(c);
     }
 }
