@@ -145,7 +145,8 @@ __global__ void __launch_bounds__(S::threads, S::blocks)
           return;
         }
         const bool pixels = staging == STAGE_PIXELS;
-        const int first = static_cast<int>(map.c - c0) * (pixels ? PITCH : SIZE) + j * (pixels ? SIZE : DEPTH * SIZE + 16);
+        const int first =
+            static_cast<int>(map.c - c0) * (pixels ? PITCH : SIZE) + j * (pixels ? SIZE : DEPTH * SIZE + 16);
         plain_response<D, RUN * RUNS, PITCH>(layer, seed, map_first + step * DEPTH + first_run, table[j].pixel.row,
                                              table[j].pixel.column, raw + first, pixels, to + first_run);
         return;
@@ -164,8 +165,8 @@ __global__ void __launch_bounds__(S::threads, S::blocks)
           perturbed<D>(layer, seed, x, map_first + k, {channel_first + map.c, map.m}, count, column.pixel, &last, u);
         } else {
           const int step_bytes = staging == STAGE_PIXELS ? pitch : input_size;
-          const int first = static_cast<int>(map.c - c0) * step_bytes +
-                            j * (staging == STAGE_PIXELS ? input_size : pitch);
+          const int first =
+              static_cast<int>(map.c - c0) * step_bytes + j * (staging == STAGE_PIXELS ? input_size : pitch);
           const Source<int> x = {raw + first, step_bytes};
           perturbed<D>(layer, seed, x, map_first + k, {channel_first + map.c, map.m}, count, column.pixel, &last, u);
         }

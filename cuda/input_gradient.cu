@@ -122,8 +122,8 @@ __global__ void __launch_bounds__(S::threads, S::blocks)
                               : layer.grad_output_staging == STAGE_PIXELS ? STAGE_PIXELS
                                                                           : STAGE_ELEMENTS;
           stage_view<sizeof(D), DEPTH, S::columns, S::threads>(layer.grad_output, staging, step * DEPTH, DEPTH,
-                                                               layer.group_outputs, output_first,
-                                                               to + H::weight_bytes, pitch_of<D>(G, S::columns), place);
+                                                               layer.group_outputs, output_first, to + H::weight_bytes,
+                                                               pitch_of<D>(G, S::columns), place);
         }
         copy_commit();
       };
@@ -144,7 +144,8 @@ __global__ void __launch_bounds__(S::threads, S::blocks)
       tile.each([&](int row, int column, R value) { sums[row * H::pitch + column] = value; });
       __syncthreads();
 
-      /* From da to d, eight maps of a pixel at a time; a thread keeps its pixel and goes through its share of the maps. */
+      /* From da to d, eight maps of a pixel at a time; a thread keeps its pixel and goes through its share of the maps.
+       */
       constexpr int SHARE = S::rows / (S::threads / S::columns);
       const int j = thread % S::columns, first_run = thread / S::columns * SHARE;
       Map map = map_make(layer, map_first + k0 + first_run);

@@ -2,8 +2,8 @@
  * response.h - response maps in registers: masks from their tensor or their seed, perturbation, activation, centring.
  *
  * A thread makes eight neighbouring maps of one pixel at a time. The 256-value lattice takes one Philox call for
- * sixteen maps (csrc/kernels/philox.h, the same generator): threads that go through two runs of eight keep its words for
- * the second. Runs that start at no multiple of eight are made map by map.
+ * sixteen maps (csrc/kernels/philox.h, the same generator): threads that go through two runs of eight keep its words
+ * for the second. Runs that start at no multiple of eight are made map by map.
  */
 #ifndef PNN_CUDA_RESPONSE_H
 #define PNN_CUDA_RESPONSE_H
@@ -320,18 +320,18 @@ PNN_DEVICE void respond(const Layer &layer, int64_t k, int count, R u[RUN]) {
     if (e >= count) u[e] = 0;
 }
 
-/* Most layers have the 256-value lattice from a seed, relu, and maps in whole sixteens: their operands are made without a
- * branch, a bound or a register that moves, which halves the instructions. The bits are those of the way above. */
+/* Most layers have the 256-value lattice from a seed, relu, and maps in whole sixteens: their operands are made without
+ * a branch, a bound or a register that moves, which halves the instructions. The bits are those of the way above. */
 template <class D>
 PNN_DEVICE bool plain_layer(const Layer &layer) {
-  const bool masks_fit = layer.masks % 16 == 0 || layer.masks == 1 || layer.masks == 2 || layer.masks == 4 ||
-                         layer.masks == 8;
+  const bool masks_fit =
+      layer.masks % 16 == 0 || layer.masks == 1 || layer.masks == 2 || layer.masks == 4 || layer.masks == 8;
   return sizeof(D) < 8 && layer.noise == PNN_NOISE_UNIFORM && !layer.shared && layer.group_maps % 16 == 0 &&
          layer.activation == PNN_ACTIVATION_RELU && !layer.mean && !layer.input_float && masks_fit;
 }
 
-/* MAPS maps from k on, of one pixel, to shared memory as D; x is their channels' place in shared memory, whose steps are
- * PITCH bytes where pixels are contiguous (`pixels`), else one element. */
+/* MAPS maps from k on, of one pixel, to shared memory as D; x is their channels' place in shared memory, whose steps
+ * are PITCH bytes where pixels are contiguous (`pixels`), else one element. */
 template <class D, int MAPS, int PITCH>
 PNN_DEVICE void plain_response(const Layer &layer, uint64_t seed, int64_t k, uint32_t row, uint32_t column,
                                const char *x, bool pixels, D *to) {

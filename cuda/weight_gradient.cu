@@ -99,8 +99,7 @@ __global__ void __launch_bounds__(S::threads, S::blocks)
     look_up_slot.next();
     if (step >= steps || thread >= pixels_of(step)) return;
     const Place p = place_make(layer, q_begin + step * DEPTH + thread);
-    tables[slot * DEPTH + thread] = {place_in(layer.input, p), place_in(layer.grad_output, p),
-                                              pixel_make(layer, p)};
+    tables[slot * DEPTH + thread] = {place_in(layer.input, p), place_in(layer.grad_output, p), pixel_make(layer, p)};
   };
   const auto load = [&](int64_t step) {
     if (step < steps) {

@@ -1,13 +1,13 @@
 """Settings of the devices' arithmetic, for the whole process, as `torch.backends` has PyTorch's own.
 
-``backends.cuda.allow_tf32`` lets float32 layers on a CUDA device multiply on the tensor cores, with the operands of their
-products rounded to TF32 (11 significant bits); sums, moments, masks, activations and results stay float32. It is False
-until it is set here, in C++ (``torch_pnn::allow_tf32``) or by ``TORCH_PNN_ALLOW_TF32=1`` in the environment: float32 then
-has float32's accuracy, and on the GPU the CPU's bits. On the CPU, and for other types, it changes nothing.
+``backends.cuda.allow_tf32`` lets float32 layers on a CUDA device multiply on the tensor cores, with the operands of
+their products rounded to TF32 (11 significant bits); sums, moments, masks, activations and results stay float32. It is
+False until it is set here, in C++ (``torch_pnn::allow_tf32``) or by ``TORCH_PNN_ALLOW_TF32=1`` in the environment:
+float32 then has float32's accuracy, and on the GPU the CPU's bits. On the CPU, and for other types, it changes nothing.
 
-It is read when a layer runs, so it also holds for compiled, exported and scripted models; set it outside of functions that
-are compiled. PyTorch's settings are not followed: the operators cannot read them, and PyTorch allows TF32 in convolutions
-by default. To have the layer do as PyTorch's matrix products do, say so once:
+It is read when a layer runs, so it also holds for compiled, exported and scripted models; set it outside of functions
+that are compiled. PyTorch's settings are not followed: the operators cannot read them, and PyTorch allows TF32 in
+convolutions by default. To have the layer do as PyTorch's matrix products do, say so once:
 
     torch_pnn.backends.cuda.allow_tf32 = torch.backends.cuda.matmul.allow_tf32
 

@@ -148,11 +148,12 @@ struct Case {
       << "," << stride_w << " " << name_of(noise) << (shared ? " shared" : "") << " level " << level << " "
       << name_of(activation) << (bias ? "" : " no bias");
     if (norm) s << (training ? " norm training" : " norm eval") << (affine ? "" : " plain") << " eps " << eps;
-    s << (exact ? " exact" : "") << (tf32 ? " tf32" : "") << " fill " << name_of(fill) << " gradients " << gradients << " layouts x "
-      << name_of(input_layout) << " V " << name_of(weight_layout) << " N " << name_of(mask_layout) << " vectors "
-      << name_of(vector_layout) << " y " << name_of(output_layout) << " g " << name_of(grad_output_layout) << " dx "
-      << name_of(grad_input_layout) << " dV " << name_of(grad_weight_layout) << " dN " << name_of(grad_mask_layout)
-      << " placement " << static_cast<int>(placement) << " poison " << static_cast<int>(poison) << " seed " << seed;
+    s << (exact ? " exact" : "") << (tf32 ? " tf32" : "") << " fill " << name_of(fill) << " gradients " << gradients
+      << " layouts x " << name_of(input_layout) << " V " << name_of(weight_layout) << " N " << name_of(mask_layout)
+      << " vectors " << name_of(vector_layout) << " y " << name_of(output_layout) << " g "
+      << name_of(grad_output_layout) << " dx " << name_of(grad_input_layout) << " dV " << name_of(grad_weight_layout)
+      << " dN " << name_of(grad_mask_layout) << " placement " << static_cast<int>(placement) << " poison "
+      << static_cast<int>(poison) << " seed " << seed;
     return s.str();
   }
 };

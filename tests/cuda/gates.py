@@ -64,7 +64,13 @@ def short_name(mangled: str) -> str:
     parts = [re.sub(r"^.*\d", "", name[1]) or name[1]]
     arguments = mangled.split("_kernelI", 1)[1] if "_kernelI" in mangled else ""
     if arguments:
-        kinds = {"f": "float", "d": "double", "NS_8bfloat16E": "bfloat16", "NS_7float16E": "float16", "NS_4tf32E": "tf32"}
+        kinds = {
+            "f": "float",
+            "d": "double",
+            "NS_8bfloat16E": "bfloat16",
+            "NS_7float16E": "float16",
+            "NS_4tf32E": "tf32",
+        }
         parts.append(next(kind for code, kind in kinds.items() if arguments.startswith(code)))
         if "5LargeI" in arguments:
             parts.append("Large")

@@ -349,12 +349,12 @@ TEST_P(CudaTypes, BoundedErrors) {
                       (64 * u + 8 * slack) * (out.variance.value[s] + out.mean.magnitude[s] * out.mean.magnitude[s]));
           }
         expect_close(p.output, out.output, terms + 8, slack + products, c, "output", &worst);
-        expect_close(p.grad_input, out.grad_input, static_cast<double>(c.T) + 8 + more,
-                     2 * slack + more * u + again, c, "grad_input", &worst);
+        expect_close(p.grad_input, out.grad_input, static_cast<double>(c.T) + 8 + more, 2 * slack + more * u + again, c,
+                     "grad_input", &worst);
         expect_close(p.grad_weight, out.grad_weight, n + 8, slack + more * u + products, c, "grad_weight", &worst);
         expect_close(p.grad_bias, out.grad_bias, n, 0, c, "grad_bias", &worst);
-        expect_close(p.grad_mask, out.grad_mask, static_cast<double>(c.T) + 8 + more,
-                     2 * slack + more * u + again, c, "grad_mask", &worst);
+        expect_close(p.grad_mask, out.grad_mask, static_cast<double>(c.T) + 8 + more, 2 * slack + more * u + again, c,
+                     "grad_mask", &worst);
       }
   std::printf("worst error beyond the last rounding: %.3g u sum|terms|\n", worst);
   host::options = {};

@@ -163,8 +163,9 @@ def tiles(rows: int, columns: int, *, enough: int = 128) -> Tiles:
 
 
 def step_wavefronts(dtype: str, tile: Tiles) -> float:
-    """Wavefronts of shared memory that one block's step of 64 bytes of depth takes: both operands written by cp.async
-    or by threads, and read by each warp (tensor cores: a row of warps reads what another does; FFMA: eight by eight)."""
+    """Wavefronts of shared memory that one block's step of 64 bytes of depth takes: both operands written, by cp.async
+    or by threads, and read by each warp (tensor cores: each row and column of warps for itself; FFMA: eight by eight).
+    """
     rows, columns = tile.rows, tile.columns
     written = (rows + columns) * 64 / 128 * 2
     if dtype == "float32":
@@ -189,9 +190,7 @@ def kernels(case: Case, dtype: str, direction: str, layout: str = "contiguous", 
         first = kernels(case, dtype, "weight_gradient", layout, norm=norm)
         return first + kernels(case, dtype, "input_gradient", layout, norm=norm)
     if direction == "forward+backward":
-        return kernels(case, dtype, "forward", layout, norm=norm) + kernels(
-            case, dtype, "backward", layout, norm=norm
-        )
+        return kernels(case, dtype, "forward", layout, norm=norm) + kernels(case, dtype, "backward", layout, norm=norm)
     batch, channels, height, outputs, masks = case
     size, maps, columns = SIZE[dtype], channels * masks, batch * height * height
     x, y, weight = channels * columns * size, outputs * columns * size, outputs * maps * size
@@ -268,9 +267,7 @@ def kernels(case: Case, dtype: str, direction: str, layout: str = "contiguous", 
     return [*(small if norm else []), main]
 
 
-def predict(
-    case: Case, dtype: str, direction: str, layout: str = "contiguous", *, norm: bool = False
-) -> Prediction:
+def predict(case: Case, dtype: str, direction: str, layout: str = "contiguous", *, norm: bool = False) -> Prediction:
     """A pass's prediction.
 
     Args:

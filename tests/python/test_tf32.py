@@ -49,8 +49,8 @@ def test_is_off_until_asked_for() -> None:
 
 def test_is_kept_without_the_compiled_operators_too(tmp_path: Path) -> None:
     code = (
-        "import torch_pnn; c = torch_pnn.backends.cuda; first = c.allow_tf32; c.allow_tf32 = False; second = c.allow_tf32;"
-        "c.allow_tf32 = True; print(first, second, c.allow_tf32)"
+        "import torch_pnn; c = torch_pnn.backends.cuda; first = c.allow_tf32; c.allow_tf32 = False;"
+        "second = c.allow_tf32; c.allow_tf32 = True; print(first, second, c.allow_tf32)"
     )
     environment = {**os.environ, "TORCH_PNN_LIBRARY_DIR": str(tmp_path), "TORCH_PNN_ALLOW_TF32": "1"}
     environment.pop("TORCH_PNN_REQUIRE_OPS", None)
