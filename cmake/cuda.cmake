@@ -134,5 +134,6 @@ if(PNN_TORCH)
     ${PROJECT_SOURCE_DIR}/csrc/torch/params.cpp ${PROJECT_SOURCE_DIR}/csrc/torch/cuda/backend_cuda.cpp)
   target_compile_definitions(torch_pnn_cuda PRIVATE TORCH_PNN_CUDA TORCH_TARGET_VERSION=0x020b000000000000)
   target_include_directories(torch_pnn_cuda PRIVATE ${PROJECT_SOURCE_DIR}/csrc/torch)
-  target_link_libraries(torch_pnn_cuda PRIVATE pnn_cuda ${PNN_TORCH_ROOT}/lib/libtorch_cuda.so)
+  # torch_pnn_ops, loaded before, defines the schemas and keeps the settings.
+  target_link_libraries(torch_pnn_cuda PRIVATE pnn_cuda torch_pnn_ops ${PNN_TORCH_ROOT}/lib/libtorch_cuda.so)
 endif()

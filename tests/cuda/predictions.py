@@ -11,7 +11,7 @@ say where they come from. Nothing here needs a GPU, PyTorch or CUDA.
 Example:
     >>> p = predict((32, 64, 56, 64, 1), "bfloat16", "forward")
     >>> p.bytes, p.flops, p.bound
-    (25698304, 822083584, 'memory')
+    (25698304, 822083584, 'instructions')
 """
 
 from __future__ import annotations
@@ -86,11 +86,22 @@ LIBRARY_REACHED = {"float32": 0.90, "tf32": 0.75, "bfloat16": 0.75, "float16": 0
 SIZE = {"float32": 4, "tf32": 4, "bfloat16": 2, "float16": 2}
 INSTRUCTIONS_A_SECOND = MULTIPROCESSORS * 4 * CLOCK * 0.9 * 32  # of single threads
 WAVEFRONTS_A_SECOND = MULTIPROCESSORS * CLOCK
-# A thread's instructions for one map of one pixel: to make an operand and to put it into shared memory; the same
-# element by element, where no runs of 16 bytes can be had; and for what leaves: an output, an input gradient's map.
-OPERAND = {"float32": 16, "tf32": 16, "bfloat16": 12, "float16": 12}
-BY_ELEMENTS = 8
-OUTPUT, INPUT_GRADIENT, MOMENTS = 6, 24, 20
+# A thread's instructions, counted along the shortest way through the machine code for sm_90 that does the work, for the
+# 256-value lattice from a seed, relu and contiguous tensors:
+# one step of depth, loads and products, without the operand (FFMA not counted);
+STEP = {"float32": (264, 248), "tf32": (288, 236), "bfloat16": (233, 214), "float16": (233, 214)}  # (large, small tile)
+# what a thread makes of the operand in one step: sixteen maps of a pixel in 16-bit types, eight in float32;
+OPERAND = {"float32": 240, "tf32": 264, "bfloat16": 312, "float16": 312}
+OPERAND_MANY_MASKS = {"float32": 264, "tf32": 288, "bfloat16": 358, "float16": 358}
+OPERAND_NORMALISED = {"float32": 300, "tf32": 320, "bfloat16": 516, "float16": 516}
+# and element by element, where no runs of 16 bytes can be had: estimated, not counted;
+OPERAND_BY_ELEMENTS = {"float32": 380, "tf32": 400, "bfloat16": 680, "float16": 680}
+# before and behind the steps: places, bias, sums into shared memory, stores;
+TILE = (680, 490)
+# the input gradient's step, what it does for a map of a pixel once the product is there, and for each number it stores;
+INPUT_STEP, INPUT_TILE, INPUT_MAP, INPUT_STORE = (176, 160), (443, 350), 30, 11
+# the moments' pass over one map of one pixel.
+MOMENTS = 44
 
 
 @dataclass
@@ -134,6 +145,14 @@ class Tiles:
     def blocks(self) -> int:
         return self.row_tiles * self.column_tiles
 
+    @property
+    def small(self) -> bool:
+        return self.rows == 64
+
+    @property
+    def threads(self) -> int:
+        return 128 if self.small else 256
+
 
 def tiles(rows: int, columns: int, *, enough: int = 128) -> Tiles:
     """Large tiles where they still make `enough` blocks."""
@@ -144,14 +163,14 @@ def tiles(rows: int, columns: int, *, enough: int = 128) -> Tiles:
 
 
 def step_wavefronts(dtype: str, tile: Tiles) -> float:
-    """Wavefronts of shared memory that one block's step of 64 bytes of depth takes: both operands written by cp.async
-    or by threads, and read by each warp (tensor cores: a row of warps reads what another does; FFMA: eight by eight)."""
+    """Wavefronts of shared memory that one block's step of 64 bytes of depth takes: both operands written, by cp.async
+    or by threads, and read by each warp (tensor cores: each row and column of warps for itself; FFMA: eight by eight).
+    """
     rows, columns = tile.rows, tile.columns
     written = (rows + columns) * 64 / 128 * 2
     if dtype == "float32":
-        threads = 256 if rows == 128 else 128
-        per_thread = (rows * columns / threads / 8 + 8) * 4  # loads of 16 bytes
-        return written + threads * per_thread / 8 / 2
+        per_thread = (rows * columns / tile.threads / 8 + 8) * 4  # loads of 16 bytes; half the lanes share theirs
+        return written + tile.threads * per_thread / 8 / 2
     warps_n = 4 if rows == 128 else 2
     read = (rows * warps_n + columns * 2) * 64 / 128
     return written + read
@@ -171,13 +190,20 @@ def kernels(case: Case, dtype: str, direction: str, layout: str = "contiguous", 
         first = kernels(case, dtype, "weight_gradient", layout, norm=norm)
         return first + kernels(case, dtype, "input_gradient", layout, norm=norm)
     if direction == "forward+backward":
-        return kernels(case, dtype, "forward", layout, norm=norm) + kernels(
-            case, dtype, "backward", layout, norm=norm
-        )
+        return kernels(case, dtype, "forward", layout, norm=norm) + kernels(case, dtype, "backward", layout, norm=norm)
     batch, channels, height, outputs, masks = case
     size, maps, columns = SIZE[dtype], channels * masks, batch * height * height
     x, y, weight = channels * columns * size, outputs * columns * size, outputs * maps * size
-    make = OPERAND[dtype] + (BY_ELEMENTS if by_elements(case, dtype, layout) else 0)
+    elements = by_elements(case, dtype, layout)
+    make = (
+        OPERAND_BY_ELEMENTS
+        if elements
+        else OPERAND_NORMALISED
+        if norm
+        else OPERAND
+        if masks == 1
+        else OPERAND_MANY_MASKS
+    )[dtype]
     depth = 64 // size
     flops = 2.0 * maps * columns * outputs
     small = [Kernel(2 * weight, 2 * weight)]  # one of those that handle channels, outputs or weights
@@ -188,14 +214,13 @@ def kernels(case: Case, dtype: str, direction: str, layout: str = "contiguous", 
             x + y + weight,
             x * shape.row_tiles + y + weight * shape.column_tiles,
             flops,
-            maps * columns * shape.row_tiles * make + outputs * columns * OUTPUT,
+            shape.threads * (shape.blocks * TILE[shape.small] + steps * (STEP[dtype][shape.small] + make)),
             steps * step_wavefronts(dtype, shape) + outputs * columns * 4 * 2 / 128,
             shape.blocks,
         )
         if not norm:
             return [main]
         # Two passes over x for every eight maps, the second from the cache; then mean, scale, start, weight.
-        readers = math.ceil(8 / masks)
         moments = Kernel(
             x,
             2 * x * max(1, masks / 8),
@@ -204,7 +229,6 @@ def kernels(case: Case, dtype: str, direction: str, layout: str = "contiguous", 
             0,
             math.ceil(maps / 8) * math.ceil(columns / 2048),
         )
-        del readers
         return [moments, *small * 4, main]
     if direction == "weight_gradient":
         large = outputs > 64 and maps > 64
@@ -221,7 +245,7 @@ def kernels(case: Case, dtype: str, direction: str, layout: str = "contiguous", 
             x + y + parts,
             x * row_tiles + y * column_tiles + parts,
             flops,
-            maps * columns * row_tiles * make,
+            shape.threads * (shape.blocks * splits * TILE[shape.small] + steps * (STEP[dtype][shape.small] + make)),
             steps * step_wavefronts(dtype, shape),
             shape.blocks * splits,
         )
@@ -234,16 +258,16 @@ def kernels(case: Case, dtype: str, direction: str, layout: str = "contiguous", 
         y + 2 * x + weight,
         y * shape.row_tiles + 2 * x + weight * shape.column_tiles,
         flops,
-        maps * columns * (make + INPUT_GRADIENT),
+        shape.threads * (shape.blocks * INPUT_TILE[shape.small] + steps * INPUT_STEP[shape.small])
+        + maps * columns * INPUT_MAP
+        + channels * columns * INPUT_STORE,
         steps * step_wavefronts(dtype, shape) + maps * columns * 4 * 5 / 128,
         shape.blocks,
     )
     return [*(small if norm else []), main]
 
 
-def predict(
-    case: Case, dtype: str, direction: str, layout: str = "contiguous", *, norm: bool = False
-) -> Prediction:
+def predict(case: Case, dtype: str, direction: str, layout: str = "contiguous", *, norm: bool = False) -> Prediction:
     """A pass's prediction.
 
     Args:
@@ -334,3 +358,116 @@ def compiled_us(case: Case, dtype: str, direction: str) -> float:
         "backward": weight_gradient + input_gradient,
         "forward+backward": forward + weight_gradient + input_gradient,
     }[direction]
+
+
+@dataclass(frozen=True)
+class Target:
+    """What a time should be at most, in microseconds, and what was predicted."""
+
+    name: str
+    limit_us: float
+    predicted_us: float
+
+    @property
+    def met(self) -> bool:
+        return self.predicted_us <= self.limit_us
+
+
+def targets(case: Case, dtype: str, layout: str = "contiguous") -> list[Target]:
+    """The project's targets for a case: forward by what would bound it at best, and forward with backward."""
+    batch, channels, height, outputs, masks = case
+    flops = 2.0 * channels * masks * batch * height * height * outputs
+    predicted = predict(case, dtype, "forward", layout).time_us
+    if flops / (FLOPS[dtype] * REACHED[dtype]) * 1e6 + LAUNCH_US <= copy_us(case, dtype):
+        forward = Target("1.15 x a copy", 1.15 * copy_us(case, dtype), predicted)
+    else:
+        forward = Target("0.55 of cuBLAS's rate", library_us(case, dtype) / 0.55, predicted)
+    both = predict(case, dtype, "forward+backward", layout).time_us
+    return [forward, Target("0.7 x torch.compile", 0.7 * compiled_us(case, dtype, "forward+backward"), both)]
+
+
+# ---- the page ----
+
+PAGE = Path(__file__).resolve().parents[2] / "docs" / "cuda.md"
+BEGIN = "<!-- written by tests/cuda/predictions.py --write -->\n"
+END = "<!-- end of what predictions.py writes -->\n"
+
+
+def row(*cells: object) -> str:
+    return "| " + " | ".join(f"{c:.1f}" if isinstance(c, float) else str(c) for c in cells) + " |\n"
+
+
+def verdict(target: Target) -> str:
+    return f"{target.limit_us:.1f} ({target.name}): {'met' if target.met else '**missed**'}"
+
+
+def page() -> str:
+    """The tables, in Markdown."""
+    text = ""
+    for dtype in ("bfloat16", "tf32", "float32"):
+        name = "float32 with `allow_tf32`" if dtype == "tf32" else dtype
+        text += f"\n{name}, forward (B, C, H=W, T, M; times in µs, contiguous, masks from the seed):\n\n"
+        text += row("case", "MB", "GFLOP", "flop/byte", "memory", "L2", "product", "instructions", "shared memory")[:-1]
+        text += row(" **predicted**", "bound by", "target").removeprefix("|")
+        text += row(*["---"] * 12)
+        for case in CASES:
+            p = predict(case, dtype, "forward")
+            text += row(
+                ",".join(map(str, case)),
+                p.bytes / 1e6,
+                p.flops / 1e9,
+                round(p.intensity),
+                p.memory_us,
+                p.l2_us,
+                p.product_us,
+                p.issue_us,
+                p.shared_us,
+                f"**{p.time_us:.1f}**",
+                p.bound,
+                verdict(targets(case, dtype)[0]),
+            )
+        text += f"\n{name}, the other passes (bytes in MB; normalising: what its moments add to forward):\n\n"
+        text += row(
+            "case",
+            "input gradient: MB",
+            "µs",
+            "bound by",
+            "weight gradient: MB",
+            "µs",
+            "bound by",
+            "normalising",
+            "forward+backward",
+            "target",
+        )
+        text += row(*["---"] * 10)
+        for case in CASES:
+            inputs, weights = predict(case, dtype, "input_gradient"), predict(case, dtype, "weight_gradient")
+            both, forward = predict(case, dtype, "forward+backward"), predict(case, dtype, "forward")
+            text += row(
+                ",".join(map(str, case)),
+                inputs.bytes / 1e6,
+                inputs.time_us,
+                inputs.bound,
+                weights.bytes / 1e6,
+                weights.time_us,
+                weights.bound,
+                predict(case, dtype, "forward", norm=True).time_us - forward.time_us,
+                f"**{both.time_us:.1f}**",
+                verdict(targets(case, dtype)[1]),
+            )
+    return text + "\n"
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description="Prints what an H100 is predicted to need.")
+    parser.add_argument("--write", action="store_true", help="write the tables into docs/cuda.md")
+    if not parser.parse_args().write:
+        print(page(), end="")
+        return 0
+    before, rest = PAGE.read_text(encoding="utf-8").split(BEGIN)
+    PAGE.write_text(before + BEGIN + page() + END + rest.split(END)[1], encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
