@@ -679,21 +679,15 @@ def arithmetic(kind: str) -> Iterator[None]:
     allowed = kind == "tf32"
     torch.backends.cudnn.allow_tf32 = allowed
     torch.backends.cuda.matmul.allow_tf32 = allowed
-    backends = getattr(torch_pnn, "backends", None)
-    if backends is not None:
-        backends.cuda.allow_tf32 = allowed
+    torch_pnn.backends.cuda.allow_tf32 = allowed
     try:
         yield
     finally:
-        if backends is not None:
-            backends.cuda.allow_tf32 = False
+        torch_pnn.backends.cuda.allow_tf32 = False
 
 
-def kinds() -> list[str]:
-    """The rows' types, the most telling first."""
-    import torch_pnn
-
-    return ["bfloat16", "float32", *(["tf32"] if hasattr(torch_pnn, "backends") else [])]
+KINDS = ("bfloat16", "float32", "tf32")
+"""The rows' types, the most telling first."""
 
 
 def cases(work: Work) -> list[tuple[int, int, int, int, int]]:
@@ -705,7 +699,7 @@ def cases(work: Work) -> list[tuple[int, int, int, int, int]]:
 
 def compile_phase(work: Work) -> None:
     """Compiles a share of the plain compositions, which fills torch.compile's cache for the process that times."""
-    todo = [(case, kind) for kind in kinds() for case in cases(work)]
+    todo = [(case, kind) for kind in KINDS for case in cases(work)]
     first, step = work.part
     for case, kind in todo[first::step]:
         if not work.time_left():
@@ -743,7 +737,7 @@ def timings_phase(work: Work) -> None:
 
     for ours in (True, False):  # ours everywhere before anything else
         for case in cases(work):
-            for kind in kinds():
+            for kind in KINDS:
                 for layout in LAYOUTS:
                     key = {"case": list(case), "type": kind, "layout": layout}
                     row = next((r for r in rows if all(r[k] == v for k, v in key.items())), None)
