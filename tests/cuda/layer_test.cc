@@ -252,9 +252,11 @@ TEST_P(CudaTypes, EveryScheduleGivesTheSameBits) {
   Case c = base();
   c.placement = Placement::kHeap, c.fill = Fill::kRandom;
   c.B = 2, c.C = 40, c.T = 40, c.H = 4, c.W = 16, c.norm = c.training = true, c.eps = 1e-5;
-  for (int variant = 0; variant < 3; variant++) {
-    set_layouts(c, variant == 1 ? LayoutKind::kChannelsLast : LayoutKind::kContiguous);
+  for (int variant = 0; variant < 4; variant++) {
+    set_layouts(c, variant % 2 == 1 ? LayoutKind::kChannelsLast : LayoutKind::kContiguous);
     if (variant == 2) c.M = 3, c.C = 10, c.noise = PNN_NOISE_TENSOR, c.shared = true, c.W = 15;
+    if (variant == 3) /* a plain layer's own way */
+      c.M = 2, c.C = 40, c.noise = PNN_NOISE_UNIFORM, c.shared = c.norm = c.training = false, c.W = 16;
     std::vector<std::vector<uint64_t>> first;
     for (int i = 0; i < 2 * kSchedules; i++) {
       set_schedule(i);
