@@ -81,8 +81,9 @@ test-qemu: build ## the same bits on emulated processors: 64-bit Arm (NEON), Neh
 bench: build ## every speed and memory target beside plain PyTorch and the machine's ceilings (ARGS=--quick for less)
 	$(FROM_TREE) $(PY) benchmarks/run.py $(ARGS)
 
-gpu-check: $(PACKAGES) ## where a GPU is: build for it, compare with the CPU and the float64 reference, time
-	@$(PY) tests/cuda/gpu_check.py $(ARGS)
+# Nothing is installed for it: a machine with a GPU may have no network, and has its own PyTorch.
+gpu-check: ## where a GPU is: build for it, compare with the CPU and the float64 reference, time (ten minutes)
+	@$(or $(PYTHON),$(wildcard $(VENV)/bin/python),python3) tests/cuda/gpu_check.py $(ARGS)
 
 lint: $(PACKAGES) ## ruff, mypy, clang-format 19, and the project's own checks of its text
 	@$(PY) tests/lint.py
@@ -107,8 +108,10 @@ $(VENV)/bin/python:
 	@echo "making $(VENV) with $$(python3 -V)"
 	@python3 -m venv $(VENV)
 
+CUDA_TOOLS := $(if $(or $(wildcard /usr/local/cuda/bin/nvcc),$(shell command -v nvcc)),requirements/cuda.txt)
+
 # torch first and alone, at its exact version: a bare `torch` from another package's requirements would take the newest.
-$(VENV)/.packages-$(TORCH): requirements/build.txt requirements/run.txt requirements/test.txt requirements/interchange.txt requirements/lint.txt | $(VENV)/bin/python
+$(VENV)/.packages-$(TORCH): requirements/build.txt requirements/run.txt requirements/test.txt requirements/interchange.txt requirements/lint.txt $(CUDA_TOOLS) | $(VENV)/bin/python
 	@echo "installing PyTorch $(TORCH) and what building, studies and tests need into $(VENV)"
 	@$(VENV)/bin/python -m pip install -qq --disable-pip-version-check $(PIP_ARGS) torch==$(TORCH)
 	@$(VENV)/bin/python -m pip install -qq --disable-pip-version-check $(PIP_ARGS) torch==$(TORCH) $(patsubst %,-r %,$(filter %.txt,$^))

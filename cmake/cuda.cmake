@@ -1,7 +1,8 @@
 # The CUDA half of libpnn: target pnn_cuda, and with PNN_TORCH the operators torch_pnn_cuda.
 #
 # PNN_CUDA = OFF, the default while no GPU has run it; AUTO builds it where nvcc is found and PyTorch, if any is built
-# against, is a CUDA build; ON insists. The reason for leaving it out is printed, and `torch-pnn info` shows it missing.
+# against, is a CUDA build; ON insists. The reason for leaving it out, PNN_CUDA_MISSING, is printed, and `torch-pnn
+# info` and find_package(pnn COMPONENTS cuda) repeat it.
 #
 # nvcc is called directly: CMake's own CUDA language links test programs against parts of the toolkit that small
 # installations lack. The nvcc on the PATH may be a wrapper script, so the toolkit's root is asked of nvcc itself.
@@ -35,40 +36,45 @@ function(pnn_find_nvcc)
   endif()
 endfunction()
 
-# Sets `missing` to why the CUDA half can't be built, or to nothing.
-set(missing "")
+# Sets PNN_CUDA_MISSING to why the CUDA half can't be built, or to nothing.
+set(PNN_CUDA_MISSING "")
 if(NOT PNN_CUDA STREQUAL "OFF")
   if(PNN_CUDA STREQUAL "AUTO" AND PNN_SANITIZE)
-    set(missing "sanitizers are on")
+    set(PNN_CUDA_MISSING "sanitizers are on")
   elseif(PNN_CUDA STREQUAL "AUTO" AND NOT PNN_TORCH)
-    set(missing "PNN_TORCH is off")
+    set(PNN_CUDA_MISSING "PNN_TORCH is off")
   elseif(PNN_TORCH AND NOT EXISTS ${PNN_TORCH_ROOT}/lib/libtorch_cuda.so)
-    set(missing "this PyTorch is not a CUDA build")
+    set(PNN_CUDA_MISSING "this PyTorch is not a CUDA build")
   else()
     pnn_find_nvcc()
     if(NOT PNN_NVCC)
-      set(missing "no nvcc was found (CUDA_HOME or -DCUDAToolkit_ROOT name its toolkit)")
+      set(PNN_CUDA_MISSING "no nvcc was found (CUDA_HOME or -DCUDAToolkit_ROOT name its toolkit)")
     elseif(NOT PNN_CUDA_ROOT)
-      set(missing "${PNN_NVCC} does not run")
+      set(PNN_CUDA_MISSING "${PNN_NVCC} does not run")
     elseif(PNN_CUDA_VERSION VERSION_LESS 13.0)
-      set(missing "CUDA ${PNN_CUDA_VERSION} in ${PNN_CUDA_ROOT} is older than 13.0")
+      set(PNN_CUDA_MISSING "CUDA ${PNN_CUDA_VERSION} in ${PNN_CUDA_ROOT} is older than 13.0")
     else()
       find_file(PNN_CUDART libcudart_static.a HINTS ${PNN_CUDA_ROOT}/lib64 ${PNN_CUDA_ROOT}/lib NO_DEFAULT_PATH)
       find_path(PNN_CUDA_INCLUDE cuda_runtime_api.h
                 HINTS ${PNN_CUDA_ROOT}/include ${PNN_CUDA_ROOT}/targets/x86_64-linux/include NO_DEFAULT_PATH)
       if(NOT PNN_CUDART OR NOT PNN_CUDA_INCLUDE)
-        set(missing "the toolkit in ${PNN_CUDA_ROOT} lacks libcudart_static.a or cuda_runtime_api.h")
+        set(PNN_CUDA_MISSING "the toolkit in ${PNN_CUDA_ROOT} lacks libcudart_static.a or cuda_runtime_api.h")
       endif()
     endif()
   endif()
-  if(missing AND PNN_CUDA STREQUAL "ON")
-    message(FATAL_ERROR "PNN_CUDA is ON, and the CUDA half can't be built: ${missing}")
+  if(PNN_CUDA_MISSING AND PNN_CUDA STREQUAL "ON")
+    message(FATAL_ERROR "PNN_CUDA is ON, and the CUDA half can't be built: ${PNN_CUDA_MISSING}")
   endif()
 else()
-  set(missing "PNN_CUDA is OFF")
+  set(PNN_CUDA_MISSING "PNN_CUDA is OFF")
 endif()
-if(missing)
-  message(STATUS "The GPU half is left out: ${missing}; -DPNN_CUDA=ON insists on it")
+if(PNN_TORCH)
+  # Beside the operators, for `torch-pnn info`; empty where the half is built.
+  file(CONFIGURE OUTPUT ${CMAKE_LIBRARY_OUTPUT_DIRECTORY}/libtorch_pnn_cuda.missing.txt
+       CONTENT "${PNN_CUDA_MISSING}\n" @ONLY)
+endif()
+if(PNN_CUDA_MISSING)
+  message(STATUS "The GPU half is left out: ${PNN_CUDA_MISSING}; -DPNN_CUDA=ON insists on it")
   return()
 endif()
 set(PNN_HAVE_CUDA ON)
@@ -106,10 +112,16 @@ endforeach()
 enable_language(CXX) # to link with
 add_library(pnn_cuda STATIC ${cuda_objects})
 add_library(pnn::cuda ALIAS pnn_cuda)
-set_target_properties(pnn_cuda PROPERTIES LINKER_LANGUAGE CXX)
-target_include_directories(pnn_cuda PUBLIC ${PROJECT_SOURCE_DIR}/csrc/include)
+set_target_properties(pnn_cuda PROPERTIES LINKER_LANGUAGE CXX EXPORT_NAME cuda)
+target_include_directories(pnn_cuda PUBLIC
+  $<BUILD_INTERFACE:${PROJECT_SOURCE_DIR}/csrc/include> $<INSTALL_INTERFACE:${CMAKE_INSTALL_INCLUDEDIR}>)
 find_package(Threads REQUIRED)
-target_link_libraries(pnn_cuda PUBLIC pnn_static ${PNN_CUDART} Threads::Threads ${CMAKE_DL_LIBS} rt)
+# Installed, it finds the toolkit of the machine that it is used on (pnnConfig.cmake), and brings a C program the C++
+# runtime that nvcc's host code needs.
+target_link_libraries(pnn_cuda PUBLIC pnn_static
+  $<BUILD_INTERFACE:${PNN_CUDART}> $<BUILD_INTERFACE:Threads::Threads> $<BUILD_INTERFACE:${CMAKE_DL_LIBS}>
+  $<BUILD_INTERFACE:rt> $<INSTALL_INTERFACE:CUDA::cudart_static>
+  $<INSTALL_INTERFACE:$<$<LINK_LANGUAGE:C>:stdc++>>)
 
 if(PNN_GPU_CHECK AND NOT PNN_TESTS)
   enable_testing()
@@ -122,5 +134,6 @@ if(PNN_TORCH)
     ${PROJECT_SOURCE_DIR}/csrc/torch/params.cpp ${PROJECT_SOURCE_DIR}/csrc/torch/cuda/backend_cuda.cpp)
   target_compile_definitions(torch_pnn_cuda PRIVATE TORCH_PNN_CUDA TORCH_TARGET_VERSION=0x020b000000000000)
   target_include_directories(torch_pnn_cuda PRIVATE ${PROJECT_SOURCE_DIR}/csrc/torch)
-  target_link_libraries(torch_pnn_cuda PRIVATE pnn_cuda ${PNN_TORCH_ROOT}/lib/libtorch_cuda.so)
+  # torch_pnn_ops, loaded before, defines the schemas and keeps the settings.
+  target_link_libraries(torch_pnn_cuda PRIVATE pnn_cuda torch_pnn_ops ${PNN_TORCH_ROOT}/lib/libtorch_cuda.so)
 endif()

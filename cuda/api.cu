@@ -53,6 +53,7 @@ Layer layer_of(const pnn_problem &p) {
   l.by_pixels = divider_make(p.pixels);
   l.by_width = divider_make(p.out_width);
   l.by_masks = divider_make(p.masks);
+  l.masks_reciprocal = p.masks <= 32 ? 65536 / static_cast<uint32_t>(p.masks) + 1 : 0;
   l.input = view_of(p.input);
   l.mask = view_of(p.mask);
   l.output = view_of(p.output);
@@ -61,6 +62,8 @@ Layer layer_of(const pnn_problem &p) {
   l.grad_mask = view_of(p.grad_mask);
   l.input_staging = staging_of(p, p.input, p.channels, p.group_channels);
   if (p.grad_output.data) l.grad_output_staging = staging_of(p, p.grad_output, p.outputs, p.group_outputs);
+  if (p.output.data) l.output_staging = staging_of(p, p.output, p.outputs, p.group_outputs);
+  if (p.grad_input.data) l.grad_input_staging = staging_of(p, p.grad_input, p.channels, p.group_channels);
   l.input_float = p.input.dtype == PNN_FLOAT32 && p.product_type != PNN_FLOAT32;
   l.output_channels_fastest = p.outputs > 1 && p.output.channel == 1 && p.output.column != 1;
   l.input_channels_fastest = p.channels > 1 && p.grad_input.channel == 1 && p.grad_input.column != 1;
@@ -68,6 +71,7 @@ Layer layer_of(const pnn_problem &p) {
   l.activation = p.activation;
   l.shared = p.shared;
   l.level = p.level;
+  l.level_float = static_cast<float>(p.level);
   l.seed = p.noise == PNN_NOISE_NONE || p.noise == PNN_NOISE_TENSOR ? nullptr : params.seed;
   l.splits = 1;
   l.split_columns = l.columns;
@@ -84,6 +88,7 @@ struct Pieces {
 
 struct Plan {
   Layer layer;
+  int product; /* what the products are made of */
   Pieces pieces;
   bool direct; /* the weight is read where it is */
   bool inputs, affine, want_products, want_totals;
@@ -105,6 +110,7 @@ Plan plan_make(const pnn_problem &p, pnn_pass pass, pnn_arena *arena) {
   Layer &l = plan.layer;
   Pieces &w = plan.pieces;
   l = layer_of(p);
+  plan.product = p.product_type == PNN_FLOAT32 && params.allow_tf32 ? PRODUCT_TF32 : static_cast<int>(p.product_type);
   const int64_t element = pnn_dtype_size(p.product_type), run = 16 / element;
   const bool backward = pass == PNN_PASS_BACKWARD;
   plan.inputs = backward && (params.grad_input.data || params.grad_mask.data);
@@ -187,7 +193,7 @@ Status forward(const pnn_problem &p, Plan &plan, Stream stream) {
     PNN_STOP_IF(run_start(l, is_double, weight, vector_of(params.bias), w.norm.beta, w.start, stream));
   }
   if (!plan.direct) PNN_STOP_IF(run_weight(l, weight, p.norm ? w.norm.scale : nullptr, w.weight, stream));
-  return run_forward(l, p.product_type, stream);
+  return run_forward(l, plan.product, stream);
 }
 
 Status backward(const pnn_problem &p, Plan &plan, Stream stream) {
@@ -203,7 +209,7 @@ Status backward(const pnn_problem &p, Plan &plan, Stream stream) {
   if (plan.want_totals) {
     l.totals = w.totals;
     l.products = plan.want_products ? w.products : nullptr;
-    PNN_STOP_IF(run_weight_gradient(l, p.product_type, stream));
+    PNN_STOP_IF(run_weight_gradient(l, plan.product, stream));
     PNN_STOP_IF(run_join(l, is_double, stream));
     if (params.grad_weight.data || params.grad_bias.data)
       PNN_STOP_IF(run_weight_store(l, is_double, p.norm ? &w.norm : nullptr, matrix_of(params.grad_weight),
@@ -223,10 +229,10 @@ Status backward(const pnn_problem &p, Plan &plan, Stream stream) {
   if (!plan.direct) PNN_STOP_IF(run_weight(l, weight, p.norm ? w.norm.scale : nullptr, w.weight, stream));
   l.offset = w.offset;
   l.slope = w.slope;
-  if (params.grad_input.data) PNN_STOP_IF(run_input_gradient(l, p.product_type, false, stream));
+  if (params.grad_input.data) PNN_STOP_IF(run_input_gradient(l, plan.product, false, stream));
   if (params.grad_mask.data) {
     l.mask_parts = w.mask_parts;
-    PNN_STOP_IF(run_input_gradient(l, p.product_type, true, stream));
+    PNN_STOP_IF(run_input_gradient(l, plan.product, true, stream));
     if (p.shared) PNN_STOP_IF(run_mask_join(l, is_double, stream));
   }
   return STATUS_OK;

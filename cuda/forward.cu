@@ -75,7 +75,7 @@ __global__ void __launch_bounds__(S::threads, S::blocks)
     table[thread] = {place_in(layer.input, p), place_in(layer.output, p), pixel_make(layer, p)};
   }
   Tile<D, S::rows, S::columns, S::threads, DEPTH_FASTEST, DEPTH_FASTEST> tile;
-  tile.start([&](int row, int) {
+  tile.start([&](int row) {
     const int64_t t = group * layer.group_outputs + t0 + row;
     if (t0 + row >= layer.group_outputs) return R(0);
     if (layer.start) return static_cast<const R *>(layer.start)[t];
@@ -85,65 +85,98 @@ __global__ void __launch_bounds__(S::threads, S::blocks)
 
   const int64_t steps = (layer.group_maps + DEPTH - 1) / DEPTH;
   const int staging = layer.input_staging;
-  /* The first channel of a step's maps, whole vectors where channels are contiguous. */
-  const auto first_channel = [&](int64_t step) {
-    int64_t rest;
-    const int64_t c = divide(layer.by_masks, step * DEPTH, &rest);
-    return staging == STAGE_CHANNELS ? c & -static_cast<int64_t>(16 / input_size) : c;
+  const int V = 16 / input_size, pitch = (staging == STAGE_PIXELS ? S::columns : DEPTH) * input_size + 16;
+  /* The first channel of a step that starts at `map`; a whole vector's where channels are contiguous. */
+  const auto first_channel = [&](const Map &map) {
+    return staging == STAGE_CHANNELS ? map.c & -static_cast<int64_t>(V) : map.c;
   };
+  /* Of the next step of each kind: its first map, its place in the ring. */
+  Map loaded = {0, 0}, transformed = {0, 0};
+  Slot<STAGES> load_slot, transform_slot, product_slot;
+  WeightTiles<D, S::rows, DEPTH, S::threads> weight(layer, group, t0, 0);
   const auto load = [&](int64_t step) {
     if (step < steps) {
-      char *const to = pipeline + step % STAGES * stage_bytes;
-      stage_weight<D, S::threads>(layer, group, t0, S::rows, step * DEPTH, DEPTH, to, pitch_of<D>(DEPTH_FASTEST, 0));
+      char *const to = pipeline + load_slot.at * stage_bytes;
+      load_slot.next();
+      weight.stage(layer, to, pitch_of<D>(DEPTH_FASTEST, 0));
+      weight.next_columns();
+      const int64_t c0 = first_channel(loaded);
+      map_advance(layer, &loaded, DEPTH);
       if (staging != STAGE_ELEMENTS) {
-        const int64_t last = (step + 1) * DEPTH < layer.group_maps ? (step + 1) * DEPTH : layer.group_maps;
-        int64_t rest;
-        const int64_t c0 = first_channel(step);
-        int count = static_cast<int>(divide(layer.by_masks, last - 1, &rest) + 1 - c0);
+        /* Up to the channel that the next step starts with, the last of the group at most. */
+        const int64_t end = loaded.m ? loaded.c + 1 : loaded.c;
+        const int count = staging == STAGE_CHANNELS || end - c0 > DEPTH ? DEPTH : static_cast<int>(end - c0);
         const auto offset = [&](int j, int64_t *at) {
           *at = j < columns ? table[j].input : 0;
           return j < columns;
         };
         char *const raw = to + H::weight_bytes;
-        if (staging == STAGE_CHANNELS) count = DEPTH;
-        const int pitch = (staging == STAGE_PIXELS ? S::columns : DEPTH) * input_size + 16;
         if (input_size == static_cast<int>(sizeof(D)))
-          stage_view<sizeof(D), S::columns, S::threads>(layer.input, staging, c0, count, layer.group_channels,
-                                                        channel_first, raw, pitch, offset);
+          stage_view<sizeof(D), DEPTH, S::columns, S::threads>(layer.input, staging, c0, count, layer.group_channels,
+                                                               channel_first, raw, pitch, offset);
         else
-          stage_view<4, S::columns, S::threads>(layer.input, staging, c0, count, layer.group_channels, channel_first,
-                                                raw, pitch, offset);
+          stage_view<4, DEPTH, S::columns, S::threads>(layer.input, staging, c0, count, layer.group_channels,
+                                                       channel_first, raw, pitch, offset);
       }
     }
     copy_commit();
   };
+  /* A thread makes RUNS runs of maps of one pixel. */
+  constexpr int RUNS = DEPTH / RUN >= 4 ? 2 : 1;
+  static_assert(S::columns * (DEPTH / RUN / RUNS) <= S::threads, "one item for a thread");
+  const int j = thread % S::columns, first_run = thread / S::columns * (RUN * RUNS);
+  constexpr int SIZE = static_cast<int>(sizeof(D)), PITCH = S::columns * SIZE + 16;
+  const bool plain = staging != STAGE_ELEMENTS && plain_layer<D>(layer);
+  const R zeros[RUN] = {};
   const auto transform = [&](int64_t step) {
-    const char *const raw = pipeline + step % STAGES * stage_bytes + H::weight_bytes;
-    char *const to = operands + step % 2 * H::operand_bytes;
-    const int64_t c0 = first_channel(step) + channel_first;
+    const char *const raw = pipeline + transform_slot.at * stage_bytes + H::weight_bytes;
+    transform_slot.next();
+    D *const to = reinterpret_cast<D *>(operands + (step & 1) * H::operand_bytes + j * pitch_of<D>(DEPTH_FASTEST, 0));
+    const int64_t c0 = first_channel(transformed);
+    Map map = transformed;
+    map_advance(layer, &transformed, DEPTH);
+    if (first_run >= DEPTH) return;
+    map_advance(layer, &map, first_run);
+    if constexpr (sizeof(D) < 8) {
+      if (plain) {
+        if (j >= columns || step * DEPTH + first_run >= layer.group_maps) {
+#pragma unroll
+          for (int run = 0; run < RUN * RUNS; run += RUN) store_run(to + first_run + run, zeros);
+          return;
+        }
+        const bool pixels = staging == STAGE_PIXELS;
+        const int first =
+            static_cast<int>(map.c - c0) * (pixels ? PITCH : SIZE) + j * (pixels ? SIZE : DEPTH * SIZE + 16);
+        plain_response<D, RUN * RUNS, PITCH>(layer, seed, map_first + step * DEPTH + first_run, table[j].pixel.row,
+                                             table[j].pixel.column, raw + first, pixels, to + first_run);
+        return;
+      }
+    }
+    Generated last = nothing_generated();
 #pragma unroll 1
-    for (int item = thread; item < S::columns * (DEPTH / RUN); item += S::threads) {
-      const int j = item % S::columns, run = item / S::columns * RUN;
+    for (int run = first_run; run < first_run + RUN * RUNS; run += RUN) {
       const int64_t k = step * DEPTH + run, left = layer.group_maps - k;
       const int count = j >= columns || left <= 0 ? 0 : left < RUN ? static_cast<int>(left) : RUN;
       R u[RUN];
       if (count > 0) {
         const Column &column = table[j];
-        Source x;
-        if (staging == STAGE_PIXELS) {
-          x = {raw, j - c0 * (S::columns + 16 / input_size), S::columns + 16 / input_size};
-        } else if (staging == STAGE_CHANNELS) {
-          x = {raw, j * (DEPTH + 16 / input_size) - c0, 1};
+        if (staging == STAGE_ELEMENTS) {
+          const Source<int64_t> x = source_in<D>(layer, column.input, channel_first + map.c);
+          perturbed<D>(layer, seed, x, map_first + k, {channel_first + map.c, map.m}, count, column.pixel, &last, u);
         } else {
-          x = {layer.input.data, column.input, layer.input.channel};
+          const int step_bytes = staging == STAGE_PIXELS ? pitch : input_size;
+          const int first =
+              static_cast<int>(map.c - c0) * step_bytes + j * (staging == STAGE_PIXELS ? input_size : pitch);
+          const Source<int> x = {raw + first, step_bytes};
+          perturbed<D>(layer, seed, x, map_first + k, {channel_first + map.c, map.m}, count, column.pixel, &last, u);
         }
-        perturbed<D>(layer, seed, x, map_first + k, count, column.pixel, u);
         respond(layer, map_first + k, count, u);
       } else {
 #pragma unroll
         for (int e = 0; e < RUN; e++) u[e] = 0;
       }
-      store_run(reinterpret_cast<D *>(to + j * pitch_of<D>(DEPTH_FASTEST, 0)) + run, u);
+      store_run(to + run, u);
+      map_advance(layer, &map, RUN);
     }
   };
 
@@ -156,26 +189,54 @@ __global__ void __launch_bounds__(S::threads, S::blocks)
     }
     load(step + STAGES - 1);
     if (step >= -1 && step + 1 < steps) transform(step + 1);
-    if (step >= 0) tile.add_product(pipeline + step % STAGES * stage_bytes, operands + step % 2 * H::operand_bytes);
+    if (step >= 0) {
+      tile.add_product(pipeline + product_slot.at * stage_bytes, operands + (step & 1) * H::operand_bytes);
+      product_slot.next();
+    }
   }
   copy_wait<0>();
   __syncthreads();
 
   R *const sums = reinterpret_cast<R *>(pipeline);
-  const bool outputs_fastest = layer.output_channels_fastest;
+  const bool outputs_fastest =
+      layer.output_staging == STAGE_ELEMENTS ? layer.output_channels_fastest : layer.output_staging == STAGE_CHANNELS;
   tile.each([&](int row, int column, R value) {
     sums[outputs_fastest ? column * H::pitch_outputs + row : row * H::pitch_pixels + column] = value;
   });
   __syncthreads();
   const int rows =
       layer.group_outputs - t0 < S::rows ? static_cast<int>(layer.group_outputs - t0) : static_cast<int>(S::rows);
+  D *const output = reinterpret_cast<D *>(layer.output.data);
+  const int64_t output_first = group * layer.group_outputs + t0;
+  constexpr int RUN_OUT = Depth<D>::vector;
+  if (layer.output_staging == STAGE_PIXELS) {
+    /* A thread keeps its pixels and goes through the outputs, 16 bytes at a time. */
+    constexpr int CHUNKS = S::columns / RUN_OUT, STEP = S::threads / CHUNKS;
+    const int pixel = thread % CHUNKS * RUN_OUT;
+    if (pixel >= columns) return;
+    D *to = output + table[pixel].output + (output_first + thread / CHUNKS) * layer.output.channel;
+    for (int row = thread / CHUNKS; row < rows; row += STEP) {
+      store_vector(to, sums + row * H::pitch_pixels + pixel);
+      to += STEP * layer.output.channel;
+    }
+    return;
+  }
+  if (layer.output_staging == STAGE_CHANNELS && rows % RUN_OUT == 0) {
+    constexpr int CHUNKS = S::rows / RUN_OUT, STEP = S::threads / CHUNKS;
+    const int row = thread % CHUNKS * RUN_OUT;
+    if (row >= rows) return;
+    for (int column = thread / CHUNKS; column < columns; column += STEP)
+      store_vector(output + table[column].output + output_first + row, sums + column * H::pitch_outputs + row);
+    return;
+  }
+#pragma unroll 1
   for (int i = thread; i < S::rows * S::columns; i += S::threads) {
     const int row = outputs_fastest ? i % S::rows : i / S::columns;
     const int column = outputs_fastest ? i / S::rows : i % S::columns;
     if (row >= rows || column >= columns) continue;
     const R value = sums[outputs_fastest ? column * H::pitch_outputs + row : row * H::pitch_pixels + column];
-    const int64_t at = table[column].output + (group * layer.group_outputs + t0 + row) * layer.output.channel;
-    reinterpret_cast<D *>(layer.output.data)[at] = round_to(D{}, value);
+    const int64_t at = table[column].output + (output_first + row) * layer.output.channel;
+    output[at] = round_to(D{}, value);
   }
 }
 
@@ -213,14 +274,17 @@ void list_forward(Visit visit) {
   list<float, Large<float>>(visit, "forward float Large");
   list<float, Small>(visit, "forward float Small");
   list<double, Small>(visit, "forward double Small");
+  list<tf32, Large<tf32>>(visit, "forward tf32 Large");
+  list<tf32, Small>(visit, "forward tf32 Small");
   list<bfloat16, Large<bfloat16>>(visit, "forward bfloat16 Large");
   list<bfloat16, Small>(visit, "forward bfloat16 Small");
   list<float16, Large<float16>>(visit, "forward float16 Large");
   list<float16, Small>(visit, "forward float16 Small");
 }
 
-Status run_forward(const Layer &layer, int dtype, Stream stream) {
-  switch (dtype) {
+Status run_forward(const Layer &layer, int product, Stream stream) {
+  switch (product) {
+    case PRODUCT_TF32: return choose<tf32>(layer, stream);
     case PNN_FLOAT32: return choose<float>(layer, stream);
     case PNN_FLOAT64: return launch<double, Small>(layer, stream);
     case PNN_BFLOAT16: return choose<bfloat16>(layer, stream);

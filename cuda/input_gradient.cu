@@ -27,7 +27,7 @@ namespace {
 constexpr int STAGES = 4;
 
 struct Column {
-  int64_t input, grad_output;
+  int64_t input, grad_output, grad_input;
   Pixel pixel;
 };
 
@@ -97,19 +97,23 @@ __global__ void __launch_bounds__(S::threads, S::blocks)
     __syncthreads();
     if (thread < columns) {
       const Place p = place_make(layer, q0 + thread);
-      table[thread] = {place_in(layer.input, p), place_in(layer.grad_output, p), pixel_make(layer, p)};
+      table[thread] = {place_in(layer.input, p), place_in(layer.grad_output, p), place_in(layer.grad_input, p),
+                       pixel_make(layer, p)};
     }
     R carry = 0; /* of a channel in pieces: this thread's pixel */
 #pragma unroll 1
     for (int64_t k0 = k_aligned; k0 < k_end; k0 += S::rows) {
       __syncthreads();
-      Tile<D, S::rows, S::columns, S::threads, ROWS_FASTEST, G> tile;
-      tile.start([](int, int) { return R(0); });
+      Tile<D, S::rows, S::columns, S::threads, ROWS_FASTEST, G, false> tile;
+      tile.start([](int) { return R(0); });
+      Slot<STAGES> load_slot, product_slot;
+      WeightTiles<D, DEPTH, S::rows, S::threads> weight(layer, group, 0, k0);
       const auto load = [&](int64_t step) {
         if (step < steps) {
-          char *const to = pipeline + step % STAGES * H::stage_bytes;
-          stage_weight<D, S::threads>(layer, group, step * DEPTH, DEPTH, k0, S::rows, to,
-                                      pitch_of<D>(ROWS_FASTEST, S::rows));
+          char *const to = pipeline + load_slot.at * H::stage_bytes;
+          load_slot.next();
+          weight.stage(layer, to, pitch_of<D>(ROWS_FASTEST, S::rows));
+          weight.next_rows(layer);
           const auto place = [&](int j, int64_t *at) {
             *at = j < columns ? table[j].grad_output : 0;
             return j < columns;
@@ -117,9 +121,9 @@ __global__ void __launch_bounds__(S::threads, S::blocks)
           const int staging = G == DEPTH_FASTEST                          ? STAGE_CHANNELS
                               : layer.grad_output_staging == STAGE_PIXELS ? STAGE_PIXELS
                                                                           : STAGE_ELEMENTS;
-          stage_view<sizeof(D), S::columns, S::threads>(layer.grad_output, staging, step * DEPTH, DEPTH,
-                                                        layer.group_outputs, output_first, to + H::weight_bytes,
-                                                        pitch_of<D>(G, S::columns), place);
+          stage_view<sizeof(D), DEPTH, S::columns, S::threads>(layer.grad_output, staging, step * DEPTH, DEPTH,
+                                                               layer.group_outputs, output_first, to + H::weight_bytes,
+                                                               pitch_of<D>(G, S::columns), place);
         }
         copy_commit();
       };
@@ -130,25 +134,31 @@ __global__ void __launch_bounds__(S::threads, S::blocks)
           __syncthreads();
         }
         load(step + STAGES - 1);
-        const char *const from = pipeline + step % STAGES * H::stage_bytes;
-        if (step >= 0) tile.add_product(from, from + H::weight_bytes);
+        if (step < 0) continue;
+        const char *const from = pipeline + product_slot.at * H::stage_bytes;
+        tile.add_product(from, from + H::weight_bytes);
+        product_slot.next();
       }
       copy_wait<0>();
       __syncthreads();
       tile.each([&](int row, int column, R value) { sums[row * H::pitch + column] = value; });
       __syncthreads();
 
-      /* From da to d, eight maps of a pixel at a time. */
+      /* From da to d, eight maps of a pixel at a time; a thread keeps its pixel and goes through its share of the maps.
+       */
+      constexpr int SHARE = S::rows / (S::threads / S::columns);
+      const int j = thread % S::columns, first_run = thread / S::columns * SHARE;
+      Map map = map_make(layer, map_first + k0 + first_run);
+      Generated last = nothing_generated();
 #pragma unroll 1
-      for (int item = thread; item < S::rows / RUN * S::columns; item += S::threads) {
-        const int j = item % S::columns, run = item / S::columns * RUN;
+      for (int run = first_run; run < first_run + SHARE && j < columns; run += RUN, map_advance(layer, &map, RUN)) {
         const int64_t k = k0 + run, left_maps = k_end - k;
-        const int count = j >= columns || left_maps <= 0 ? 0 : left_maps < RUN ? static_cast<int>(left_maps) : RUN;
-        if (count == 0) continue;
+        const int count = left_maps < RUN ? static_cast<int>(left_maps) : RUN;
+        if (count <= 0) break;
         R u[RUN], d[RUN];
         const Column &column = table[j];
-        const Source x = {layer.input.data, column.input, layer.input.channel};
-        perturbed<D>(layer, seed, x, map_first + k, count, column.pixel, u);
+        const Source<int64_t> x = source_in<D>(layer, column.input, map.c);
+        perturbed<D>(layer, seed, x, map_first + k, map, count, column.pixel, &last, u);
 #pragma unroll
         for (int e = 0; e < RUN; e++) {
           d[e] = sums[(run + e) * H::pitch + j];
@@ -183,21 +193,40 @@ __global__ void __launch_bounds__(S::threads, S::blocks)
       /* The sum over each channel's maps. */
       const bool in_pieces = k_aligned + S::rows < k_end;
       const int channels = static_cast<int>(in_pieces ? 1 : grid.channels);
+      if (layer.grad_input_staging == STAGE_PIXELS && !in_pieces && !layer.input_float) {
+        /* 16 bytes of pixels at a time; the first of a channel's maps takes the sum. */
+        constexpr int V = Depth<D>::vector, CHUNKS = S::columns / V, STEP = S::threads / CHUNKS;
+        const int pixel = thread % CHUNKS * V, first = static_cast<int>(k_begin - k0);
+        const int64_t left = layer.group_channels - map_tile * grid.channels;
+        const int here = pixel >= columns ? 0 : left < channels ? static_cast<int>(left) : channels;
+        const int masks_of = static_cast<int>(layer.masks); /* a tile's at most */
+        const int64_t channel = layer.grad_input.channel;
+        D *to = reinterpret_cast<D *>(layer.grad_input.data) + table[pixel].grad_input +
+                (group * layer.group_channels + map_tile * grid.channels + thread / CHUNKS) * channel;
+        for (int c = thread / CHUNKS; c < here; c += STEP, to += STEP * channel) {
+          R *const sum = sums + (first + c * masks_of) * H::pitch + pixel;
+          for (int m = 1; m < masks_of; m++)
+#pragma unroll
+            for (int e = 0; e < V; e++) sum[e] += sum[m * H::pitch + e];
+          store_vector(to, sum);
+        }
+        continue;
+      }
+#pragma unroll 1
       for (int i = thread; i < channels * S::columns; i += S::threads) {
         const int c = layer.input_channels_fastest ? i % channels : i / S::columns;
-        const int j = layer.input_channels_fastest ? i / channels : i % S::columns;
+        const int column = layer.input_channels_fastest ? i / channels : i % S::columns;
         const int64_t channel = map_tile * grid.channels + c;
-        if (j >= columns || channel >= layer.group_channels) continue;
+        if (column >= columns || channel >= layer.group_channels) continue;
         const int64_t first = channel * layer.masks, from = first > k0 ? first : k0;
         const int64_t last = first + layer.masks < k0 + S::rows ? first + layer.masks : k0 + S::rows;
-        R sum = first < k0 ? carry : sums[(from - k0) * H::pitch + j];
+        R sum = first < k0 ? carry : sums[(from - k0) * H::pitch + column];
 #pragma unroll 1
-        for (int64_t k = first < k0 ? from : from + 1; k < last; k++) sum += sums[(k - k0) * H::pitch + j];
+        for (int64_t k = first < k0 ? from : from + 1; k < last; k++) sum += sums[(k - k0) * H::pitch + column];
         carry = sum;
         if (last != first + layer.masks) continue;
-        const Place p = place_make(layer, q0 + j);
         const int64_t at =
-            place_in(layer.grad_input, p) + (group * layer.group_channels + channel) * layer.grad_input.channel;
+            table[column].grad_input + (group * layer.group_channels + channel) * layer.grad_input.channel;
         if constexpr (sizeof(D) == 2) {
           if (layer.input_float) {
             reinterpret_cast<float *>(layer.grad_input.data)[at] = sum;
@@ -290,14 +319,17 @@ void list_input_gradient(Visit visit) {
   list<float, Large<float>>(visit, "input_gradient float Large");
   list<float, Small>(visit, "input_gradient float Small");
   list<double, Small>(visit, "input_gradient double Small");
+  list<tf32, Large<tf32>>(visit, "input_gradient tf32 Large");
+  list<tf32, Small>(visit, "input_gradient tf32 Small");
   list<bfloat16, Large<bfloat16>>(visit, "input_gradient bfloat16 Large");
   list<bfloat16, Small>(visit, "input_gradient bfloat16 Small");
   list<float16, Large<float16>>(visit, "input_gradient float16 Large");
   list<float16, Small>(visit, "input_gradient float16 Small");
 }
 
-Status run_input_gradient(const Layer &layer, int dtype, bool masks, Stream stream) {
-  switch (dtype) {
+Status run_input_gradient(const Layer &layer, int product, bool masks, Stream stream) {
+  switch (product) {
+    case PRODUCT_TF32: return choose<tf32>(layer, masks, stream);
     case PNN_FLOAT32: return choose<float>(layer, masks, stream);
     case PNN_FLOAT64: return choose_order<double, Small>(layer, masks, stream);
     case PNN_BFLOAT16: return choose<bfloat16>(layer, masks, stream);

@@ -56,9 +56,12 @@ constexpr int64_t ENOUGH_BLOCKS = 128;
 /* Columns that one block of the moments' kernel takes, and numbers that it leaves of each map. */
 constexpr int MOMENTS_COLUMNS = 2048, MOMENTS_NUMBERS = 4;
 
-Status run_forward(const Layer &layer, int dtype, Stream stream);
-Status run_input_gradient(const Layer &layer, int dtype, bool masks, Stream stream);
-Status run_weight_gradient(const Layer &layer, int dtype, Stream stream);
+/* What a product is made of: one of pnn_dtype, or float32 rounded to TF32. */
+constexpr int PRODUCT_TF32 = 100;
+
+Status run_forward(const Layer &layer, int product, Stream stream);
+Status run_input_gradient(const Layer &layer, int product, bool masks, Stream stream);
+Status run_weight_gradient(const Layer &layer, int product, Stream stream);
 Status run_moments(const Layer &layer, int dtype, void *parts, Stream stream);
 
 /* Calls visit(kernel, threads, shared memory in bytes) for each kernel of a file, named as in the machine code: for the

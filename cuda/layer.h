@@ -60,15 +60,17 @@ struct Layer {
   int64_t channels, maps, outputs, masks;
   int64_t stride_row, stride_column;
   Divider by_pixels, by_width, by_masks;
+  uint32_t masks_reciprocal; /* 65536 / masks + 1, for up to 32 masks; else 0 */
 
   View input, mask, output, grad_output, grad_input, grad_mask;
-  int input_staging, grad_output_staging;
+  int input_staging, grad_output_staging, output_staging, grad_input_staging;
   bool input_float; /* float32 beside a 16-bit product */
   bool output_channels_fastest, input_channels_fastest;
 
   int noise, activation;
   bool shared;
   double level;
+  float level_float;
   const int64_t *seed;
   const uint32_t *waves; /* [maps or masks][4]: frequency down, across, phase, 0 */
   const void *mean;      /* [K] reals or null */
@@ -85,6 +87,34 @@ struct Layer {
   void *products, *totals;       /* [splits][T][K/G], [splits][T] reals, or null */
   void *mask_parts;              /* [K][P] reals, for shared masks' gradient, or null */
 };
+
+/* A map's channel and mask. */
+struct Map {
+  int64_t c, m;
+};
+
+PNN_DEVICE Map map_make(const Layer &layer, int64_t k) {
+  Map map;
+  map.c = divide(layer.by_masks, k, &map.m);
+  return map;
+}
+
+/* Moves on by up to 32 maps, without a division. */
+PNN_DEVICE void map_advance(const Layer &layer, Map *map, int maps) {
+  if (layer.masks == 1) {
+    map->c += maps;
+    return;
+  }
+  map->m += maps;
+  if (layer.masks_reciprocal == 0) {
+    if (map->m >= layer.masks) map->m -= layer.masks, map->c++;
+    return;
+  }
+  const uint32_t m = static_cast<uint32_t>(map->m), masks = static_cast<uint32_t>(layer.masks);
+  const uint32_t channels = m * layer.masks_reciprocal >> 16; /* exact below 64 */
+  map->c += channels;
+  map->m = m - channels * masks;
+}
 
 /* Where a column's pixel stands. */
 struct Place {

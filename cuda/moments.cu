@@ -69,6 +69,7 @@ __global__ void __launch_bounds__(THREADS, sizeof(D) == 8 ? 1 : 2)
   const int count = left < RUN ? static_cast<int>(left) : RUN;
   const int64_t q1 = q0 + MOMENTS_COLUMNS < layer.columns ? q0 + MOMENTS_COLUMNS : layer.columns;
   const R n = static_cast<R>(q1 - q0);
+  const Map map = map_make(layer, k);
 
   R center[RUN], scale[RUN], first[RUN], second[RUN];
 #pragma unroll
@@ -80,9 +81,10 @@ __global__ void __launch_bounds__(THREADS, sizeof(D) == 8 ? 1 : 2)
 #pragma unroll 1
     for (int64_t q = q0 + threadIdx.x; q < q1; q += THREADS) {
       const Place place = place_make(layer, q);
-      const Source x = {layer.input.data, place_in(layer.input, place), layer.input.channel};
+      const Source<int64_t> x = source_in<D>(layer, place_in(layer.input, place), map.c);
       R u[RUN];
-      perturbed<D>(layer, seed, x, k, count, pixel_make(layer, place), u);
+      Generated last = nothing_generated();
+      perturbed<D>(layer, seed, x, k, map, count, pixel_make(layer, place), &last, u);
       activate_run(layer.activation, u);
 #pragma unroll
       for (int e = 0; e < RUN; e++) {

@@ -29,6 +29,10 @@ struct bfloat16 {
 struct float16 {
   uint16_t bits;
 };
+/* A float32 whose products the tensor cores make: stored as any other, rounded to TF32 where it becomes an operand. */
+struct tf32 {
+  float value;
+};
 /* 16 bytes, as they move in one instruction. */
 struct alignas(16) words4 {
   uint32_t w[4];
@@ -125,7 +129,14 @@ PNN_DEVICE float widen(float16 x) {
 
 /* Shared memory, by whole words; the host's twins count the banks. */
 PNN_DEVICE words4 load_shared(const words4 *p) { return *p; }
+PNN_DEVICE float load_shared(const float *p) { return *p; }
 PNN_DEVICE void store_shared(words4 *p, words4 v) { *p = v; }
+/* 16 bytes in one instruction; the compiler may take a plain assignment apart. */
+PNN_DEVICE void store_global(words4 *p, words4 v) {
+  asm volatile("st.global.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(__cvta_generic_to_global(p)), "r"(v.w[0]), "r"(v.w[1]),
+               "r"(v.w[2]), "r"(v.w[3])
+               : "memory");
+}
 PNN_DEVICE void note_load(const void *, int) {}
 PNN_DEVICE void note_store(void *, int) {}
 
@@ -260,9 +271,18 @@ inline words4 load_shared(const words4 *p) {
   cuda_on_host::count_access(cuda_on_host::LOAD, p, 16);
   return *p;
 }
+inline float load_shared(const float *p) {
+  check_shared_alignment(p, 4);
+  cuda_on_host::count_access(cuda_on_host::LOAD, p, 4);
+  return *p;
+}
 inline void store_shared(words4 *p, words4 v) {
   check_shared_alignment(p, 16);
   cuda_on_host::count_access(cuda_on_host::STORE, p, 16);
+  *p = v;
+}
+inline void store_global(words4 *p, words4 v) {
+  if (reinterpret_cast<uintptr_t>(p) % 16) cuda_on_host::fail("a misaligned store to device memory");
   *p = v;
 }
 inline void note_load(const void *p, int bytes) { cuda_on_host::count_access(cuda_on_host::LOAD, p, bytes); }
@@ -273,7 +293,9 @@ inline void note_store(void *p, int bytes) { cuda_on_host::count_access(cuda_on_
 PNN_DEVICE float widen(bfloat16 x) { return float_of(static_cast<uint32_t>(x.bits) << 16); }
 PNN_DEVICE float widen(float x) { return x; }
 PNN_DEVICE double widen(double x) { return x; }
+PNN_DEVICE float widen(tf32 x) { return x.value; }
 PNN_DEVICE float round_to(float, float x) { return x; }
+PNN_DEVICE tf32 round_to(tf32, float x) { return {x}; }
 PNN_DEVICE double round_to(double, double x) { return x; }
 
 }  // namespace pnn_cuda

@@ -2,14 +2,15 @@
  * response.h - response maps in registers: masks from their tensor or their seed, perturbation, activation, centring.
  *
  * A thread makes eight neighbouring maps of one pixel at a time. The 256-value lattice takes one Philox call for
- * sixteen maps (csrc/kernels/philox.h, the same generator); the loop that writes eight at a time computes it once for
- * each eight that are aligned, and map by map, as the coordinates come, where they are not.
+ * sixteen maps (csrc/kernels/philox.h, the same generator): threads that go through two runs of eight keep its words
+ * for the second. Runs that start at no multiple of eight are made map by map.
  */
 #ifndef PNN_CUDA_RESPONSE_H
 #define PNN_CUDA_RESPONSE_H
 
 #include "activation.h"
 #include "layer.h"
+#include "tile.h"
 
 namespace pnn_cuda {
 
@@ -101,28 +102,43 @@ PNN_DEVICE Pixel pixel_make(const Layer &layer, const Place &p) {
   return pixel;
 }
 
-/* n[e] = fl(fl(level) * N) of the maps k + e, e < count, at the pixel; c and m are map k's channel and mask. */
+/* What the generator gave last: sixteen maps of one pixel. */
+struct Generated {
+  uint32_t words[4], block;
+};
+PNN_DEVICE Generated nothing_generated() { return {{0, 0, 0, 0}, NOTHING_MADE}; }
+
+/* n[e] = fl(fl(level) * N) of the maps k + e, e < count, at the pixel; `map` is map k. */
 template <class R>
-PNN_DEVICE void noise_make(const Layer &layer, uint64_t seed, int64_t k, int64_t c, int64_t m, int count,
-                           const Pixel &pixel, bool mask_float, R n[RUN]) {
-  const R level = static_cast<R>(layer.level);
-#pragma unroll
-  for (int e = 0; e < RUN; e++) n[e] = 0;
-  if (layer.noise == PNN_NOISE_NONE) return;
+PNN_DEVICE void noise_make(const Layer &layer, uint64_t seed, int64_t k, Map map, int count, const Pixel &pixel,
+                           bool mask_float, Generated *last, R n[RUN]) {
+  R level;
+  if constexpr (sizeof(R) == 8)
+    level = layer.level;
+  else
+    level = layer.level_float;
   if (layer.noise == PNN_NOISE_UNIFORM && !layer.shared && k % RUN == 0) {
-    uint32_t words[4] = {pixel.column, pixel.row, static_cast<uint32_t>(k / 16), 0};
-    philox(words, seed);
+    const uint32_t block = static_cast<uint32_t>(k / 16);
+    if (last->block != block) {
+      last->block = block;
+      last->words[0] = pixel.column;
+      last->words[1] = pixel.row;
+      last->words[2] = block;
+      last->words[3] = 0;
+      philox(last->words, seed);
+    }
     const bool upper = k % 16 != 0;
-    const uint32_t low = upper ? words[2] : words[0], high = upper ? words[3] : words[1];
+    const uint32_t low = upper ? last->words[2] : last->words[0], high = upper ? last->words[3] : last->words[1];
 #pragma unroll
     for (int e = 0; e < RUN; e++) n[e] = level * static_cast<R>(lattice((e < 4 ? low : high) >> (e % 4 * 8) & 0xff));
     return;
   }
   if (layer.noise == PNN_NOISE_TENSOR && layer.masks == 1) {
 #pragma unroll
-    for (int e = 0; e < RUN; e++)
+    for (int e = 0; e < RUN; e++) {
+      n[e] = 0;
       if (e < count) {
-        const int64_t at = pixel.mask + (layer.shared ? 0 : (c + e) * layer.mask.channel);
+        const int64_t at = pixel.mask + (layer.shared ? 0 : (map.c + e) * layer.mask.channel);
         if constexpr (sizeof(R) == 8)
           n[e] = level * element<double>(layer.mask.data, at, mask_float);
         else if (mask_float)
@@ -132,16 +148,19 @@ PNN_DEVICE void noise_make(const Layer &layer, uint64_t seed, int64_t k, int64_t
         else
           n[e] = level * widen(reinterpret_cast<const float16 *>(layer.mask.data)[at]);
       }
+    }
     return;
   }
   /* Map by map; the registers move up by one each time, so that no index into them depends on the loop. */
   uint32_t words[4], made = NOTHING_MADE;
+#pragma unroll
+  for (int e = 0; e < RUN; e++) n[e] = 0;
 #pragma unroll 1
   for (int e = 0; e < RUN; e++) {
     R value = 0;
     if (e < count) {
       if (layer.noise == PNN_NOISE_TENSOR) {
-        const int64_t at = pixel.mask + (layer.shared ? 0 : c * layer.mask.channel) + m * layer.mask.batch;
+        const int64_t at = pixel.mask + (layer.shared ? 0 : map.c * layer.mask.channel) + map.m * layer.mask.batch;
         if constexpr (sizeof(R) == 8)
           value = element<double>(layer.mask.data, at, mask_float);
         else if (mask_float)
@@ -151,11 +170,11 @@ PNN_DEVICE void noise_make(const Layer &layer, uint64_t seed, int64_t k, int64_t
         else
           value = widen(reinterpret_cast<const float16 *>(layer.mask.data)[at]);
       } else {
-        value = static_cast<R>(recipe_value(layer, seed, static_cast<uint32_t>(layer.shared ? m : k + e), pixel.row,
+        value = static_cast<R>(recipe_value(layer, seed, static_cast<uint32_t>(layer.shared ? map.m : k + e), pixel.row,
                                             pixel.column, words, &made));
       }
       value = level * value;
-      if (++m == layer.masks) m = 0, c++;
+      if (++map.m == layer.masks) map.m = 0, map.c++;
     }
 #pragma unroll
     for (int i = 0; i + 1 < RUN; i++) n[i] = n[i + 1];
@@ -163,29 +182,90 @@ PNN_DEVICE void noise_make(const Layer &layer, uint64_t seed, int64_t k, int64_t
   }
 }
 
-/* An input pixel's channels: in shared memory (two steps, in elements) or in the tensor itself. */
+/* An input pixel's channels: a tile's in shared memory, with steps that fit an int, or the tensor itself. */
+template <class Step>
 struct Source {
-  const char *data;
-  int64_t at, step; /* element of channel 0 of the layer, step from channel to channel */
+  const char *data; /* of the first map's channel */
+  Step step;        /* bytes from channel to channel */
 };
 
-/* u[e] = the perturbed input of map k + e, e < count (0 beyond), for maps that start at k of the layer. */
-template <class D, class R = typename RealOf<D>::type>
-PNN_DEVICE void perturbed(const Layer &layer, uint64_t seed, const Source &x, int64_t k, int count, const Pixel &pixel,
-                          R u[RUN]) {
-  int64_t m, c = divide(layer.by_masks, k, &m);
-  noise_make(layer, seed, k, c, m, count, pixel, layer.mask.dtype == PNN_FLOAT32, u);
-  const bool noise = layer.noise != PNN_NOISE_NONE;
+/* Element e of 16 bytes. */
+PNN_DEVICE float element_in(float, const words4 &words, int e) { return float_of(words.w[e]); }
+PNN_DEVICE tf32 element_in(tf32, const words4 &words, int e) { return {float_of(words.w[e])}; }
+PNN_DEVICE double element_in(double, const words4 &words, int e) {
+  return double_of(static_cast<uint64_t>(words.w[2 * e + 1]) << 32 | words.w[2 * e]);
+}
+template <class E>
+PNN_DEVICE E element_in(E, const words4 &words, int e) {
+  return {static_cast<uint16_t>(words.w[e / 2] >> (e % 2 * 16))};
+}
+
+/* Adds x to u, or writes it there; `left` maps of the first channel are still to come. E is x's type. */
+template <class E, class R, class Step>
+PNN_DEVICE void input_add(const Source<Step> &x, int masks, int left, int count, bool noise, R u[RUN]) {
+  const char *at = x.data;
+  if constexpr (sizeof(Step) == 4) {
+    if (masks == 1 && count == RUN && x.step == static_cast<int>(sizeof(E))) { /* channels in a row, 16 bytes aligned */
+      constexpr int V = 16 / static_cast<int>(sizeof(E));
+#pragma unroll
+      for (int i = 0; i < RUN; i += V) {
+        const words4 words = load_shared(reinterpret_cast<const words4 *>(at) + i / V);
+#pragma unroll
+        for (int e = 0; e < V; e++) {
+          const R v = static_cast<R>(widen(element_in(E{}, words, e)));
+          u[i + e] = noise ? v + u[i + e] : v;
+        }
+      }
+      return;
+    }
+  }
+  if (masks == 1 && count == RUN) {
+#pragma unroll
+    for (int e = 0; e < RUN; e++) {
+      const R v = static_cast<R>(widen(*reinterpret_cast<const E *>(at)));
+      if (sizeof(Step) == 4) note_load(at, sizeof(E));
+      u[e] = noise ? v + u[e] : v;
+      at += x.step;
+    }
+    return;
+  }
 #pragma unroll
   for (int e = 0; e < RUN; e++) {
     if (e < count) {
-      const R v = element<D>(x.data, x.at + c * x.step, layer.input_float);
+      const R v = static_cast<R>(widen(*reinterpret_cast<const E *>(at)));
+      if (sizeof(Step) == 4) note_load(at, sizeof(E));
       u[e] = noise ? v + u[e] : v;
-      if (++m == layer.masks) m = 0, c++;
+      if (--left == 0) left = masks, at += x.step;
     } else {
       u[e] = 0;
     }
   }
+}
+
+/* u[e] = the perturbed input of map k + e, e < count (0 beyond), for maps that start at k of the layer, which is `map`;
+ * x's data are those of its channel. */
+template <class D, class Step, class R = typename RealOf<D>::type>
+PNN_DEVICE void perturbed(const Layer &layer, uint64_t seed, const Source<Step> &x, int64_t k, Map map, int count,
+                          const Pixel &pixel, Generated *last, R u[RUN]) {
+  const bool noise = layer.noise != PNN_NOISE_NONE;
+  if (noise) noise_make(layer, seed, k, map, count, pixel, layer.mask.dtype == PNN_FLOAT32, last, u);
+  constexpr int64_t MOST = 1 << 30; /* more than a run */
+  const int masks = static_cast<int>(layer.masks < MOST ? layer.masks : MOST);
+  const int left = static_cast<int>(layer.masks - map.m < MOST ? layer.masks - map.m : MOST);
+  if constexpr (sizeof(D) == 2) {
+    if (layer.input_float) {
+      input_add<float>(x, masks, left, count, noise, u);
+      return;
+    }
+  }
+  input_add<D>(x, masks, left, count, noise, u);
+}
+
+/* The source that reads the tensor itself; `at` is the pixel's place in it. */
+template <class D>
+PNN_DEVICE Source<int64_t> source_in(const Layer &layer, int64_t at, int64_t channel) {
+  const int size = layer.input_float ? 4 : static_cast<int>(sizeof(D));
+  return {layer.input.data + (at + channel * layer.input.channel) * size, layer.input.channel * size};
 }
 
 /* u = activation(u). The costly ones go one at a time through the same registers: eight copies of each would make the
@@ -227,10 +307,70 @@ PNN_DEVICE void activate_gradient_run(int activation, R u[RUN], R d[RUN]) {
 /* From u to the product's operand, unrounded: activation, minus the mean; 0 beyond count. */
 template <class R>
 PNN_DEVICE void respond(const Layer &layer, int64_t k, int count, R u[RUN]) {
-  const R *mean = static_cast<const R *>(layer.mean);
   activate_run(layer.activation, u);
+  if (layer.mean) {
+    const R *mean = static_cast<const R *>(layer.mean) + k;
 #pragma unroll
-  for (int e = 0; e < RUN; e++) u[e] = e < count ? (mean ? u[e] - mean[k + e] : u[e]) : R(0);
+    for (int e = 0; e < RUN; e++)
+      if (e < count) u[e] = u[e] - mean[e];
+  }
+  if (count == RUN) return;
+#pragma unroll
+  for (int e = 0; e < RUN; e++)
+    if (e >= count) u[e] = 0;
+}
+
+/* Most layers have the 256-value lattice from a seed, relu, and maps in whole sixteens: their operands are made without
+ * a branch, a bound or a register that moves, which halves the instructions. The bits are those of the way above. */
+template <class D>
+PNN_DEVICE bool plain_layer(const Layer &layer) {
+  const bool masks_fit =
+      layer.masks % 16 == 0 || layer.masks == 1 || layer.masks == 2 || layer.masks == 4 || layer.masks == 8;
+  return sizeof(D) < 8 && layer.noise == PNN_NOISE_UNIFORM && !layer.shared && layer.group_maps % 16 == 0 &&
+         layer.activation == PNN_ACTIVATION_RELU && !layer.mean && !layer.input_float && masks_fit;
+}
+
+/* MAPS maps from k on, of one pixel, to shared memory as D; x is their channels' place in shared memory, whose steps
+ * are PITCH bytes where pixels are contiguous (`pixels`), else one element. */
+template <class D, int MAPS, int PITCH>
+PNN_DEVICE void plain_response(const Layer &layer, uint64_t seed, int64_t k, uint32_t row, uint32_t column,
+                               const char *x, bool pixels, D *to) {
+  uint32_t words[4] = {column, row, static_cast<uint32_t>(k / 16), 0};
+  philox(words, seed);
+  if (MAPS == 8 && k % 16 != 0) words[0] = words[2], words[1] = words[3];
+  constexpr int SIZE = static_cast<int>(sizeof(D)), V = 16 / SIZE;
+  float v[MAPS];
+  if (layer.masks == 1 && pixels) {
+#pragma unroll
+    for (int e = 0; e < MAPS; e++) {
+      v[e] = static_cast<float>(widen(*reinterpret_cast<const D *>(x + e * PITCH)));
+      note_load(x + e * PITCH, SIZE);
+    }
+  } else if (layer.masks == 1) {
+#pragma unroll
+    for (int i = 0; i < MAPS; i += V) {
+      const words4 vector = load_shared(reinterpret_cast<const words4 *>(x) + i / V);
+#pragma unroll
+      for (int e = 0; e < V; e++) v[i + e] = static_cast<float>(widen(element_in(D{}, vector, e)));
+    }
+  } else {
+    /* Maps to a channel: a power of two, or so many that all are of one channel. */
+    const int shift = layer.masks % 16 == 0 ? 4 : layer.masks == 8 ? 3 : layer.masks == 4 ? 2 : 1;
+    const int step = pixels ? PITCH : SIZE;
+#pragma unroll
+    for (int e = 0; e < MAPS; e++) {
+      const char *at = x + (e >> shift) * step;
+      v[e] = static_cast<float>(widen(*reinterpret_cast<const D *>(at)));
+      note_load(at, SIZE);
+    }
+  }
+#pragma unroll
+  for (int e = 0; e < MAPS; e++) {
+    const float u = v[e] + layer.level_float * lattice(words[e / 4] >> (e % 4 * 8) & 0xff);
+    v[e] = u < 0 ? 0.0f : u;
+  }
+#pragma unroll
+  for (int i = 0; i < MAPS; i += RUN) store_run(to + i, v + i);
 }
 
 PNN_DEVICE uint64_t seed_read(const Layer &layer) { return layer.seed ? static_cast<uint64_t>(*layer.seed) : 0; }

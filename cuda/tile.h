@@ -5,10 +5,11 @@
  *
  *     DEPTH_FASTEST   [row][depth], 64 bytes of depth and 16 of padding to a row
  *     ROWS_FASTEST    [depth][row], all the tile's rows and 16 bytes of padding to a depth
- *
- * With either, eight rows of 16 bytes fall into different banks. 16-bit operands go through ldmatrix (transposed for
- * ROWS_FASTEST) to the tensor cores; a warp holds 16x8 blocks of C. float and double go by fused multiply-adds, in
- * ascending depth for each element of C, so float32 has the CPU's bits wherever the activation has.
+ * (32 with TF32). With either, eight rows of 16 bytes fall into different banks. 16-bit operands go through ldmatrix
+ * (transposed for ROWS_FASTEST) to the tensor cores; a warp holds 16x8 blocks of C. TF32 operands do so from
+ * DEPTH_FASTEST, where a row of an 8x8 matrix is four numbers, and go one by one from ROWS_FASTEST, since ldmatrix
+ * transposes 16-bit numbers only. float and double go by fused multiply-adds, in ascending depth for each element of C,
+ * so float32 has the CPU's bits wherever the activation has.
  */
 #ifndef PNN_CUDA_TILE_H
 #define PNN_CUDA_TILE_H
@@ -23,12 +24,18 @@ template <class D>
 struct Depth {
   static constexpr int value = 64 / static_cast<int>(sizeof(D));  /* of one step of the pipeline */
   static constexpr int vector = 16 / static_cast<int>(sizeof(D)); /* elements in 16 bytes */
+  static constexpr int padding = 16;                              /* bytes behind a depth of ROWS_FASTEST */
+};
+template <>
+struct Depth<tf32> {
+  static constexpr int value = 16, vector = 4;
+  static constexpr int padding = 32; /* four depths of eight numbers meet all 32 banks once */
 };
 
 /* Bytes from one row (or one depth) to the next, and of the whole tile. */
 template <class D>
 PNN_HOST_DEVICE constexpr int pitch_of(Fastest fastest, int rows) {
-  return fastest == DEPTH_FASTEST ? 80 : rows * static_cast<int>(sizeof(D)) + 16;
+  return fastest == DEPTH_FASTEST ? 80 : rows * static_cast<int>(sizeof(D)) + Depth<D>::padding;
 }
 template <class D>
 PNN_HOST_DEVICE constexpr int bytes_of(Fastest fastest, int rows) {
@@ -40,8 +47,9 @@ PNN_DEVICE double real_at(const words4 &v, int i, double) {
   return double_of(static_cast<uint64_t>(v.w[2 * i + 1]) << 32 | v.w[2 * i]);
 }
 
-/* float and double: each thread holds ROWS/R x COLUMNS/8 elements of C. */
-template <class D, int ROWS, int COLUMNS, int THREADS, Fastest A, Fastest B>
+/* float and double: each thread holds ROWS/R x COLUMNS/8 elements of C. B_MADE: operand B was written by store_run, so
+ * it is rounded to TF32 already; it means nothing to other types. */
+template <class D, int ROWS, int COLUMNS, int THREADS, Fastest A, Fastest B, bool B_MADE = true>
 struct Tile {
   using R = D;
   static constexpr int V = Depth<D>::vector;
@@ -57,13 +65,15 @@ struct Tile {
   static PNN_DEVICE int lane_m() { return static_cast<int>(threadIdx.x) / LANES_N; }
   static PNN_DEVICE int lane_n() { return static_cast<int>(threadIdx.x) % LANES_N; }
 
-  /* f(row, column) -> the element's first value. */
+  /* f(row) -> the first value of the row's elements. */
   template <class F>
   PNN_DEVICE void start(F f) {
 #pragma unroll
-    for (int i = 0; i < M; i++)
+    for (int i = 0; i < M; i++) {
+      const R first = f(index<A, LANES_M>(i, lane_m()));
 #pragma unroll
-      for (int j = 0; j < N; j++) c[i][j] = f(index<A, LANES_M>(i, lane_m()), index<B, LANES_N>(j, lane_n()));
+      for (int j = 0; j < N; j++) c[i][j] = first;
+    }
   }
   /* f(row, column, value) */
   template <class F>
@@ -114,7 +124,7 @@ struct Tile {
   }
 };
 
-/* 16-bit types on the tensor cores: two rows of warps. */
+/* On the tensor cores: two rows of warps. The product below is that of 16-bit types. */
 template <class D, int ROWS, int COLUMNS, int THREADS, Fastest A, Fastest B>
 struct TensorTile {
   using R = float;
@@ -131,11 +141,11 @@ struct TensorTile {
   template <class F>
   PNN_DEVICE void start(F f) {
 #pragma unroll
-    for (int i = 0; i < M; i++)
+    for (int i = 0; i < M; i++) {
+      const R low = f(row(i, 0)), high = f(row(i, 2));
 #pragma unroll
-      for (int j = 0; j < N; j++)
-#pragma unroll
-        for (int e = 0; e < 4; e++) c[i][j][e] = f(row(i, e), column(j, e));
+      for (int j = 0; j < N; j++) c[i][j][0] = c[i][j][1] = low, c[i][j][2] = c[i][j][3] = high;
+    }
   }
   template <class F>
   PNN_DEVICE void each(F f) {
@@ -177,10 +187,58 @@ struct TensorTile {
   }
 };
 
-template <int ROWS, int COLUMNS, int THREADS, Fastest A, Fastest B>
-struct Tile<bfloat16, ROWS, COLUMNS, THREADS, A, B> : TensorTile<bfloat16, ROWS, COLUMNS, THREADS, A, B> {};
-template <int ROWS, int COLUMNS, int THREADS, Fastest A, Fastest B>
-struct Tile<float16, ROWS, COLUMNS, THREADS, A, B> : TensorTile<float16, ROWS, COLUMNS, THREADS, A, B> {};
+template <int ROWS, int COLUMNS, int THREADS, Fastest A, Fastest B, bool B_MADE>
+struct Tile<bfloat16, ROWS, COLUMNS, THREADS, A, B, B_MADE> : TensorTile<bfloat16, ROWS, COLUMNS, THREADS, A, B> {};
+template <int ROWS, int COLUMNS, int THREADS, Fastest A, Fastest B, bool B_MADE>
+struct Tile<float16, ROWS, COLUMNS, THREADS, A, B, B_MADE> : TensorTile<float16, ROWS, COLUMNS, THREADS, A, B> {};
+
+/* TF32: an operand that came as it is stored is rounded here, from shared memory to the tensor cores. */
+template <int ROWS, int COLUMNS, int THREADS, Fastest A, Fastest B, bool B_MADE>
+struct Tile<tf32, ROWS, COLUMNS, THREADS, A, B, B_MADE> : TensorTile<tf32, ROWS, COLUMNS, THREADS, A, B> {
+  using Base = TensorTile<tf32, ROWS, COLUMNS, THREADS, A, B>;
+  using Base::c;
+
+  /* Four 8x4 blocks at (row, depth), in the orders of TensorTile::load: lane i gets of each the element at row i / 4,
+   * depth i % 4. */
+  template <Fastest F, int ROWS_OF, bool ROW_FIRST, bool ROUND>
+  static PNN_DEVICE void load(const char *tile, int row, int depth, uint32_t r[4]) {
+    constexpr int pitch = pitch_of<tf32>(F, ROWS_OF);
+    const int lane = Base::lane();
+    if constexpr (F == DEPTH_FASTEST) {
+      const int matrix = lane / 8, i = lane % 8;
+      row += (ROW_FIRST ? matrix % 2 : matrix / 2) * 8;
+      depth += (ROW_FIRST ? matrix / 2 : matrix % 2) * 4;
+      load_matrices(r, tile + (row + i) * pitch + depth * 4);
+    } else {
+#pragma unroll
+      for (int block = 0; block < 4; block++) {
+        const int at_row = row + (ROW_FIRST ? block % 2 : block / 2) * 8 + lane / 4;
+        const int at_depth = depth + (ROW_FIRST ? block / 2 : block % 2) * 4 + lane % 4;
+        r[block] = bits_of(load_shared(reinterpret_cast<const float *>(tile + at_depth * pitch + at_row * 4)));
+      }
+    }
+    if constexpr (ROUND) {
+#pragma unroll
+      for (int block = 0; block < 4; block++) r[block] = to_tf32(float_of(r[block]));
+    }
+  }
+
+  PNN_DEVICE void add_product(const char *a, const char *b) {
+#pragma unroll
+    for (int depth = 0; depth < Depth<tf32>::value; depth += 8) {
+      uint32_t x[Base::M][4], y[Base::N / 2][4];
+#pragma unroll
+      for (int i = 0; i < Base::M; i++) load<A, ROWS, true, true>(a, Base::first_row() + i * 16, depth, x[i]);
+#pragma unroll
+      for (int j = 0; j < Base::N / 2; j++)
+        load<B, COLUMNS, false, !B_MADE>(b, Base::first_column() + j * 16, depth, y[j]);
+#pragma unroll
+      for (int i = 0; i < Base::M; i++)
+#pragma unroll
+        for (int j = 0; j < Base::N; j++) multiply_tf32(c[i][j], x[i], &y[j / 2][j % 2 * 2]);
+    }
+  }
+};
 
 /* ---- operands into shared memory ---- */
 
@@ -188,52 +246,97 @@ PNN_DEVICE int clamp_bytes(int64_t elements, int size) {
   return elements <= 0 ? 0 : elements * size >= 16 ? 16 : static_cast<int>(elements) * size;
 }
 
-/* The weight's rows [t0, t0 + rows) and columns [k0, k0 + columns) of a group as [row][column], asynchronously, zero
- * beyond the group's; `columns` is a multiple of 16 bytes. */
-template <class D, int THREADS>
-PNN_DEVICE void stage_weight(const Layer &layer, int64_t group, int64_t t0, int rows, int64_t k0, int columns, char *to,
-                             int pitch) {
-  constexpr int V = Depth<D>::vector, SIZE = static_cast<int>(sizeof(D));
-  const int chunks = columns / V;
-  for (int i = static_cast<int>(threadIdx.x); i < rows * chunks; i += THREADS) {
-    const int r = i / chunks, ch = i % chunks;
-    const int64_t t = t0 + r, k = k0 + ch * V;
-    const int valid = t < layer.group_outputs ? clamp_bytes(layer.group_maps - k, SIZE) : 0;
-    const int64_t at = valid ? (group * layer.group_outputs + t) * layer.weight_step + k : 0;
-    copy_async16(to + r * pitch + ch * 16, layer.weight + at * SIZE, valid);
-  }
-}
+/* Tiles of the weight, [row][column], asynchronously, zero beyond the group's. A thread keeps its place in the row and
+ * goes down the rows; where it reads from moves on from tile to tile, so that nothing is multiplied on the way. */
+template <class D, int ROWS, int COLUMNS, int THREADS>
+struct WeightTiles {
+  static constexpr int SIZE = static_cast<int>(sizeof(D)), CHUNKS = COLUMNS * SIZE / 16, STEP = THREADS / CHUNKS;
+  static_assert(THREADS % CHUNKS == 0 && ROWS % STEP == 0, "whole rows");
+  const char *from;
+  int64_t rows, columns; /* left from this thread's own */
 
-/* Channels [c0, c0 + count) below `end` of columns [0, columns) of a view into shared memory: [channel][column] with
- * STAGE_PIXELS (and STAGE_ELEMENTS, at once and not asynchronously), [column][channel] with STAGE_CHANNELS, where c0
- * and count are multiples of 16 bytes. offset(j) is column j's place in the view, or -1 where it is beyond the last. */
-template <int SIZE, int COLUMNS, int THREADS, class Offset>
+  /* The first tile's rows start at t0 of the group, its columns at k0. */
+  PNN_DEVICE WeightTiles(const Layer &layer, int64_t group, int64_t t0, int64_t k0) {
+    const int first = static_cast<int>(threadIdx.x) / CHUNKS;
+    const int64_t k = k0 + static_cast<int>(threadIdx.x) % CHUNKS * (16 / SIZE);
+    from = layer.weight + ((group * layer.group_outputs + t0 + first) * layer.weight_step + k) * SIZE;
+    rows = layer.group_outputs - t0 - first;
+    columns = layer.group_maps - k;
+  }
+  PNN_DEVICE void stage(const Layer &layer, char *to, int pitch) const {
+    const int bytes = clamp_bytes(columns, SIZE);
+    const int64_t step = STEP * layer.weight_step * SIZE;
+    const char *at = from;
+    to += static_cast<int>(threadIdx.x) / CHUNKS * pitch + static_cast<int>(threadIdx.x) % CHUNKS * 16;
+#pragma unroll
+    for (int r = 0; r < ROWS; r += STEP, at += step) {
+      const int valid = r < rows ? bytes : 0;
+      copy_async16(to + r * pitch, valid ? at : layer.weight, valid);
+    }
+  }
+  PNN_DEVICE void next_columns() {
+    from += COLUMNS * SIZE;
+    columns -= COLUMNS;
+  }
+  PNN_DEVICE void next_rows(const Layer &layer) {
+    from += ROWS * layer.weight_step * SIZE;
+    rows -= ROWS;
+  }
+};
+
+/* The place of a step in a ring of STAGES. */
+template <int STAGES>
+struct Slot {
+  int at = 0;
+  PNN_DEVICE void next() { at = at + 1 == STAGES ? 0 : at + 1; }
+};
+
+/* Channels [c0, c0 + count) below `end` of columns [0, COLUMNS) of a view into shared memory, count <= CHANNELS:
+ * [channel][column] with STAGE_PIXELS (and STAGE_ELEMENTS, at once and not asynchronously), [column][channel] with
+ * STAGE_CHANNELS, where c0 is a multiple of 16 bytes. offset(j, &at) tells whether column j is there, and its place in
+ * the view. */
+template <int SIZE, int CHANNELS, int COLUMNS, int THREADS, class Offset>
 PNN_DEVICE void stage_view(const View &v, int staging, int64_t c0, int count, int64_t end, int64_t group_first,
                            char *to, int pitch, Offset offset) {
   constexpr int V = 16 / SIZE;
   const int thread = static_cast<int>(threadIdx.x);
+  int64_t at;
   if (staging == STAGE_PIXELS) {
-    constexpr int CHUNKS = COLUMNS / V;
-    for (int i = thread; i < count * CHUNKS; i += THREADS) {
-      const int r = i / CHUNKS, j = i % CHUNKS * V;
-      int64_t at;
-      const bool here = offset(j, &at) && c0 + r < end;
-      const char *from = here ? v.data + (at + (group_first + c0 + r) * v.channel) * SIZE : v.data;
-      copy_async16(to + r * pitch + j * SIZE, from, here ? 16 : 0);
+    /* A thread keeps its pixels and goes through the channels. */
+    constexpr int CHUNKS = COLUMNS / V, STEP = THREADS / CHUNKS;
+    static_assert(THREADS % CHUNKS == 0, "whole channels");
+    const int first = thread / CHUNKS, j = thread % CHUNKS * V;
+    const bool here = offset(j, &at);
+    const int channels = static_cast<int>(end - c0 < count ? end - c0 : count);
+    const char *from = v.data + (at + (group_first + c0 + first) * v.channel) * SIZE;
+    to += first * pitch + j * SIZE;
+#pragma unroll
+    for (int r = first; r < first + CHANNELS; r += STEP) {
+      if (r < count) {
+        const bool valid = here && r < channels;
+        copy_async16(to, valid ? from : v.data, valid ? 16 : 0);
+      }
+      to += STEP * pitch;
+      from += STEP * v.channel * SIZE;
     }
   } else if (staging == STAGE_CHANNELS) {
-    const int chunks = count / V;
-    for (int i = thread; i < COLUMNS * chunks; i += THREADS) {
-      const int j = i / chunks, r = i % chunks * V;
-      int64_t at;
-      const int valid = offset(j, &at) ? clamp_bytes(end - c0 - r, SIZE) : 0;
-      const char *from = valid ? v.data + (at + (group_first + c0 + r)) * SIZE : v.data;
-      copy_async16(to + j * pitch + r * SIZE, from, valid);
+    /* A thread keeps its channels and goes through the pixels. */
+    constexpr int CHUNKS = CHANNELS / V, STEP = THREADS / CHUNKS;
+    static_assert(THREADS % CHUNKS == 0 && COLUMNS % STEP == 0, "whole pixels");
+    const int first = thread / CHUNKS, r = thread % CHUNKS * V;
+    if (r >= count) return;
+    const int bytes = clamp_bytes(end - c0 - r, SIZE);
+    const char *const from = v.data + (group_first + c0 + r) * SIZE;
+    to += first * pitch + r * SIZE;
+#pragma unroll
+    for (int j = 0; j < COLUMNS; j += STEP) {
+      const int valid = offset(first + j, &at) ? bytes : 0;
+      copy_async16(to + j * pitch, valid ? from + at * SIZE : v.data, valid);
     }
   } else {
+#pragma unroll 1
     for (int i = thread; i < count * COLUMNS; i += THREADS) {
       const int r = i / COLUMNS, j = i % COLUMNS;
-      int64_t at;
       const bool here = offset(j, &at) && c0 + r < end;
       const int64_t element = here ? at + (group_first + c0 + r) * v.channel : 0;
       if constexpr (SIZE == 2)
@@ -273,6 +376,12 @@ PNN_DEVICE void store_run(float *to, const float v[8]) {
     store_shared(reinterpret_cast<words4 *>(to) + h, w);
   }
 }
+PNN_DEVICE void store_run(tf32 *to, const float v[8]) {
+  float rounded[8];
+#pragma unroll
+  for (int i = 0; i < 8; i++) rounded[i] = float_of(to_tf32(v[i]));
+  store_run(&to->value, rounded);
+}
 PNN_DEVICE void store_run(double *to, const double v[8]) {
 #pragma unroll
   for (int h = 0; h < 4; h++) {
@@ -285,6 +394,26 @@ PNN_DEVICE void store_run(double *to, const double v[8]) {
     }
     store_shared(reinterpret_cast<words4 *>(to) + h, w);
   }
+}
+
+/* 16 bytes of reals from shared memory, rounded to D, to 16-byte aligned device memory. */
+template <class D, class R>
+PNN_DEVICE void store_vector(D *to, const R *sums) {
+  constexpr int V = Depth<D>::vector, W = 16 / static_cast<int>(sizeof(R));
+  words4 out;
+  if constexpr (V == W) { /* float, double: as they are */
+    out = load_shared(reinterpret_cast<const words4 *>(sums));
+  } else {
+    const words4 a = load_shared(reinterpret_cast<const words4 *>(sums));
+    const words4 b = load_shared(reinterpret_cast<const words4 *>(sums) + 1);
+#pragma unroll
+    for (int i = 0; i < 4; i++) {
+      const words4 &from = i < 2 ? a : b;
+      out.w[i] = static_cast<uint32_t>(round_to(D{}, float_of(from.w[i % 2 * 2 + 1])).bits) << 16 |
+                 round_to(D{}, float_of(from.w[i % 2 * 2])).bits;
+    }
+  }
+  store_global(reinterpret_cast<words4 *>(to), out);
 }
 
 }  // namespace pnn_cuda

@@ -19,6 +19,12 @@ namespace {
 
 constexpr int STAGES = 3;
 
+/* What a block knows of each pixel of a step. */
+struct Column {
+  int64_t input, grad_output;
+  Pixel pixel;
+};
+
 struct Grid {
   int64_t first_tile;
   Divider by_outputs, by_maps, by_groups;
@@ -35,7 +41,10 @@ struct Shape {
     const int pixels = S::columns * (DEPTH * size + 16), channels = DEPTH * (S::columns * size + 16);
     return pixels > channels ? pixels : channels;
   }
-  static int bytes(int input_size) { return STAGES * (gradient_bytes + input_bytes(input_size)) + 2 * operand_bytes; }
+  static constexpr int table_bytes = STAGES * DEPTH * static_cast<int>(sizeof(Column));
+  static int bytes(int input_size) {
+    return table_bytes + STAGES * (gradient_bytes + input_bytes(input_size)) + 2 * operand_bytes;
+  }
 };
 
 template <class D, class S, Fastest G>
@@ -47,7 +56,9 @@ __global__ void __launch_bounds__(S::threads, S::blocks)
   PNN_SHARED_MEMORY(memory);
   const int input_size = layer.input_float ? 4 : static_cast<int>(sizeof(D));
   const int stage_bytes = H::gradient_bytes + H::input_bytes(input_size);
-  char *const operands = memory + STAGES * stage_bytes;
+  Column *const tables = reinterpret_cast<Column *>(memory);
+  char *const pipeline = memory + H::table_bytes;
+  char *const operands = pipeline + STAGES * stage_bytes;
   const int thread = static_cast<int>(threadIdx.x);
   const uint64_t seed = seed_read(layer);
 
@@ -65,9 +76,10 @@ __global__ void __launch_bounds__(S::threads, S::blocks)
 
   const int64_t steps = q_begin < q_end ? (q_end - q_begin + DEPTH - 1) / DEPTH : 0;
   const int staging = layer.input_staging;
-  int64_t rest, c0 = divide(layer.by_masks, k0, &rest);
+  const Map map_of_tile = map_make(layer, k0);
+  int64_t c0 = map_of_tile.c;
   int channels = 0;
-  if (products && maps > 0) channels = static_cast<int>(divide(layer.by_masks, k0 + maps - 1, &rest) + 1 - c0);
+  if (products && maps > 0) channels = static_cast<int>(map_make(layer, k0 + maps - 1).c + 1 - c0);
   const int V = 16 / input_size;
   if (staging == STAGE_CHANNELS) {
     channels += static_cast<int>(c0 & (V - 1));
@@ -76,63 +88,115 @@ __global__ void __launch_bounds__(S::threads, S::blocks)
   }
   const int pitch = (staging == STAGE_PIXELS ? DEPTH : static_cast<int>(S::columns)) * input_size + 16;
 
+  Slot<STAGES> look_up_slot, load_slot, transform_slot, product_slot;
+  const auto pixels_of = [&](int64_t step) {
+    const int64_t left = q_end - q_begin - step * DEPTH;
+    return left < DEPTH ? static_cast<int>(left) : DEPTH;
+  };
+  /* Where a step's pixels stand: made once, one step before the step is loaded. */
+  const auto look_up = [&](int64_t step) {
+    const int slot = look_up_slot.at;
+    look_up_slot.next();
+    if (step >= steps || thread >= pixels_of(step)) return;
+    const Place p = place_make(layer, q_begin + step * DEPTH + thread);
+    tables[slot * DEPTH + thread] = {place_in(layer.input, p), place_in(layer.grad_output, p), pixel_make(layer, p)};
+  };
   const auto load = [&](int64_t step) {
     if (step < steps) {
-      char *const to = memory + step % STAGES * stage_bytes;
-      const int64_t q = q_begin + step * DEPTH;
-      const auto in = [&](const View &view, int j, int64_t *at) {
-        *at = q + j < q_end ? place_in(view, place_make(layer, q + j)) : 0;
-        return q + j < q_end;
-      };
+      char *const to = pipeline + load_slot.at * stage_bytes;
+      const Column *const table = tables + load_slot.at * DEPTH;
+      load_slot.next();
+      const int pixels = pixels_of(step);
       const int order = G == ROWS_FASTEST                           ? STAGE_CHANNELS
                         : layer.grad_output_staging == STAGE_PIXELS ? STAGE_PIXELS
                                                                     : STAGE_ELEMENTS;
-      stage_view<sizeof(D), DEPTH, S::threads>(layer.grad_output, order, t0, S::rows, layer.group_outputs, output_first,
-                                               to, pitch_of<D>(G, S::rows),
-                                               [&](int j, int64_t *at) { return in(layer.grad_output, j, at); });
+      stage_view<sizeof(D), S::rows, DEPTH, S::threads>(layer.grad_output, order, t0, S::rows, layer.group_outputs,
+                                                        output_first, to, pitch_of<D>(G, S::rows),
+                                                        [&](int j, int64_t *at) {
+                                                          *at = j < pixels ? table[j].grad_output : 0;
+                                                          return j < pixels;
+                                                        });
       if (products && staging != STAGE_ELEMENTS) {
-        const auto place = [&](int j, int64_t *at) { return in(layer.input, j, at); };
+        const auto place = [&](int j, int64_t *at) {
+          *at = j < pixels ? table[j].input : 0;
+          return j < pixels;
+        };
         if (input_size == static_cast<int>(sizeof(D)))
-          stage_view<sizeof(D), DEPTH, S::threads>(layer.input, staging, c0, channels, layer.group_channels,
-                                                   channel_first, to + H::gradient_bytes, pitch, place);
+          stage_view<sizeof(D), S::columns, DEPTH, S::threads>(layer.input, staging, c0, channels, layer.group_channels,
+                                                               channel_first, to + H::gradient_bytes, pitch, place);
         else
-          stage_view<4, DEPTH, S::threads>(layer.input, staging, c0, channels, layer.group_channels, channel_first,
-                                           to + H::gradient_bytes, pitch, place);
+          stage_view<4, S::columns, DEPTH, S::threads>(layer.input, staging, c0, channels, layer.group_channels,
+                                                       channel_first, to + H::gradient_bytes, pitch, place);
       }
     }
     copy_commit();
   };
+  /* A thread makes RUNS runs of maps of one pixel, of the same maps in every step. */
+  constexpr int RUNS = DEPTH * (S::columns / RUN) > S::threads ? 2 : 1;
+  static_assert(DEPTH * (S::columns / RUN / RUNS) <= S::threads, "one item for a thread");
+  const int j = thread % DEPTH, first_run = thread / DEPTH * (RUN * RUNS);
+  const Map map_of_thread = map_make(layer, k0 + first_run);
+  constexpr int SIZE = static_cast<int>(sizeof(D)), PITCH = DEPTH * SIZE + 16;
+  const bool plain = staging != STAGE_ELEMENTS && plain_layer<D>(layer);
+  const R zeros[RUN] = {};
   const auto transform = [&](int64_t step) {
-    const char *const raw = memory + step % STAGES * stage_bytes + H::gradient_bytes;
-    char *const to = operands + step % 2 * H::operand_bytes;
+    const char *const raw = pipeline + transform_slot.at * stage_bytes + H::gradient_bytes;
+    const Column &column = tables[transform_slot.at * DEPTH + j];
+    transform_slot.next();
+    if (first_run >= S::columns) return;
+    D *const to =
+        reinterpret_cast<D *>(operands + (step & 1) * H::operand_bytes + j * pitch_of<D>(ROWS_FASTEST, S::columns));
+    const int pixels = pixels_of(step);
+    if constexpr (sizeof(D) < 8) {
+      if (plain) {
+        if (j >= pixels || first_run >= maps) {
+#pragma unroll
+          for (int run = 0; run < RUN * RUNS; run += RUN) store_run(to + first_run + run, zeros);
+          return;
+        }
+        const bool in_pixels = staging == STAGE_PIXELS;
+        const int first = static_cast<int>(map_of_thread.c - c0) * (in_pixels ? PITCH : SIZE) +
+                          j * (in_pixels ? SIZE : S::columns * SIZE + 16);
+        plain_response<D, RUN * RUNS, PITCH>(layer, seed, map_first + k0 + first_run, column.pixel.row,
+                                             column.pixel.column, raw + first, in_pixels, to + first_run);
+        return;
+      }
+    }
+    Map map = map_of_thread;
+    Generated last = nothing_generated();
 #pragma unroll 1
-    for (int item = thread; item < DEPTH * (S::columns / RUN); item += S::threads) {
-      const int j = item % DEPTH, run = item / DEPTH * RUN;
-      const int64_t q = q_begin + step * DEPTH + j, left = maps - run;
-      const int count = q >= q_end || left <= 0 ? 0 : left < RUN ? static_cast<int>(left) : RUN;
+    for (int run = first_run; run < first_run + RUN * RUNS; run += RUN) {
+      const int64_t left = maps - run;
+      const int count = j >= pixels || left <= 0 ? 0 : left < RUN ? static_cast<int>(left) : RUN;
       R u[RUN];
       if (count > 0) {
-        const Place place = place_make(layer, q);
-        Source x;
-        if (staging == STAGE_PIXELS)
-          x = {raw, j - (c0 + channel_first) * (DEPTH + V), DEPTH + V};
-        else if (staging == STAGE_CHANNELS)
-          x = {raw, j * (S::columns + V) - (c0 + channel_first), 1};
-        else
-          x = {layer.input.data, place_in(layer.input, place), layer.input.channel};
-        perturbed<D>(layer, seed, x, map_first + k0 + run, count, pixel_make(layer, place), u);
-        respond(layer, map_first + k0 + run, count, u);
+        const int64_t k = map_first + k0 + run;
+        const Map in_layer = {channel_first + map.c, map.m};
+        if (staging == STAGE_ELEMENTS) {
+          const Source<int64_t> x = source_in<D>(layer, column.input, in_layer.c);
+          perturbed<D>(layer, seed, x, k, in_layer, count, column.pixel, &last, u);
+        } else {
+          const int step_bytes = staging == STAGE_PIXELS ? pitch : input_size;
+          const int first =
+              static_cast<int>(map.c - c0) * step_bytes + j * (staging == STAGE_PIXELS ? input_size : pitch);
+          const Source<int> x = {raw + first, step_bytes};
+          perturbed<D>(layer, seed, x, k, in_layer, count, column.pixel, &last, u);
+        }
+        respond(layer, k, count, u);
       } else {
 #pragma unroll
         for (int e = 0; e < RUN; e++) u[e] = 0;
       }
-      store_run(reinterpret_cast<D *>(to + j * pitch_of<D>(ROWS_FASTEST, S::columns)) + run, u);
+      store_run(to + run, u);
+      map_advance(layer, &map, RUN);
     }
   };
 
   Tile<D, S::rows, S::columns, S::threads, G, ROWS_FASTEST> tile;
-  tile.start([](int, int) { return R(0); });
+  tile.start([](int) { return R(0); });
   R total = 0;
+  look_up(0);
+  __syncthreads();
 #pragma unroll 1
   for (int64_t step = 1 - STAGES; step < steps; step++) {
     if (step >= -1) {
@@ -140,10 +204,12 @@ __global__ void __launch_bounds__(S::threads, S::blocks)
       __syncthreads();
     }
     load(step + STAGES - 1);
+    look_up(step + STAGES);
     if (products && step >= -1 && step + 1 < steps) transform(step + 1);
     if (step < 0) continue;
-    const char *const gradient = memory + step % STAGES * stage_bytes;
-    if (products) tile.add_product(gradient, operands + step % 2 * H::operand_bytes);
+    const char *const gradient = pipeline + product_slot.at * stage_bytes;
+    product_slot.next();
+    if (products) tile.add_product(gradient, operands + (step & 1) * H::operand_bytes);
     if (totals && thread < S::rows) {
 #pragma unroll
       for (int j = 0; j < DEPTH; j++) {
@@ -215,14 +281,17 @@ void list_weight_gradient(Visit visit) {
   list<float, Large<float>>(visit, "weight_gradient float Large");
   list<float, Small>(visit, "weight_gradient float Small");
   list<double, Small>(visit, "weight_gradient double Small");
+  list<tf32, Large<tf32>>(visit, "weight_gradient tf32 Large");
+  list<tf32, Small>(visit, "weight_gradient tf32 Small");
   list<bfloat16, Large<bfloat16>>(visit, "weight_gradient bfloat16 Large");
   list<bfloat16, Small>(visit, "weight_gradient bfloat16 Small");
   list<float16, Large<float16>>(visit, "weight_gradient float16 Large");
   list<float16, Small>(visit, "weight_gradient float16 Small");
 }
 
-Status run_weight_gradient(const Layer &layer, int dtype, Stream stream) {
-  switch (dtype) {
+Status run_weight_gradient(const Layer &layer, int product, Stream stream) {
+  switch (product) {
+    case PRODUCT_TF32: return choose<tf32>(layer, stream);
     case PNN_FLOAT32: return choose<float>(layer, stream);
     case PNN_FLOAT64: return choose_order<double, Small>(layer, stream);
     case PNN_BFLOAT16: return choose<bfloat16>(layer, stream);

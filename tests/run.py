@@ -31,7 +31,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT / "tests" / "cuda"))
+
+import gates  # noqa: E402
+
 CMAKE_NEEDED = (3, 30)
+NVCC_NEEDED = (13, 0)
+NVCC_MISSING = "it needs nvcc 13.0 or newer (CUDA_HOME names its toolkit, else /usr/local/cuda, else the PATH has it)"
 # What PNN_MAX_ISA may name, and how /proc/cpuinfo says that the processor has it.
 ISAS = {
     "portable": frozenset[str](),
@@ -247,6 +253,14 @@ class Machine:
         """Builds libpnn, the operators for this interpreter's PyTorch, and the C tests."""
         self.build_tree("dev", self.build, [f"-DPython_EXECUTABLE={self.python}"])
 
+    def build_operators(self) -> None:
+        """Builds the operators alone; beside a CUDA build of PyTorch, where nvcc is, the CUDA half too.
+
+        For one architecture, which takes half a minute: tier cuda compiles for all of them.
+        """
+        options = ["-DPNN_TESTS=OFF", "-DPNN_SHARED=OFF", "-DPNN_CUDA=AUTO", "-DPNN_CUDA_ARCHITECTURES=90"]
+        self.build_tree("dev", self.build, [f"-DPython_EXECUTABLE={self.python}", *options])
+
     # ---- the runners ----
 
     def ctest(self, tree: Path, name: str, environment: dict[str, str] | None = None, *more: str) -> Counts:
@@ -289,6 +303,19 @@ class Machine:
             counts.failed = 1
         return counts
 
+    def counting(self, command: Sequence[str | Path]) -> Counts:
+        """Runs a check whose last line is 'N passed, N failed', and shows its output."""
+        print(f"$ {' '.join(map(str, command))}", flush=True)
+        done = subprocess.run(
+            [str(part) for part in command], cwd=ROOT, check=False, stdout=subprocess.PIPE, text=True, errors="replace"
+        )
+        print(done.stdout, end="", flush=True)
+        ended = re.search(r"^(\d+) passed, (\d+) failed\Z", done.stdout.rstrip(), re.MULTILINE)
+        counts = Counts(*map(int, ended.groups())) if ended else Counts()
+        if done.returncode != 0 and counts.failed == 0:
+            counts.failed = 1
+        return counts
+
     def results(self) -> Path:
         """The folder of the runners' JUnit files."""
         folder = self.build / "results"
@@ -304,14 +331,24 @@ class Machine:
         return subprocess.run([program], env=environment, check=True, capture_output=True, text=True).stdout.strip()
 
 
-def version_of(program: str) -> tuple[int, ...]:
+def version_of(program: str, pattern: str = r"(\d+)\.(\d+)") -> tuple[int, ...]:
     """The version that a program prints first, or () where it does not run (a pyenv shim of nothing, for example)."""
     try:
         output = subprocess.run([program, "--version"], capture_output=True, text=True, timeout=60, check=True).stdout
     except (OSError, subprocess.SubprocessError):
         return ()
-    match = re.search(r"(\d+)\.(\d+)", output)
+    match = re.search(pattern, output)
     return (int(match.group(1)), int(match.group(2))) if match else ()
+
+
+def find_nvcc() -> Path | None:
+    """The CUDA compiler, where cmake/cuda.cmake looks for it too; None where there is none, or an older one."""
+    roots = filter(None, [os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH"), "/usr/local/cuda"])
+    places = os.pathsep.join([*(str(Path(root) / "bin") for root in roots), os.environ.get("PATH", "")])
+    found = shutil.which("nvcc", path=places)
+    if found is None or version_of(found, r"release (\d+)\.(\d+)") < NVCC_NEEDED:
+        return None
+    return Path(found)
 
 
 def processor_isas() -> list[str]:
@@ -337,10 +374,10 @@ def tier_c(machine: Machine) -> tuple[Counts, str]:
 
 
 def tier_asan(machine: Machine) -> tuple[Counts, str]:
-    """The C tests under the address and undefined-behaviour sanitizers."""
+    """The C tests, and the CUDA kernels on the CPU, under the address and undefined-behaviour sanitizers."""
     tree = ROOT / "build" / "asan"
     machine.build_tree("asan", tree)
-    return machine.ctest(tree, "asan", {"UBSAN_OPTIONS": "print_stacktrace=1"}, "-L", "^c$"), ""
+    return machine.ctest(tree, "asan", {"UBSAN_OPTIONS": "print_stacktrace=1"}, "-L", "^(c|cuda)$"), ""
 
 
 def tier_python(machine: Machine) -> tuple[Counts, str]:
@@ -405,26 +442,63 @@ def tier_slow(machine: Machine) -> tuple[Counts, str]:
 
 
 def tier_operators(machine: Machine) -> tuple[Counts, str]:
-    """All Python tests, on a build of the operators alone: for a further version of PyTorch."""
-    machine.build_tree(
-        "dev", machine.build, [f"-DPython_EXECUTABLE={machine.python}", "-DPNN_TESTS=OFF", "-DPNN_SHARED=OFF"]
-    )
+    """All Python tests, on a build of the operators alone (CUDA's too, where it can be): for a further PyTorch."""
+    machine.build_operators()
     elsewhere = "not ablation and not cli and not packaging and not runner"
     return machine.pytest("operators", ["-k", elsewhere]), torch_version()
 
 
 def tier_zoo(machine: Machine) -> tuple[Counts, str]:
     """Other people's models and tools (requirements/zoo.txt) with our layer inside; builds the operators alone."""
-    machine.build_tree(
-        "dev", machine.build, [f"-DPython_EXECUTABLE={machine.python}", "-DPNN_TESTS=OFF", "-DPNN_SHARED=OFF"]
-    )
+    machine.build_operators()
     return machine.pytest("zoo", ["tests/zoo"]), torch_version()
+
+
+def tier_cuda(machine: Machine) -> tuple[Counts, str]:
+    """The CUDA half for every architecture: static gates on its machine code, and its CMake package; needs no GPU."""
+    nvcc = find_nvcc()
+    if nvcc is None:
+        raise BuildError(NVCC_MISSING)
+    if gates.find_tool("cuobjdump") is None or gates.find_tool("nvdisasm") is None:
+        raise BuildError(
+            f"nvcc is here, and cuobjdump or nvdisasm is not: {machine.python} -m pip install -r requirements/cuda.txt"
+        )
+    machine.build_dev()  # has the list of kernels, from the same sources run on the CPU
+    tree = ROOT / "build" / "cuda"
+    targets = ["pnn", "pnn_static", "pnn_cuda", "cuda_occupancy"]
+    machine.build_tree("cuda", tree, [f"-DPNN_NVCC={nvcc}"], targets)
+    kernels = machine.build / "tests" / "cuda_list_kernels"
+    counts = machine.ctest(tree, "cuda", None, "-L", "^package$")
+    counts += machine.counting(
+        [machine.python, "tests/cuda/gates.py", "--build", tree, "--nvcc", nvcc, "--kernels", kernels]
+    )
+    return counts, "nvcc " + ".".join(map(str, version_of(str(nvcc), r"release (\d+)\.(\d+)")))
+
+
+def tier_coverage(machine: Machine) -> tuple[Counts, str]:
+    """The CUDA kernels on the CPU once more, counting lines: each line of cuda/ must be run (needs GCC's gcov)."""
+    tree = ROOT / "build" / "coverage"
+    targets = [
+        "cuda_cuda_on_host_test",
+        "cuda_layer_test",
+        "cuda_activation_test",
+        "cuda_results_host",
+        "cuda_list_kernels",
+    ]
+    for data in tree.rglob("*.gcda"):  # of an earlier run; building lists the tests, which counts too
+        data.unlink()
+    machine.build_tree("coverage", tree, ["-DCMAKE_CXX_COMPILER=g++", "-DCMAKE_C_COMPILER=gcc"], targets)
+    tests = machine.ctest(tree, "coverage", None, "-L", "^cuda$")
+    counts = machine.counting([machine.python, "tests/cuda/coverage.py", "--build", tree])
+    return Counts(counts.passed, counts.failed + tests.failed, counts.skipped), "files of cuda/"
 
 
 TIERS: dict[str, Tier] = {
     "c": tier_c,
     "asan": tier_asan,
     "python": tier_python,
+    "cuda": tier_cuda,
+    "coverage": tier_coverage,
     "isa": tier_isa,
     "tsan": tier_tsan,
     "qemu": tier_qemu,
@@ -433,7 +507,7 @@ TIERS: dict[str, Tier] = {
     "zoo": tier_zoo,
 }
 QUICK = ("c", "asan", "python")
-FULL = ("c", "asan", "python", "isa", "tsan", "qemu", "slow")
+FULL = ("c", "asan", "python", "isa", "tsan", "qemu", "cuda", "coverage", "slow")
 
 
 def torch_version() -> str:
@@ -502,6 +576,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if not parsed.tiers and "qemu" in names and not can_emulate():
         print("tier qemu is left out: it needs qemu-user and g++-aarch64-linux-gnu (Debian)", flush=True)
         names = tuple(name for name in names if name != "qemu")
+    if not parsed.tiers and "cuda" in names and find_nvcc() is None:
+        print(f"tier cuda is left out, the GPU's machine code is not looked at: {NVCC_MISSING}", flush=True)
+        names = tuple(name for name in names if name != "cuda")
     results = run_tiers(machine, {name: TIERS[name] for name in names if name != "build"})
     lines, good = summary(results)
     print("\n" + "\n".join(lines), flush=True)

@@ -38,6 +38,7 @@ class Arguments {
   }
   int64_t integer() { return take<int64_t>(); }
   bool boolean() { return take<bool>(); }
+  std::optional<bool> optional_boolean() { return take<std::optional<bool>>(); }
   double real() { return take<double>(); }
   std::vector<int64_t> integers() { return take<std::vector<int64_t>>(); }
   std::vector<bool> booleans() { return take<std::vector<bool>>(); }

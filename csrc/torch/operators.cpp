@@ -6,6 +6,7 @@
 
 #include "backend.h"
 #include "params.h"
+#include "settings.h"
 #include "torch_pnn_schemas.h"
 
 namespace torch_pnn {
@@ -201,6 +202,11 @@ void isa_name(StableIValue* stack, uint64_t, uint64_t) {
 void library_version(StableIValue* stack, uint64_t, uint64_t) {
   stack[0] = torch::stable::detail::from(std::string(pnn_version()));
 }
+
+void allow_tf32(StableIValue* stack, uint64_t, uint64_t) {
+  if (const std::optional<bool> value = Arguments(stack).optional_boolean()) torch_pnn_allow_tf32(*value);
+  stack[0] = torch::stable::detail::from(torch_pnn_tf32_allowed());
+}
 #endif
 
 void register_kernels(torch::stable::detail::StableLibrary& library) {
@@ -238,6 +244,7 @@ STABLE_TORCH_LIBRARY_IMPL(torch_pnn, QuantizedCPU, library) { torch_pnn::registe
 STABLE_TORCH_LIBRARY_IMPL(torch_pnn, CompositeExplicitAutograd, library) {
   library.impl("_isa_name", torch_pnn::isa_name);
   library.impl("_library_version", torch_pnn::library_version);
+  library.impl("_allow_tf32", torch_pnn::allow_tf32);
 }
 
 #endif

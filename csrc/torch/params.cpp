@@ -8,6 +8,7 @@
 #include <cstring>
 
 #include "backend.h"
+#include "settings.h"
 
 namespace torch_pnn {
 namespace {
@@ -195,6 +196,7 @@ pnn_params make_params(const Layer& layer) {
   pnn_params params;
   pnn_params_init(&params);
   params.exact = exact_wanted();
+  params.allow_tf32 = torch_pnn_tf32_allowed();
   params.input = describe(layer.op, "input", layer.input, 4);
   params.weight = describe(layer.op, "weight", layer.weight, 4);
   describe_optional(layer, "bias", layer.bias, 1, &params.bias);

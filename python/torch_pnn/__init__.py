@@ -11,7 +11,7 @@ Example:
     torch.Size([1, 8, 16, 16])
 """
 
-from . import _library, counters, export, functional, models, reference
+from . import _library, backends, counters, export, functional, models, reference
 from .blocks import PerturbBasicBlock, PerturbBottleneck
 from .convert import convert
 from .fuse import fuse
@@ -25,6 +25,7 @@ __all__ = [
     "PerturbBottleneck",
     "PerturbConv2d",
     "__version__",
+    "backends",
     "convert",
     "counters",
     "export",

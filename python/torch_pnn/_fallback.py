@@ -8,6 +8,7 @@ compiled autograd libraries fits.
 
 from __future__ import annotations
 
+import os
 import threading
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -121,6 +122,18 @@ def _kernel(name: str, silent: str | None, once: _Once) -> Callable[..., Any]:
     return kernel
 
 
+def _setting(variable: str) -> Callable[[bool | None], bool]:
+    """A setting that an environment variable starts: takes the new value, or None to ask only, and returns it."""
+    state = [os.environ.get(variable, "0") not in ("", "0")]
+
+    def ask(value: bool | None = None) -> bool:
+        if value is not None:
+            state[0] = value
+        return state[0]
+
+    return ask
+
+
 def register_kernels(library: torch.library.Library, *, with_cpu: bool) -> None:
     """Registers kernels on the reference for every device without kernels of its own.
 
@@ -136,6 +149,7 @@ def register_kernels(library: torch.library.Library, *, with_cpu: bool) -> None:
     if with_cpu:
         library.impl("_isa_name", lambda: "none", "CompositeExplicitAutograd")
         library.impl("_library_version", lambda: "none", "CompositeExplicitAutograd")
+        library.impl("_allow_tf32", _setting("TORCH_PNN_ALLOW_TF32"), "CompositeExplicitAutograd")
 
 
 # --------------------------------------------------------------------------------------------------------------------

@@ -34,6 +34,8 @@ __all__ = ["LibraryStatus", "status"]
 NAMESPACE = "torch_pnn"
 OPS_FILE = "libtorch_pnn_ops.so"
 CUDA_FILE = "libtorch_pnn_cuda.so"
+CUDA_MISSING_FILE = "libtorch_pnn_cuda.missing.txt"
+"""Beside the libraries: why the build left the CUDA half out; empty where it did not."""
 OLDEST_TORCH = (2, 11)
 
 
@@ -52,7 +54,7 @@ class LibraryStatus:
         library_version: libpnn's version; "none" on the reference.
         torch_version: the running PyTorch's version.
         python_version: the running Python's version.
-        cuda: the state of the CUDA half: "loaded", or why it is not.
+        cuda: the state of the CUDA half: "loaded", or "not built: " or "not loaded: " and why.
     """
 
     ops: str
@@ -128,6 +130,15 @@ def _required() -> bool:
     return os.environ.get("TORCH_PNN_REQUIRE_OPS", "0") not in ("", "0")
 
 
+def _not_built(note: Path) -> str:
+    """That there is no CUDA half, with the build's reason where it left one."""
+    try:
+        reason = note.read_text(encoding="utf-8").strip()
+    except OSError:
+        reason = ""
+    return f"not built: {reason}" if reason else "not built"
+
+
 class _Registry:
     """The one registration of this process; kept alive as long as the module."""
 
@@ -143,7 +154,7 @@ class _Registry:
         if torch._C._dispatch_has_kernel_for_dispatch_key(f"{NAMESPACE}::perturb_conv2d", "CUDA"):
             self.cuda = "loaded"
         elif not path.is_file():
-            self.cuda = "not built"
+            self.cuda = _not_built(folder / CUDA_MISSING_FILE)
         elif torch.version.cuda is None:
             self.cuda = "not loaded: this PyTorch is not a CUDA build"
         else:

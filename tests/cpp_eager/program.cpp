@@ -193,6 +193,10 @@ int main(int argc, char** argv) try {
   }
   if (std::string_view(argv[0]).find("without") != std::string_view::npos) return without(argv[1]);
   expect(torch_pnn::has_derivatives(), "derivatives are loaded");
+  TORCH_CHECK(!torch_pnn::tf32_allowed(), "TF32 is allowed, it should not be until it is asked for");
+  torch_pnn::allow_tf32(true);
+  TORCH_CHECK(torch_pnn::tf32_allowed(), "TF32 is not allowed, it should be");
+  torch_pnn::allow_tf32(false);
   std::cout << "libpnn " << torch_pnn::library_version() << " on " << torch_pnn::isa_name() << std::endl;
   const Data data = read(argv[1]);
   functions(data);

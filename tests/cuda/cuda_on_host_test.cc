@@ -46,7 +46,16 @@ int disagreements(const std::vector<std::vector<float>> &results) {
   return count;
 }
 
-enum class Bug { NONE, NO_FIRST_BARRIER, NO_SECOND_BARRIER, NO_WAIT, OVER_READ, DIVERGENT_BARRIER, WRONG_MASK };
+enum class Bug {
+  NONE,
+  NO_FIRST_BARRIER,
+  NO_SECOND_BARRIER,
+  NO_WAIT,
+  WAIT_FOR_TOO_FEW,
+  OVER_READ,
+  COPY_OVER_READ,
+  DIVERGENT_BARRIER
+};
 
 /* Each thread's sum of its neighbour's words, through shared memory, four words to a copy, round after round. */
 __global__ void neighbours(const float *x, float *y, int rounds, Bug bug) {
@@ -55,9 +64,12 @@ __global__ void neighbours(const float *x, float *y, int rounds, Bug bug) {
   const int threads = static_cast<int>(blockDim.x), i = static_cast<int>(threadIdx.x);
   float sum = 0;
   for (int round = 0; round < rounds; round++) {
-    copy_async16(tile + i * 4, x + (round * threads + i) * 4, 16);
+    copy_async16(tile + i * 4, x + (round * threads + i + (bug == Bug::COPY_OVER_READ ? 1 : 0)) * 4, 16);
     copy_commit();
-    if (bug != Bug::NO_WAIT) copy_wait<0>();
+    if (bug == Bug::WAIT_FOR_TOO_FEW)
+      copy_wait<1>();
+    else if (bug != Bug::NO_WAIT)
+      copy_wait<0>();
     if (bug != Bug::NO_FIRST_BARRIER && !(bug == Bug::DIVERGENT_BARRIER && i == 5)) __syncthreads();
     const int from = (i + 33) % threads * 4;
     for (int e = 0; e < (bug == Bug::OVER_READ ? 5 : 4); e++) sum = fma_(sum, 0.5f, tile[from + e]);
@@ -89,11 +101,13 @@ TEST(CudaOnHost, MissingBarriersAreSeen) {
 }
 
 TEST(CudaOnHost, MissingWaitReadsPoisonWhereCopiesAreLazy) {
-  host::options = {};
-  host::options.lazy_copies = true;
-  EXPECT_TRUE(std::isnan(run_neighbours(Bug::NO_WAIT)[0]));
-  host::options.lazy_copies = false;
-  EXPECT_FALSE(std::isnan(run_neighbours(Bug::NO_WAIT)[0]));
+  for (Bug bug : {Bug::NO_WAIT, Bug::WAIT_FOR_TOO_FEW}) {
+    host::options = {};
+    host::options.lazy_copies = true;
+    EXPECT_TRUE(std::isnan(run_neighbours(bug)[0]));
+    host::options.lazy_copies = false;
+    EXPECT_FALSE(std::isnan(run_neighbours(bug)[0]));
+  }
   host::options = {};
 }
 
@@ -103,7 +117,12 @@ TEST(CudaOnHostDeathTest, DivergentBarrierIsReported) {
 
 TEST(CudaOnHostDeathTest, OverReadIsTheAddressSanitizers) {
 #if defined(PNN_HOST_ASAN)
-  EXPECT_DEATH(run_neighbours(Bug::OVER_READ), "heap-buffer-overflow");
+  for (bool lazy : {false, true}) {
+    host::options.lazy_copies = lazy;
+    EXPECT_DEATH(run_neighbours(Bug::OVER_READ), "heap-buffer-overflow");      /* of shared memory */
+    EXPECT_DEATH(run_neighbours(Bug::COPY_OVER_READ), "heap-buffer-overflow"); /* of global memory, by cp.async */
+  }
+  host::options = {};
 #else
   GTEST_SKIP() << "needs the address sanitizer";
 #endif

@@ -1,19 +1,23 @@
 """Static gates on the GPU's machine code: what its kernels must contain, must not contain, and what they occupy.
 
-    python tests/cuda/gates.py --objects build/x/cuda --kernels build/x/tests/cuda_list_kernels
+    python tests/run.py cuda                   builds for every architecture, then runs this
+    python tests/cuda/gates.py --build build/cuda --kernels build/dev/tests/cuda_list_kernels
     python tests/cuda/gates.py ... --write     writes the table anew
 
-For every architecture in the object files, no kernel may use local memory (LDL, STL: spilled registers). The tiled
-kernels may not call functions (CALL; before sm_90 the compiler also writes one that jumps over the next instruction,
-where the threads of a warp meet again: that one is none) nor, unless they compute in double, use double precision
-(DFMA, DADD, DMUL, DSETP); those of 16-bit types must use the tensor cores (HMMA) and ldmatrix (LDSM); all must copy
-asynchronously (LDGSTS), but for the moments', which need no tile. A block of each must fit on every multiprocessor. The
-kernels of finish.cu, of which there is one thread per channel, output or weight, may do all but spill. (nvcc itself
-refuses spills in a build with warnings as errors.)
+For every architecture in the object files, no kernel may use local memory (LDL, STL, a stack frame: spilled registers).
+The tiled kernels may not call functions (CALL; before sm_90 the compiler also writes one that jumps over the next
+instruction, where the threads of a warp meet again: that one is none) nor, unless they compute in double, use double
+precision (DFMA, DADD, DMUL, DSETP, DMNMX, DMMA; a float kernel converts its double `level` once, which is none of
+these); those of 16-bit types and TF32 must use the tensor cores (HMMA) and ldmatrix (LDSM; not TF32 where neither
+operand has its depth in a row); all must copy asynchronously (LDGSTS), but for the moments', which need no tile. A
+block of each must fit on every multiprocessor. The kernels of finish.cu, of which there is one thread per channel,
+output or weight, may do all but spill. (nvcc itself refuses spills in a build with warnings as errors.)
 
-Registers, shared memory and the blocks that fit on a multiprocessor are printed as a table, which must equal
-tests/cuda/kernels.txt: a change is to be looked at, then written with --write. Registers depend on the compiler, so the
-table is compared for the nvcc that it names.
+Registers, shared memory, the blocks that fit on a multiprocessor (by NVIDIA's cuda_occupancy.h, see occupancy.cc) and
+the numbers of instructions are printed as two tables, which must equal tests/cuda/kernels.txt: a change is to be looked
+at, then written with --write. They depend on the compiler, so they are compared for the nvcc that the file names.
+
+The last line is 'N passed, N failed': each kernel on each architecture is one, and each changed line of the tables.
 
 Needs cuobjdump and nvdisasm of 13.2 or newer: from the toolkit, or requirements/cuda.txt.
 """
@@ -27,32 +31,36 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 
 TABLE = Path(__file__).with_name("kernels.txt")
 TILED = ("forward", "input_gradient", "weight_gradient", "moments")
-DOUBLE = re.compile(r"^D(FMA|ADD|MUL|SETP|MNMX)$")
-# Of a multiprocessor: shared memory in KiB, threads, blocks (CUDA C++ programming guide, technical specifications).
-MULTIPROCESSOR = {
-    80: (164, 2048, 32),
-    86: (100, 1536, 16),
-    89: (100, 1536, 24),
-    90: (228, 2048, 32),
-    100: (228, 2048, 32),
-    120: (100, 1536, 24),
-}
-REGISTERS = 65536
+DOUBLE = re.compile(r"^D(FMA|ADD|MUL|SETP|MNMX|MMA)$")
+COUNTED = (("all", None), ("HMMA", {"HMMA"}), ("FMA", {"FFMA", "DFMA"}), ("LDSM", {"LDSM"}), ("LDGSTS", {"LDGSTS"}))
+
+Key = tuple[str, int]
+"""(kernel, architecture)"""
 
 
-def find_tool(name: str) -> str:
-    """The path of a CUDA tool: on the PATH, in the toolkit, or in this Python's nvidia packages."""
+@dataclass(frozen=True)
+class Resources:
+    """What a thread of a kernel takes: registers, and bytes of memory that stand in for them."""
+
+    registers: int
+    stack: int = 0
+    local: int = 0
+
+
+def find_tool(name: str) -> str | None:
+    """The path of a CUDA tool, or None: on the PATH, in the toolkit, or in this Python's nvidia packages."""
     places = [os.environ.get("PATH", "")]
     places += [str(Path(root) / "bin") for root in (os.environ.get("CUDA_HOME"), "/usr/local/cuda") if root]
     places += sorted(str(path) for path in Path(sysconfig.get_paths()["purelib"]).glob("nvidia/*/bin"))
-    found = shutil.which(name, path=os.pathsep.join(places))
-    if found is None:
-        sys.exit(f"gates.py: {name} was not found: pip install -r requirements/cuda.txt")
-    return found
+    return shutil.which(name, path=os.pathsep.join(places))
 
 
 def short_name(mangled: str) -> str:
@@ -63,8 +71,14 @@ def short_name(mangled: str) -> str:
     parts = [re.sub(r"^.*\d", "", name[1]) or name[1]]
     arguments = mangled.split("_kernelI", 1)[1] if "_kernelI" in mangled else ""
     if arguments:
-        kinds = {"f": "float", "d": "double", "NS_8bfloat16E": "bfloat16", "NS_7float16E": "float16"}
-        parts.append(next(kind for code, kind in kinds.items() if arguments.startswith(code)))
+        kinds = {
+            "f": "float",
+            "d": "double",
+            "NS_8bfloat16E": "bfloat16",
+            "NS_7float16E": "float16",
+            "NS_4tf32E": "tf32",
+        }
+        parts.append(next((kind for code, kind in kinds.items() if arguments.startswith(code)), "?"))
         if "5LargeI" in arguments:
             parts.append("Large")
         elif "5SmallE" in arguments:
@@ -75,131 +89,220 @@ def short_name(mangled: str) -> str:
     return " ".join(parts)
 
 
-def run(tool: str, *arguments: str) -> str:
+def run(tool: str, *arguments: str, given: str | None = None) -> str:
+    """A tool's output."""
     environment = dict(os.environ)
-    environment["PATH"] = os.pathsep.join([str(Path(find_tool("nvdisasm")).parent), environment.get("PATH", "")])
-    return subprocess.run([tool, *arguments], check=True, capture_output=True, text=True, env=environment).stdout
+    disassembler = find_tool("nvdisasm")  # cuobjdump calls it
+    if disassembler is not None:
+        environment["PATH"] = os.pathsep.join([str(Path(disassembler).parent), environment.get("PATH", "")])
+    done = subprocess.run([tool, *arguments], input=given, check=False, capture_output=True, text=True, env=environment)
+    if done.returncode != 0:
+        sys.exit(f"gates.py: {tool} {' '.join(arguments)} failed ({done.returncode}):\n{done.stdout}{done.stderr}")
+    return done.stdout
 
 
-def opcodes(objects: Path) -> dict[tuple[str, int], set[str]]:
-    """(kernel, architecture) -> the operations in its machine code."""
-    jump = re.compile(r"/\*([0-9a-f]+)\*/.*CALL\.REL\.NOINC 0x([0-9a-f]+) ;")
-    found: dict[tuple[str, int], set[str]] = {}
-    for path in sorted(objects.glob("*.o")):
-        architecture, current = 0, None
-        for line in run(find_tool("cuobjdump"), "-sass", str(path)).splitlines():
-            if match := re.search(r"code for sm_(\d+)", line):
-                architecture = int(match[1])
-            elif match := re.search(r"Function : (\S+)", line):
-                current = found.setdefault((short_name(match[1]), architecture), set())
-            elif current is not None and (
-                match := re.search(r"/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_]*)", line)
-            ):
-                to = jump.search(line)
-                if to is None or int(to[2], 16) != int(to[1], 16) + 32:
-                    current.add(match[1])
+# ---- what cuobjdump prints ----
+
+
+def read_code(sass: str) -> dict[Key, Counter[str]]:
+    """How often each operation stands in each kernel, from the output of `cuobjdump -sass`.
+
+    The CALL that jumps over the next instruction, and comes back there, is counted as CALL_NEXT.
+    """
+    instruction = re.compile(r" {8}/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_]*)")
+    jump = re.compile(r"CALL\.REL\.NOINC 0x([0-9a-f]+) ;")
+    found: dict[Key, Counter[str]] = {}
+    architecture, current = 0, None
+    for line in sass.splitlines():
+        if match := instruction.match(line):
+            if current is None:
+                continue
+            operation = match[2]
+            if operation == "CALL" and (to := jump.search(line)) and int(to[1], 16) == int(match[1], 16) + 32:
+                operation = "CALL_NEXT"
+            current[operation] += 1
+        elif match := re.match(r"\s+code for sm_(\d+)", line):
+            architecture, current = int(match[1]), None
+        elif match := re.match(r"\s+Function : (\S+)", line):
+            current = found.setdefault((short_name(match[1]), architecture), Counter())
     return found
 
 
-def registers(objects: Path) -> dict[tuple[str, int], int]:
-    """(kernel, architecture) -> registers of a thread."""
-    found: dict[tuple[str, int], int] = {}
-    for path in sorted(objects.glob("*.o")):
-        architecture, name = 0, ""
-        for line in run(find_tool("cuobjdump"), "-res-usage", str(path)).splitlines():
-            if match := re.search(r"arch = sm_(\d+)", line):
-                architecture = int(match[1])
-            elif match := re.search(r"Function (\S+):", line):
-                name = short_name(match[1])
-            elif match := re.search(r"REG:(\d+)", line):
-                found[name, architecture] = int(match[1])
+def read_resources(text: str) -> dict[Key, Resources]:
+    """What each kernel takes, from the output of `cuobjdump -res-usage`."""
+    found: dict[Key, Resources] = {}
+    architecture, name = 0, ""
+    for line in text.splitlines():
+        if match := re.search(r"arch = sm_(\d+)", line):
+            architecture = int(match[1])
+        elif match := re.search(r"Function (\S+):", line):
+            name = short_name(match[1])
+        elif match := re.search(r"REG:(\d+) STACK:(\d+) .*LOCAL:(\d+)", line):
+            found[name, architecture] = Resources(*map(int, match.groups()))
     return found
 
 
-def blocks(architecture: int, used: int, threads: int, shared: int) -> int:
-    """Blocks that fit on a multiprocessor: registers come in 256 a warp, a block's shared memory costs 1 KiB more."""
-    memory, most_threads, most_blocks = MULTIPROCESSOR[architecture]
-    warps = threads // 32
-    by_registers = REGISTERS // (-(-used * 32 // 256) * 256 * warps)
-    by_memory = memory * 1024 // (-(-shared // 128) * 128 + 1024)
-    return min(by_registers, by_memory, most_threads // threads, most_blocks)
+def read_objects(folder: Path, jobs: int) -> tuple[dict[Key, Counter[str]], dict[Key, Resources]]:
+    """The machine code and the resources of every kernel in a folder's object files."""
+    tool = find_tool("cuobjdump")
+    if tool is None:
+        sys.exit("gates.py: cuobjdump was not found: pip install -r requirements/cuda.txt")
+    paths = sorted(map(str, folder.glob("*.o")))
+    code: dict[Key, Counter[str]] = {}
+    resources: dict[Key, Resources] = {}
+    with ThreadPoolExecutor(jobs) as pool:
+        for part in pool.map(lambda path: read_code(run(tool, "-sass", path)), paths):
+            code.update(part)
+        for figures in pool.map(lambda path: read_resources(run(tool, "-res-usage", path)), paths):
+            resources.update(figures)
+    return code, resources
 
 
-def check(found: dict[tuple[str, int], set[str]]) -> list[str]:
-    failures = []
-    for (kernel, architecture), operations in sorted(found.items()):
+# ---- the gates ----
+
+
+def check(
+    code: Mapping[Key, Counter[str]],
+    resources: Mapping[Key, Resources],
+    shapes: Mapping[str, tuple[int, int]],
+    fitting: Mapping[Key, int],
+) -> list[str]:
+    """What is wrong, a line each.
+
+    Args:
+        code: how often each operation stands in each kernel on each architecture.
+        resources: what a thread of each takes.
+        shapes: the tiled kernels' threads and bytes of shared memory to a block.
+        fitting: how many blocks of each tiled kernel fit on a multiprocessor.
+    """
+    architectures = sorted({architecture for _, architecture in code})
+    failures = [] if architectures else ["no machine code"]
+    for kernel in shapes:
+        for architecture in architectures:
+            if (kernel, architecture) not in code:
+                failures.append(f"{kernel} on sm_{architecture}: listed, but not in the machine code")
+    for (kernel, architecture), operations in sorted(code.items()):
         where = f"{kernel} on sm_{architecture}"
-        for operation in ("LDL", "STL"):
-            if operation in operations:
-                failures.append(f"{where}: {operation}, local memory")
         words = kernel.split()
-        if words[0] not in TILED:
+        tiled = words[0] in TILED
+        if tiled and kernel not in shapes:
+            failures.append(f"{where}: in the machine code, but not listed (list_kernels.cc)")
+        failures += [f"{where}: {op}, local memory" for op in ("LDL", "STL") if operations[op]]
+        used = resources.get((kernel, architecture))
+        if used is None:
+            failures.append(f"{where}: no figures of its registers")
+        elif used.stack or used.local:
+            failures.append(f"{where}: {used.stack} bytes of stack, {used.local} of local memory")
+        if not tiled:
             continue
-        if "CALL" in operations:
+        if operations["CALL"]:
             failures.append(f"{where}: CALL, a function that was not inlined")
-        if "double" not in words and (doubles := sorted(op for op in operations if DOUBLE.match(op))):
+        doubles = sorted(op for op in operations if DOUBLE.match(op))
+        if "double" not in words and doubles:
             failures.append(f"{where}: {', '.join(doubles)}, double precision")
-        needed = {"LDGSTS"} if words[0] != "moments" else set()
-        if words[0] != "moments" and ("bfloat16" in words or "float16" in words):
-            needed |= {"HMMA", "LDSM"}
-        failures += [f"{where}: no {operation}" for operation in sorted(needed - operations)]
+        needed = set() if words[0] == "moments" else {"LDGSTS"}
+        if words[0] != "moments" and words[1] in ("bfloat16", "float16", "tf32"):
+            needed |= {"HMMA"} if words[1] == "tf32" and words[-1] == "rows" else {"HMMA", "LDSM"}
+        failures += [f"{where}: no {op}" for op in sorted(needed) if not operations[op]]
+        if kernel in shapes and fitting[kernel, architecture] == 0:
+            failures.append(f"{where}: a block needs more than a multiprocessor has")
     return failures
 
 
-def table(used: dict[tuple[str, int], int], shapes: dict[str, tuple[int, int]]) -> list[str]:
-    architectures = sorted({architecture for _, architecture in used})
-    head = "kernel".ljust(36) + "threads  shared" + "".join(f"sm_{a}".rjust(11) for a in architectures)
-    lines = [head, " " * 51 + "".join("reg blocks".rjust(11) for _ in architectures)]
+def occupancy(
+    program: Path, resources: Mapping[Key, Resources], shapes: Mapping[str, tuple[int, int]]
+) -> dict[Key, int]:
+    """How many blocks of each tiled kernel fit on a multiprocessor."""
+    asked = [key for key in resources if key[0] in shapes]
+    lines = []
+    for kernel, architecture in asked:
+        threads, shared = shapes[kernel]
+        lines.append(f"{architecture} {resources[kernel, architecture].registers} {threads} {shared}\n")
+    return dict(zip(asked, map(int, run(str(program), given="".join(lines)).split()), strict=True))
+
+
+# ---- the tables ----
+
+
+def tables(
+    compiler: str,
+    code: Mapping[Key, Counter[str]],
+    resources: Mapping[Key, Resources],
+    shapes: Mapping[str, tuple[int, int]],
+    fitting: Mapping[Key, int],
+) -> list[str]:
+    """The lines of kernels.txt: what the tiled kernels take, then what they consist of."""
+    architectures = sorted({architecture for _, architecture in code})
+    lines = [f"# nvcc {compiler}; registers a thread, blocks a multiprocessor"]
+    lines.append("kernel".ljust(36) + "threads  shared" + "".join(f"sm_{a}".rjust(11) for a in architectures))
+    lines.append(" " * 51 + "".join("reg blocks".rjust(11) for _ in architectures))
     for kernel, (threads, shared) in shapes.items():
-        cells = []
-        for architecture in architectures:
-            count = used[kernel, architecture]
-            cells.append(f"{count:>5} {blocks(architecture, count, threads, shared):>5}")
+        cells = [f"{resources[kernel, a].registers:>5} {fitting[kernel, a]:>5}" for a in architectures]
         lines.append(f"{kernel:<36}{threads:>7} {shared:>7}" + "".join(cells))
+    lines += ["", "# instructions"]
+    head = "".join(name.rjust(7) for name, _ in COUNTED)
+    lines.append("kernel".ljust(36) + "".join(f"sm_{a}".rjust(len(head)) for a in architectures))
+    lines.append(" " * 36 + head * len(architectures))
+    for kernel in shapes:
+        row = f"{kernel:<36}"
+        for architecture in architectures:
+            operations = code[kernel, architecture]
+            for _, names in COUNTED:
+                count = sum(number for name, number in operations.items() if names is None or name in names)
+                row += f"{count:>7}"
+        lines.append(row)
     return lines
 
 
+def compare(written: Sequence[str], lines: Sequence[str]) -> tuple[list[str], str]:
+    """The lines that differ from the committed tables, and why nothing was compared, or ''."""
+    if not written or written[0] != lines[0]:
+        return [], f"the tables are of another compiler ({written[0] if written else 'none'}), so they are not compared"
+    if written[1] != lines[1]:
+        return [], "the tables are of other architectures, so they are not compared"
+    old, new = by_row(written), by_row(lines)
+    changed = [f"changed: {line}\n  was:   {old.get(row, '')}" for row, line in new.items() if old.get(row) != line]
+    return changed + [f"gone: {line}" for row, line in old.items() if row not in new], ""
+
+
+def by_row(lines: Sequence[str]) -> dict[tuple[bool, str], str]:
+    """The lines of both tables by table and kernel."""
+    second = next((number for number, line in enumerate(lines) if number and line.startswith("#")), len(lines))
+    return {(number >= second, line[:36].strip()): line for number, line in enumerate(lines)}
+
+
 def main() -> int:
+    """Runs the gates; the exit status is 0 if all hold."""
     parser = argparse.ArgumentParser(description="Checks the GPU's machine code.")
-    parser.add_argument("--objects", type=Path, required=True, help="the folder of the compiled cuda/*.o")
-    parser.add_argument("--kernels", type=Path, required=True, help="the program list_kernels")
-    parser.add_argument("--nvcc", default="nvcc", help="the compiler they were made with")
-    parser.add_argument("--write", action="store_true", help="write the table anew instead of comparing with it")
+    parser.add_argument("--build", type=Path, required=True, help="a build tree with PNN_CUDA and PNN_TESTS")
+    parser.add_argument("--kernels", type=Path, required=True, help="the program cuda_list_kernels of any build tree")
+    parser.add_argument("--nvcc", default="nvcc", help="the compiler that it was made with")
+    parser.add_argument("--jobs", type=int, default=2, help="how many disassemblers at once")
+    parser.add_argument("--write", action="store_true", help="write the tables anew instead of comparing with them")
     options = parser.parse_args()
 
     version = re.search(r"release [\d.]+, V([\d.]+)", run(options.nvcc, "--version"))
-    heading = f"# nvcc {version[1] if version else 'unknown'}; registers a thread, blocks a multiprocessor"
     shapes = {}
     for line in run(str(options.kernels)).splitlines():
         name, threads, shared = line.split("\t")
         shapes[name] = (int(threads), int(shared))
-    found = opcodes(options.objects)
-    kinds = {kernel for kernel, _ in found}
-    failures = [f"{name}: listed, but not in the machine code" for name in shapes if name not in kinds]
-    if not found or failures:
-        print("\n".join(failures) or f"gates.py: no machine code in {options.objects}")
-        return 1
-    failures += check(found)
-    used = registers(options.objects)
-    for (kernel, architecture), count in used.items():
-        if kernel in shapes and blocks(architecture, count, *shapes[kernel]) == 0:
-            failures.append(f"{kernel} on sm_{architecture}: needs more than a multiprocessor has")
-    lines = [heading, *table(used, shapes)]
-    print("\n".join(lines))
-    if options.write:
-        TABLE.write_text("\n".join(lines) + "\n", encoding="utf-8")
-    else:
-        written = TABLE.read_text(encoding="utf-8").splitlines()
-        if written[0] != heading:
-            print(f"gates.py: the table is of another compiler ({written[0]}), so it is not compared")
-        elif written[1] != lines[1]:
-            print("gates.py: the table is of other architectures, so it is not compared")
+    code, resources = read_objects(options.build / "cuda", options.jobs)
+    fitting = occupancy(options.build / "tests/cuda_occupancy", resources, shapes)
+    failures = check(code, resources, shapes, fitting)
+    if all((kernel, a) in fitting for kernel in shapes for _, a in code):
+        lines = tables(version[1] if version else "unknown", code, resources, shapes, fitting)
+        print("\n".join(lines))
+        if options.write:
+            TABLE.write_text("\n".join(lines) + "\n", encoding="utf-8")
         else:
-            failures += [
-                f"changed: {new}\n  was:   {old}" for old, new in zip(written, lines, strict=True) if old != new
-            ]
-    print(f"{len(found)} kernels on {len({a for _, a in found})} architectures, {len(failures)} failures")
+            changed, note = compare(TABLE.read_text(encoding="utf-8").splitlines(), lines)
+            failures += changed
+            if note:
+                print(f"gates.py: {note}")
     print("\n".join(failures))
+    bad = {failure.split(":")[0] for failure in failures}
+    kernels = [f"{kernel} on sm_{architecture}" for kernel, architecture in code]
+    print(f"{len([name for name in kernels if name not in bad])} passed, {len(failures)} failed")
     return 1 if failures else 0
 
 

@@ -1,297 +1,375 @@
-"""`make gpu-check`: everything that needs a GPU, in one run; writes one JSON and prints tables.
+"""`make gpu-check`: everything that needs a GPU, in one run of ten minutes; writes one JSON and prints tables.
 
-    python tests/cuda/gpu_check.py                      builds for this GPU, checks, times
-    python tests/cuda/gpu_check.py --skip-sanitizer --skip-timings
+    python tests/cuda/gpu_check.py                        all phases
+    python tests/cuda/gpu_check.py bits reference         these alone (and what they need built)
+    python tests/cuda/gpu_check.py --out results.json --budget 500
 
-Needs a GPU, PyTorch 2.11 or newer with CUDA, CMake, Ninja and nvcc 13; no network, no test framework. In this order:
+Needs a GPU, PyTorch 2.11 or newer with CUDA, CMake, Ninja and nvcc 13; no network, no test framework. The phases:
 
-1. builds the operators and the check programs for this GPU's architecture;
-2. compares the bits of a list of calls with the same kernels run on the CPU in Hopper's arithmetic (results.cc);
-3. repeats these calls 100 times: every run must give the same bits;
-4. runs them under compute-sanitizer's memcheck, racecheck, initcheck and synccheck;
-5. compares the operators with the reference in float64 on random data, every type, layout and kind of mask;
-6. times the cases of benchmarks/ and larger ones, in CUDA graphs with the L2 cache flushed, beside the plain
-   composition, torch.compile, cuDNN's 1x1 and 3x3 convolutions, a copy and a matrix product, with peak memory.
+  build      the operators and the check programs, for this GPU's architecture alone
+  bits       a list of calls against the same kernels run on the CPU in Hopper's arithmetic (results.cc), bit by bit,
+             and 100 times over: every run must give the same bits
+  sanitizer  these calls under compute-sanitizer's memcheck, racecheck, initcheck and synccheck
+  reference  the operators against float64 on the CPU, with a bound for each element: every type, layout, kind of mask
+  device     what else is promised on a GPU: streams, CUDA graphs, batch splits, exact sums, more than 2^31 elements
+  timings    the cases of benchmarks/ and larger ones, forward and forward + backward, in CUDA graphs with the L2 cache
+             flushed, beside the plain composition, torch.compile, cuDNN's 1x1 and 3x3 convolutions, a copy and cuBLAS,
+             with peak memory, and beside what predictions.py says
 
-Without a GPU it says 'no GPU' and ends with status 2: nothing was checked.
+Each phase has its share of the budget and a process of its own, which is ended when its time is up; what it has found
+by then is kept, a phase that fails or crashes does not stop the next ones, and the JSON is written after each.
+
+Exit status: 0 = every phase ran and passed; 1 = a phase failed, crashed or did not finish (a missed speed target is
+told, and is no failure); 2 = no GPU, nothing was checked; 3 = something to build with is missing.
+
+`--rehearse` runs all of it on the CPU, with stand-ins for the GPU and for compute-sanitizer, tiny sizes, and the
+programs of an existing build tree (--build): so that no mistake in these files waits for the machine with the GPU.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
+import ctypes
 import datetime
 import json
 import os
+import re
 import shutil
+import signal
 import subprocess
 import sys
-from collections.abc import Callable
+import tempfile
+import time
+import traceback
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
-import torch
-import torch.nn.functional as F
+import gpu_report
 
 ROOT = Path(__file__).resolve().parents[2]
-CASES = [
-    (32, 64, 56, 64, 1),
-    (32, 128, 28, 128, 1),
-    (32, 256, 14, 256, 1),
-    (32, 512, 7, 512, 1),
-    (128, 64, 32, 64, 1),
-    (128, 128, 16, 128, 1),
-    (8, 64, 32, 64, 16),
-    (4, 64, 32, 64, 64),
-    (256, 64, 56, 64, 1),
-    (256, 256, 28, 256, 1),
-    (64, 256, 56, 256, 4),
-    (32, 512, 28, 512, 4),
-]
+WORK = Path(__file__).with_name("gpu_work.py")
+# The most seconds of each phase; what one does not need is the next one's, as far as the whole budget goes.
+SHARES = {"build": 200, "bits": 60, "sanitizer": 120, "reference": 90, "device": 60, "timings": 600}
 TOOLS = ("memcheck", "racecheck", "initcheck", "synccheck")
-ULPS = {torch.float32: 2.0**-24, torch.float64: 2.0**-53, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}
+REPETITIONS = 100
+TARGETS = ("torch_pnn_libraries", "cuda_results_host", "cuda_results_device")
 
 
-def run(*command: str, **options: Any) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(command, check=False, capture_output=True, text=True, **options)
+# ---- what is here ----
 
 
-def build(folder: Path) -> None:
-    """Builds for this GPU alone, which takes a minute or two."""
-    major, minor = torch.cuda.get_device_capability()
+def count_gpus() -> int:
+    """The number of GPUs that the CUDA driver shows; 0 without a driver. (Asking PyTorch takes seconds.)"""
+    try:
+        driver = ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        return 0
+    number = ctypes.c_int(0)
+    if driver.cuInit(0) != 0 or driver.cuDeviceGetCount(ctypes.byref(number)) != 0:
+        return 0
+    return number.value
+
+
+def find_tool(name: str) -> str | None:
+    """A tool beside this interpreter, on the PATH, or in the CUDA toolkit."""
+    roots = [os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH"), "/usr/local/cuda"]
+    places = [str(Path(sys.executable).parent), os.environ.get("PATH", "")]
+    places += [str(Path(root) / folder) for root in roots if root for folder in ("bin", "compute-sanitizer")]
+    return shutil.which(name, path=os.pathsep.join(places))
+
+
+class Check:
+    """One run: where things are, how much time is left, and what has been found."""
+
+    def __init__(self, options: argparse.Namespace) -> None:
+        self.folder: Path = options.build.absolute()
+        self.out: Path = options.out.absolute()
+        self.rehearse: bool = options.rehearse
+        self.end = time.monotonic() + options.budget
+        self.results: dict[str, Any] = {
+            "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+            "rehearsal": self.rehearse,
+            "phases": {},
+        }
+
+    def seconds(self, most: float) -> float:
+        """What a step may take: `most`, or what is left of the budget."""
+        return max(0.0, min(most, self.end - time.monotonic()))
+
+    def write(self) -> None:
+        """Writes the JSON and the tables beside it, whole or not at all."""
+        self.out.parent.mkdir(parents=True, exist_ok=True)
+        for path, text in (
+            (self.out, json.dumps(self.results, indent=1) + "\n"),
+            (self.out.with_suffix(".md"), gpu_report.report(self.results)),
+        ):
+            half = path.with_name(path.name + ".part")
+            half.write_text(text, encoding="utf-8")
+            half.replace(path)
+
+    def run(self, command: Sequence[str | Path], seconds: float, **environment: str) -> tuple[int | None, str]:
+        """Runs a program in a process group of its own, all of which is ended when its time is up.
+
+        Returns:
+            Its exit status, None where its time was up; and its output, standard error's too.
+        """
+        # Into a file: a process of the group that lives on would keep a pipe open.
+        with tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as log:
+            process = self.start(command, log, **environment)
+            status = self.wait(process, seconds)
+            log.seek(0)
+            return status, log.read()
+
+    @staticmethod
+    def start(command: Sequence[str | Path], log: IO[str], **environment: str) -> subprocess.Popen[str]:
+        """Starts a program in a process group of its own."""
+        return subprocess.Popen(
+            [str(part) for part in command],
+            cwd=ROOT,
+            env={**os.environ, **environment},
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            text=True,
+            start_new_session=True,
+        )
+
+    @staticmethod
+    def wait(process: subprocess.Popen[str], seconds: float) -> int | None:
+        """Waits for a program; its exit status, or None where its time was up and its group was ended."""
+        try:
+            return process.wait(timeout=max(seconds, 0.1))
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+            return None
+
+    def environment(self) -> dict[str, str]:
+        """For processes that import torch_pnn."""
+        return {
+            "PYTHONPATH": os.pathsep.join([str(ROOT / "python"), *filter(None, [os.environ.get("PYTHONPATH")])]),
+            "TORCH_PNN_LIBRARY_DIR": str(self.folder / "lib"),
+            "TORCH_PNN_REQUIRE_OPS": "1",
+            "TORCHINDUCTOR_CACHE_DIR": str(self.out.parent / "inductor-cache"),
+        }
+
+    def work(self, phase: str, seconds: float, *arguments: str) -> dict[str, Any]:
+        """Runs a phase of gpu_work.py and returns what it has written, finished or not."""
+        part = self.out.with_name(f"{self.out.stem}-{phase}.part.json")
+        part.unlink(missing_ok=True)
+        part.parent.mkdir(parents=True, exist_ok=True)
+        command = [
+            sys.executable,
+            str(WORK),
+            phase,
+            "--out",
+            str(part),
+            "--seconds",
+            f"{seconds * 0.9:.0f}",
+            *arguments,
+        ]
+        if self.rehearse:
+            command.append("--rehearse")
+        status, output = self.run(command, seconds, **self.environment())
+        print(output, end="", flush=True)
+        found: dict[str, Any] = json.loads(part.read_text(encoding="utf-8")) if part.exists() else {}
+        part.unlink(missing_ok=True)
+        if status != 0:
+            ended = "its time was up" if status is None else f"exit status {status}"
+            found |= {"passed": False, "error": f"{ended}: {output[-3000:]}"}
+        return found
+
+
+# ---- the phases ----
+
+
+def build(check: Check, seconds: float) -> dict[str, Any]:
+    """Builds for this GPU alone."""
+    device = check.results["device"]
     switches = {
+        "CMAKE_BUILD_TYPE": "Release",
         "PNN_TORCH": "ON",
         "PNN_CUDA": "ON",
         "PNN_SHARED": "OFF",
         "PNN_GPU_CHECK": "ON",
-        "PNN_CUDA_ARCHITECTURES": f"{major}{minor}",
+        "PNN_CUDA_ARCHITECTURES": device["architecture"],
         "Python_EXECUTABLE": sys.executable,
+        "CMAKE_MAKE_PROGRAM": find_tool("ninja") or "ninja",
     }
     defines = [f"-D{name}={value}" for name, value in switches.items()]
-    configure = run("cmake", "-S", str(ROOT), "-B", str(folder), "-G", "Ninja", *defines)
-    if configure.returncode:
-        sys.exit(f"gpu_check: cmake failed:\n{configure.stdout[-2000:]}{configure.stderr[-4000:]}")
-    made = run("cmake", "--build", str(folder))
-    if made.returncode:
-        sys.exit(f"gpu_check: the build failed:\n{made.stdout[-6000:]}")
+    cmake = find_tool("cmake") or "cmake"
+    steps = [
+        [cmake, "-S", str(ROOT), "-B", str(check.folder), "-G", "Ninja", *defines],
+        [cmake, "--build", str(check.folder), "-j", str(os.cpu_count() or 1), "--target", *TARGETS],
+    ]
+    if check.rehearse:  # what is built there already
+        steps = [[cmake, "-N", str(check.folder)]]
+    started = time.monotonic()
+    for step in steps:
+        status, output = check.run(step, seconds - (time.monotonic() - started))
+        if status != 0:
+            return {"passed": False, "error": f"{' '.join(step)} ended with {status}:\n{output[-6000:]}"}
+    return {"passed": True}
 
 
-def compare_bits(folder: Path) -> dict[str, Any]:
-    """The device's lines against the host's; they promise to agree on Hopper."""
-    host = run(str(folder / "tests/cuda_results_host")).stdout.splitlines()
-    device = run(str(folder / "tests/cuda_results_device"))
-    if device.returncode:
-        return {"passed": False, "error": device.stderr[-1000:]}
-    different = []
-    for ours, theirs in zip(host, device.stdout.splitlines(), strict=True):
-        fields, others = ours.split(), theirs.split()
+def programs(check: Check) -> tuple[Path, Path]:
+    """The program that runs the calls on the host, and the one that runs them on the device."""
+    host = check.folder / "tests" / "cuda_results_host"
+    return host, host if check.rehearse else check.folder / "tests" / "cuda_results_device"
+
+
+def differences(host: str, device: str) -> list[str]:
+    """What differs between the lines of the two programs: 'call 3: grad_input'."""
+    ours, theirs = host.split("\n"), device.split("\n")
+    different = [] if len(ours) == len(theirs) else [f"{len(theirs)} lines, the host has {len(ours)}"]
+    for line, other in zip(ours, theirs):
+        fields, others = line.split(), other.split()
+        if fields[::2] != others[::2]:
+            different.append(f"'{other[:60]}', the host has '{line[:60]}'")
+            continue
         different += [
             f"call {fields[1]}: {fields[i]}" for i in range(2, len(fields), 2) if fields[i + 1] != others[i + 1]
         ]
-    repeated = run(str(folder / "tests/cuda_results_device"), "100")
-    hopper = torch.cuda.get_device_capability()[0] == 9
-    return {
-        "passed": repeated.returncode == 0 and not (hopper and different),
-        "different_from_host": different,
-        "expected_equal": hopper,
-        "same_bits_100_times": repeated.returncode == 0,
-        "error": repeated.stderr[-1000:],
-    }
+    return different
 
 
-def sanitize(folder: Path) -> dict[str, Any]:
-    tool = shutil.which("compute-sanitizer") or "/usr/local/cuda/bin/compute-sanitizer"
-    if not Path(tool).exists():
-        return {"passed": None, "error": "compute-sanitizer was not found"}
-    results = {}
-    for name in TOOLS:
-        done = run(tool, "--tool", name, "--error-exitcode", "9", str(folder / "tests/cuda_results_device"))
-        results[name] = "clean" if done.returncode == 0 else done.stdout[-2000:]
-    return {"passed": all(text == "clean" for text in results.values()), **results}
+def bits(check: Check, seconds: float) -> dict[str, Any]:
+    """The device's lines against the host's, which promise to agree on Hopper; then the device's again and again."""
+    host, device = programs(check)
+    found: dict[str, Any] = {"expected_equal": check.results["device"]["architecture"] == "90"}
+    status, expected = check.run([host], seconds / 3)
+    if status != 0:
+        return found | {"passed": False, "error": f"the host's program ended with {status}: {expected[-1000:]}"}
+    status, lines = check.run([device], seconds / 3)
+    if status != 0:
+        return found | {"passed": False, "error": f"the device's program ended with {status}: {lines[-1000:]}"}
+    found["calls"] = len(expected.splitlines())
+    found["different_from_host"] = differences(expected, lines)
+    status, output = check.run([device, "3" if check.rehearse else str(REPETITIONS)], seconds / 2)
+    found["repetitions"] = 3 if check.rehearse else REPETITIONS
+    found["same_bits_every_time"] = status == 0
+    if status != 0:
+        found["error"] = f"repeated, the device's program ended with {status}: {output[-1000:]}"
+    wrong = bool(found["different_from_host"]) and found["expected_equal"]
+    return found | {"passed": status == 0 and not wrong and found["calls"] > 0}
 
 
-def call(
-    function: Callable[..., Any],
-    dtype: torch.dtype,
-    device: str,
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    g: torch.Tensor,
-    mask: torch.Tensor | None,
-    options: dict[str, Any],
-    layout: torch.memory_format,
-) -> list[torch.Tensor]:
-    """The output and the gradients of input and weight."""
-    leaves = [t.to(device, dtype).to(memory_format=layout).detach().requires_grad_() for t in (x, weight)]
-    if mask is None:
-        source = {"seed": torch.tensor([77], device=device)}
-    else:
-        source = {"mask": mask.to(device, torch.float64 if dtype == torch.float64 else torch.float32)}
-    y = function(*leaves, **source, **options)
-    gradients = torch.autograd.grad(y, leaves, g.to(device, dtype))
-    return [y.detach(), *gradients]
+def sanitizer(check: Check, seconds: float) -> dict[str, Any]:
+    """The four tools side by side, on the tiny calls."""
+    tool = find_tool("compute-sanitizer")
+    # The stand-in takes the same arguments and runs the program.
+    start = ["sh", "-c", 'shift 4; exec "$@"', "sh"] if check.rehearse else [tool or ""]
+    if not check.rehearse and tool is None:
+        return {"passed": False, "error": "compute-sanitizer was not found"}
+    program = programs(check)[1]
+    end = time.monotonic() + seconds
+    found: dict[str, Any] = {}
+    with contextlib.ExitStack() as stack:
+        started = {}
+        for name in TOOLS:
+            log = stack.enter_context(tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace"))
+            command = [*start, "--tool", name, "--error-exitcode", "9", str(program)]
+            started[name] = check.start(command, log), log
+        for name, (process, log) in started.items():
+            status = check.wait(process, end - time.monotonic())
+            log.seek(0)
+            text = log.read()
+            # A tool that cannot attach may let the program pass: its summary must be there.
+            summary = re.search(r"ERROR SUMMARY: 0 errors|SUMMARY: 0 hazards displayed", text)
+            ended = "its time was up" if status is None else f"exit status {status}"
+            found[name] = "clean" if status == 0 and (summary or check.rehearse) else f"{ended}: {text[-2000:]}"
+    return found | {"passed": all(found[name] == "clean" for name in TOOLS)}
 
 
-def compare_reference() -> dict[str, Any]:
-    """Forward and backward on the device against the reference in float64 on the same numbers, on the CPU."""
-    import torch_pnn
-    from torch_pnn import reference
-
-    failures, worst = [], {}
-    for dtype in (torch.float32, torch.float64, torch.bfloat16, torch.float16):
-        for noise in ("uniform", "normal", "waves", "tensor"):
-            for layout in (torch.contiguous_format, torch.channels_last):
-                for channels, outputs, size, masks, groups in (
-                    (16, 32, 8, 1, 1),
-                    (24, 40, 7, 3, 2),
-                    (130, 70, 5, 1, 1),
-                ):
-                    torch.manual_seed(1)
-                    x = torch.randn(3, channels, size, size, dtype=dtype)
-                    weight = torch.randn(outputs, channels // groups * masks, 1, 1, dtype=dtype) / 8
-                    g = torch.randn(3, outputs, size, size, dtype=dtype)
-                    mask = torch.rand(channels, masks, size, size) if noise == "tensor" else None
-                    options: dict[str, Any] = {"level": 0.25, "groups": groups, "activation": "relu"}
-                    if mask is None:
-                        options |= {"noise": noise, "masks": masks}
-
-                    arguments = (x, weight, g, mask, options, layout)
-                    ours = call(torch_pnn.functional.perturb_conv2d, dtype, "cuda", *arguments)
-                    exact = call(reference.perturb_conv2d, torch.float64, "cpu", *arguments)
-                    for name, got, want in zip(("output", "grad_input", "grad_weight"), ours, exact, strict=True):
-                        scale = want.abs().max().item() + 1
-                        error = (got.cpu().double() - want).abs().max().item() / scale / ULPS[dtype]
-                        key = f"{str(dtype).removeprefix('torch.')} {name}"
-                        worst[key] = max(worst.get(key, 0.0), error)
-                        if not error <= 64:
-                            failures.append(
-                                f"{key} {noise} {layout} {channels}->{outputs}: {error:.3g} units of the largest"
-                            )
-    return {"passed": not failures, "worst": worst, "failures": failures[:20]}
+def timings(check: Check, seconds: float) -> dict[str, Any]:
+    """Warms torch.compile's cache up in processes of their own, since a compilation takes seconds, then times."""
+    started = time.monotonic()
+    workers = 2 if check.rehearse else max(1, min(8, (os.cpu_count() or 1) // 2))
+    notes = []
+    with contextlib.ExitStack() as stack:
+        warming = []
+        for i in range(workers):
+            log = stack.enter_context(tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace"))
+            command = [sys.executable, WORK, "compile", "--part", f"{i}/{workers}", "--seconds", f"{seconds * 0.3:.0f}"]
+            command += ["--rehearse"] if check.rehearse else []
+            process = check.start(command, log, TORCHINDUCTOR_COMPILE_THREADS="1", **check.environment())
+            warming.append((process, log))
+        for process, log in warming:
+            status = check.wait(process, seconds * 0.35 - (time.monotonic() - started))
+            log.seek(0)
+            if status != 0:
+                notes.append(f"{'its time was up' if status is None else status}: {log.read()[-500:]}")
+    compiling = round(time.monotonic() - started, 1)
+    found = check.work("timings", seconds - (time.monotonic() - started))
+    return {"compiling_seconds": compiling, "compiling_notes": notes, **found}
 
 
-def milliseconds(function: Callable[[], Any], flush: torch.Tensor) -> float:
-    """The median over replays of a CUDA graph of the call, the L2 cache flushed before each."""
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(3):
-            function()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        function()
-    times = []
-    for _ in range(20):
-        flush.zero_()
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        graph.replay()
-        end.record()
-        end.synchronize()
-        times.append(start.elapsed_time(end))
-    return sorted(times)[len(times) // 2]
+PHASES: dict[str, Callable[[Check, float], dict[str, Any]]] = {
+    "build": build,
+    "bits": bits,
+    "sanitizer": sanitizer,
+    "reference": lambda check, seconds: check.work("reference", seconds),
+    "device": lambda check, seconds: check.work("device", seconds),
+    "timings": timings,
+}
 
 
-def time_cases() -> list[dict[str, Any]]:
-    import torch_pnn
-
-    flush = torch.empty(2**28, dtype=torch.uint8, device="cuda")
-    rows = []
-    for dtype in (torch.bfloat16, torch.float32):
-        for batch, channels, size, outputs, masks in CASES:
-            x = torch.randn(batch, channels, size, size, device="cuda", dtype=dtype)
-            weight = torch.randn(outputs, channels * masks, 1, 1, device="cuda", dtype=dtype) / 8
-            three = torch.randn(outputs, channels, 3, 3, device="cuda", dtype=dtype) / 8
-            mask = torch.rand(channels, masks, size, size, device="cuda")
-            seed = torch.tensor([5], device="cuda")
-            maps = batch * channels * masks * size * size
-
-            def ours(x: Any = x, weight: Any = weight, seed: Any = seed, masks: int = masks) -> torch.Tensor:
-                return torch_pnn.functional.perturb_conv2d(x, weight, seed=seed, masks=masks, level=0.1)
-
-            def plain(x: Any = x, weight: Any = weight, mask: Any = mask) -> torch.Tensor:
-                u = torch.relu(x.unsqueeze(2) + (0.1 * mask).to(x.dtype)).flatten(1, 2)
-                return F.conv2d(u, weight)
-
-            row: dict[str, Any] = {
-                "case": [batch, channels, size, outputs, masks],
-                "type": str(dtype).removeprefix("torch."),
-            }
-            row["channels_last_ms"] = milliseconds(
-                lambda x=x, f=ours: f(x.to(memory_format=torch.channels_last)), flush
-            )  # type: ignore[misc]
-            contestants: dict[str, Callable[[], Any]] = {
-                "ours": ours,
-                "plain": plain,
-                "compiled": torch.compile(plain, dynamic=False),
-            }
-            if maps <= 2**29:
-                ready = torch.randn(batch, channels * masks, size, size, device="cuda", dtype=dtype)
-                contestants["cudnn_1x1"] = lambda ready=ready, weight=weight: F.conv2d(ready, weight)  # type: ignore[misc]
-            contestants["cudnn_3x3"] = lambda x=x, three=three: F.conv2d(x, three, padding=1)  # type: ignore[misc]
-            y = torch.empty_like(x)
-            contestants["copy"] = lambda x=x, y=y: y.copy_(x)  # type: ignore[misc]
-            a = torch.randn(outputs, channels * masks, device="cuda", dtype=dtype)
-            b = torch.randn(channels * masks, min(batch * size * size, 2**17), device="cuda", dtype=dtype)
-            contestants["cublas"] = lambda a=a, b=b: a @ b  # type: ignore[misc]
-            for name, function in contestants.items():
-                row[f"{name}_ms"] = milliseconds(function, flush)
-            x.requires_grad_()
-            weight.requires_grad_()
-            for name, function in (("ours", ours), ("plain", plain)):
-                torch.cuda.reset_peak_memory_stats()
-                before = torch.cuda.memory_allocated()
-                output = function()
-                torch.autograd.grad(output.sum(), (x, weight))
-                row[f"{name}_peak_bytes"] = torch.cuda.max_memory_allocated() - before
-            rows.append(row)
-            print(
-                "  " + "  ".join(f"{k} {v:.3f}" if isinstance(v, float) else f"{k} {v}" for k, v in row.items()),
-                flush=True,
-            )
-    return rows
-
-
-def main() -> int:
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the phases; returns the exit status."""
     parser = argparse.ArgumentParser(description="Checks and times the CUDA half on a GPU.")
-    parser.add_argument("--build", type=Path, default=ROOT / "build/gpu", help="the build folder")
-    parser.add_argument("--out", type=Path, default=ROOT / "runs/gpu-check.json", help="where the results go")
-    parser.add_argument("--skip-sanitizer", action="store_true")
-    parser.add_argument("--skip-timings", action="store_true")
-    options = parser.parse_args()
-    if not torch.cuda.is_available():
-        build_text = f"CUDA {torch.version.cuda}" if torch.version.cuda else "no CUDA build"
-        print(f"no GPU: PyTorch {torch.__version__} ({build_text}) sees none, so nothing was checked")
-        return 2
-    print(f"{torch.cuda.get_device_name()}, PyTorch {torch.__version__}, CUDA {torch.version.cuda}", flush=True)
-    build(options.build)
-    os.environ["TORCH_PNN_LIBRARY_DIR"] = str(options.build / "lib")
-    os.environ["TORCH_PNN_REQUIRE_OPS"] = "1"
-    sys.path.insert(0, str(ROOT / "python"))
-    from torch_pnn import _library
+    parser.add_argument("phases", nargs="*", help=f"of {', '.join(PHASES)} (default: all)")
+    parser.add_argument("--build", type=Path, default=ROOT / "build" / "gpu", help="the build folder")
+    parser.add_argument("--out", type=Path, default=ROOT / "runs" / "gpu-check.json", help="where the results go")
+    parser.add_argument("--budget", type=float, default=580, help="seconds that all of it may take (580)")
+    parser.add_argument("--rehearse", action="store_true", help="on the CPU, with stand-ins: tests these files alone")
+    options = parser.parse_args(arguments)
+    unknown = [name for name in options.phases if name not in PHASES]
+    if unknown:
+        parser.error(f"no such phase: {', '.join(unknown)}; there are {', '.join(PHASES)}")
 
-    results: dict[str, Any] = {
-        "device": torch.cuda.get_device_name(),
-        "date": datetime.date.today().isoformat(),
-        "torch": torch.__version__,
-        "cuda_half": _library.status().cuda,
-    }
-    steps: list[tuple[str, Callable[[], dict[str, Any]]]] = [
-        ("bits", lambda: compare_bits(options.build)),
-        ("reference", compare_reference),
-    ]
-    if not options.skip_sanitizer:
-        steps.insert(1, ("sanitizer", lambda: sanitize(options.build)))
-    failed = results["cuda_half"] != "loaded"
-    for name, step in steps:
-        results[name] = step()
-        failed |= results[name]["passed"] is False
-        print(f"{name}: {results[name]}", flush=True)
-    if not options.skip_timings:
-        results["timings"] = time_cases()
-    options.out.parent.mkdir(parents=True, exist_ok=True)
-    options.out.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
-    print(f"{'FAILED' if failed else 'passed'}; results in {options.out}")
+    if not options.rehearse and count_gpus() == 0:
+        print("no GPU: the CUDA driver shows none, so nothing was checked")
+        return 2
+    check = Check(options)
+    needed = {"cmake": "CMake 3.30", "ninja": "Ninja", "nvcc": "nvcc 13.0"} if not options.rehearse else {}
+    missing = [text for name, text in needed.items() if find_tool(name) is None]
+    if missing:
+        print(f"gpu-check needs {', '.join(missing)}, beside {sys.executable}, on the PATH or in CUDA_HOME")
+        return 3
+    probe = check.work("probe", check.seconds(90))
+    if "device" not in probe:
+        check.results["error"] = probe.get("error", "")
+        check.write()
+        print(f"gpu-check: {probe.get('reason', 'PyTorch cannot use the GPU')}; nothing was checked")
+        return 2 if probe.get("reason", "").startswith("no GPU") else 3
+    check.results |= {key: probe[key] for key in ("device", "versions")}
+    print(f"{probe['device']['name']}; {probe['versions']}", flush=True)
+
+    names = ["build", *(name for name in PHASES if name in (options.phases or PHASES) and name != "build")]
+    failed = []
+    for name in names:
+        # A rehearsal runs on whatever else the processor does.
+        seconds = check.seconds(SHARES[name] * (10 if options.rehearse else 1))
+        print(f"\n==== {name} ({seconds:.0f} s at most)", flush=True)
+        started = time.monotonic()
+        if seconds < 3:
+            found: dict[str, Any] = {"passed": False, "error": "no time was left for it"}
+        elif name != "build" and not check.results["phases"]["build"]["passed"]:
+            found = {"passed": False, "error": "the build failed"}
+        else:
+            try:
+                found = PHASES[name](check, seconds)
+            except Exception:  # whatever it was, the next phases go on
+                found = {"passed": False, "error": traceback.format_exc()[-3000:]}
+        found["seconds"] = round(time.monotonic() - started, 1)
+        check.results["phases"][name] = found
+        if not found.get("passed"):
+            failed.append(name)
+        print(gpu_report.phase_line(name, found), flush=True)
+        check.write()
+    print("\n" + gpu_report.report(check.results))
+    print(f"{'FAILED: ' + ', '.join(failed) if failed else 'passed'}; results in {check.out}")
     return 1 if failed else 0
 
 

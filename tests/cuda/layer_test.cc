@@ -41,21 +41,30 @@ void check(Case c) {
   host::options = {};
 }
 
+/* The types of type_pairs(), and float32 with TF32's products. */
+constexpr int kTypes = 7, kTf32 = 6;
+
+void set_type(Case &c, int type, bool input_mask = false) {
+  c.tf32 = type == kTf32;
+  set_types(c, type_pairs()[c.tf32 ? 0 : static_cast<size_t>(type)], input_mask);
+}
+
 class CudaTypes : public testing::TestWithParam<int> {
  protected:
   Case base() const {
     Case c;
-    set_types(c, type_pairs()[static_cast<size_t>(GetParam())]);
+    set_type(c, GetParam());
     return c;
   }
 };
 
 std::string type_name(const testing::TestParamInfo<int> &info) {
+  if (info.param == kTf32) return "tf32";
   const TypePair pair = type_pairs()[static_cast<size_t>(info.param)];
   return std::string(name_of(pair.input)) + (pair.input == pair.weight ? "" : std::string("_") + name_of(pair.weight));
 }
 
-INSTANTIATE_TEST_SUITE_P(Cuda, CudaTypes, testing::Range(0, 6), type_name);
+INSTANTIATE_TEST_SUITE_P(Cuda, CudaTypes, testing::Range(0, kTypes), type_name);
 
 void set_layouts(Case &c, LayoutKind kind) {
   c.input_layout = c.output_layout = c.grad_output_layout = c.grad_input_layout = kind;
@@ -96,6 +105,21 @@ TEST_P(CudaTypes, AlignedLayouts) {
       }
 }
 
+TEST_P(CudaTypes, PlainLayers) {
+  /* Whole sixteens of maps, a seed's lattice, relu: the way without branches; and what just misses it. */
+  uint64_t seed = 150;
+  for (LayoutKind kind : {LayoutKind::kContiguous, LayoutKind::kChannelsLast})
+    for (int64_t M : {1, 2, 3, 4, 8, 16, 48}) {
+      Case c = base();
+      c.placement = Placement::kHeap;
+      set_layouts(c, kind);
+      c.B = 2, c.C = M > 8 ? 8 : 48, c.T = 40, c.H = 5, c.W = 8, c.M = M, c.level = M % 2 ? 0.5 : -1, c.seed = seed++;
+      check(c);
+      c.groups = 2, c.T = 16, c.C = 16, c.seed = seed++;
+      check(c);
+    }
+}
+
 TEST_P(CudaTypes, EveryLayout) {
   uint64_t seed = 200;
   for (LayoutKind kind : input_layouts()) {
@@ -118,7 +142,7 @@ TEST_P(CudaTypes, MasksOfEveryKind) {
       for (int64_t M : {1, 5, 16, 70}) {
         if (noise == PNN_NOISE_NONE && shared) continue;
         Case c = base();
-        set_types(c, type_pairs()[static_cast<size_t>(GetParam())], seed % 2 == 0);
+        set_type(c, GetParam(), seed % 2 == 0);
         c.B = 2, c.C = M == 70 ? 2 : 5, c.H = 3, c.W = 6, c.T = 3, c.M = M, c.noise = noise, c.shared = shared;
         c.level = seed % 3 ? 0.5 : -2, c.seed = seed++;
         check(c);
@@ -196,18 +220,20 @@ TEST(CudaLarge, LargeTiles) {
   /* 128 blocks of 128 x 128: enough to be worth the large tiles, in each type, order and pass. The device would run 132
    * of them at once; a CPU takes seconds, so the depth is short. */
   uint64_t seed = 900;
-  for (int type : {0, 2})
+  for (int type : {0, 2, kTf32})
     for (LayoutKind kind : {LayoutKind::kContiguous, LayoutKind::kChannelsLast}) {
       Case c;
-      set_types(c, type_pairs()[static_cast<size_t>(type)]);
+      set_type(c, type);
       c.placement = Placement::kHeap;
       set_layouts(c, kind);
-      c.B = 1, c.C = 8, c.T = 72, c.H = 1, c.W = 127 * 128 + 8, c.seed = seed++, c.gradients = 0;
+      /* Whole sixteens of maps or not: two ways to make the operand. */
+      const int64_t more = (seed + seed / 2) % 2 ? 8 : 0;
+      c.B = 1, c.C = 8 + more, c.T = 72, c.H = 1, c.W = 127 * 128 + 8, c.seed = seed++, c.gradients = 0;
       check(c);
       /* The input's gradient, and the weight's, whose choice is by outputs and maps alone. */
       c.C = 72, c.T = 8, c.gradients = kGradInput;
       check(c);
-      c.T = 72, c.W = 136, c.gradients = kGradWeight | kGradBias;
+      c.C += more, c.T = 72, c.W = 136, c.gradients = kGradWeight | kGradBias;
       check(c);
     }
 }
@@ -226,9 +252,11 @@ TEST_P(CudaTypes, EveryScheduleGivesTheSameBits) {
   Case c = base();
   c.placement = Placement::kHeap, c.fill = Fill::kRandom;
   c.B = 2, c.C = 40, c.T = 40, c.H = 4, c.W = 16, c.norm = c.training = true, c.eps = 1e-5;
-  for (int variant = 0; variant < 3; variant++) {
-    set_layouts(c, variant == 1 ? LayoutKind::kChannelsLast : LayoutKind::kContiguous);
+  for (int variant = 0; variant < 4; variant++) {
+    set_layouts(c, variant % 2 == 1 ? LayoutKind::kChannelsLast : LayoutKind::kContiguous);
     if (variant == 2) c.M = 3, c.C = 10, c.noise = PNN_NOISE_TENSOR, c.shared = true, c.W = 15;
+    if (variant == 3) /* a plain layer's own way */
+      c.M = 2, c.C = 40, c.noise = PNN_NOISE_UNIFORM, c.shared = c.norm = c.training = false, c.W = 16;
     std::vector<std::vector<uint64_t>> first;
     for (int i = 0; i < 2 * kSchedules; i++) {
       set_schedule(i);
@@ -266,7 +294,7 @@ TEST_P(CudaTypes, ForwardDoesNotDependOnTheBatch) {
 void expect_close(const Tensor &tensor, const Sums<long double> &want, double terms, double slack, const Case &c,
                   const char *name, double *worst) {
   if (!tensor.present()) return;
-  const double u = c.input_type == PNN_FLOAT64 ? 0x1p-53 : is_half(c.weight_type) ? 0x1p-23 : 0x1p-24;
+  const double u = c.input_type == PNN_FLOAT64 ? 0x1p-53 : is_half(c.weight_type) || c.tf32 ? 0x1p-23 : 0x1p-24;
   int64_t wrong = 0;
   for (int64_t i = 0; i < tensor.count(); i++) {
     const long double value = want.value[static_cast<size_t>(i)], size = want.magnitude[static_cast<size_t>(i)];
@@ -312,6 +340,8 @@ TEST_P(CudaTypes, BoundedErrors) {
         const double u = unit_of(c.statistics_type()), n = static_cast<double>(c.samples());
         double slack = is_exact(f) ? 0 : 24 * u;
         if (is_half(c.weight_type) && (norm || !is_exact(f))) slack += 4 * unit_of(c.weight_type);
+        /* Two operands, each rounded to 11 bits; where there is normalisation, of sums that were made so too. */
+        const double products = c.tf32 ? 0x1p-10 + 0x1p-22 : 0, again = norm ? 2 * products : products;
         const double terms = static_cast<double>(c.columns()), more = norm ? n + 16 : 0;
         if (c.training)
           for (int64_t k = 0; k < c.K(); k++) {
@@ -320,12 +350,12 @@ TEST_P(CudaTypes, BoundedErrors) {
             EXPECT_LE(std::fabs(p.variance.value(k) - out.variance.value[s]),
                       (64 * u + 8 * slack) * (out.variance.value[s] + out.mean.magnitude[s] * out.mean.magnitude[s]));
           }
-        expect_close(p.output, out.output, terms + 8, slack, c, "output", &worst);
-        expect_close(p.grad_input, out.grad_input, static_cast<double>(c.T) + 8 + more, 2 * slack + more * u, c,
+        expect_close(p.output, out.output, terms + 8, slack + products, c, "output", &worst);
+        expect_close(p.grad_input, out.grad_input, static_cast<double>(c.T) + 8 + more, 2 * slack + more * u + again, c,
                      "grad_input", &worst);
-        expect_close(p.grad_weight, out.grad_weight, n + 8, slack + more * u, c, "grad_weight", &worst);
+        expect_close(p.grad_weight, out.grad_weight, n + 8, slack + more * u + products, c, "grad_weight", &worst);
         expect_close(p.grad_bias, out.grad_bias, n, 0, c, "grad_bias", &worst);
-        expect_close(p.grad_mask, out.grad_mask, static_cast<double>(c.T) + 8 + more, 2 * slack + more * u, c,
+        expect_close(p.grad_mask, out.grad_mask, static_cast<double>(c.T) + 8 + more, 2 * slack + more * u + again, c,
                      "grad_mask", &worst);
       }
   std::printf("worst error beyond the last rounding: %.3g u sum|terms|\n", worst);
@@ -353,6 +383,31 @@ TEST(CudaMoments, NeitherOverflowNorCancel) {
       else
         EXPECT_LE(std::fabs(p.variance.value(k) - variance), 0x1p-18L * variance + 0x1p-149L) << name_of(fill);
     }
+  }
+}
+
+TEST(CudaMoments, InfiniteAndNanElementsReachTheMeanAndTheVariance) {
+  /* Of the maps' 3 * 31 * 33 elements, in three chunks, one or two are special, in the first chunk or in the last. */
+  for (pnn_dtype type : {PNN_FLOAT32, PNN_FLOAT64}) {
+    Case c;
+    c.input_type = c.weight_type = type;
+    c.B = 3, c.C = 5, c.T = 2, c.H = 31, c.W = 33, c.norm = c.training = true, c.fill = Fill::kRandom;
+    c.noise = PNN_NOISE_NONE, c.activation = PNN_ACTIVATION_IDENTITY;
+    Problem p(c);
+    const int64_t image = c.H * c.W, last = (2 * c.C + 1) * image - 1; /* channel 0's last pixel */
+    p.input.set(5, HUGE_VAL);
+    p.input.set(image, -HUGE_VAL);
+    p.input.set(last + image * 2, std::nan(""));
+    p.input.set(image * 3, HUGE_VAL);
+    p.input.set(last + image * 3, -HUGE_VAL);
+    p.input.seal();
+    ASSERT_EQ(p.forward(), PNN_OK) << p.error.message;
+    EXPECT_EQ(p.mean.value(0), HUGE_VAL);
+    EXPECT_EQ(p.mean.value(1), -HUGE_VAL);
+    EXPECT_TRUE(std::isnan(p.mean.value(2)));
+    EXPECT_TRUE(std::isnan(p.mean.value(3)));
+    for (int64_t k = 0; k < 4; k++) EXPECT_TRUE(std::isnan(p.variance.value(k))) << k;
+    EXPECT_TRUE(std::isfinite(p.mean.value(4)) && std::isfinite(p.variance.value(4)));
   }
 }
 
@@ -392,11 +447,11 @@ TEST(CudaAndCpu, SameBitsOnAnyData) {
 TEST(CudaWavefronts, OperandsMeetNoBankConflicts) {
   /* Wavefronts of shared memory per wavefront that the bytes need; docs/cuda.md quotes them. */
   static const char *const kinds[] = {"16-byte loads", "16-byte stores", "cp.async", "ldmatrix"};
-  for (int type : {0, 2})
+  for (int type : {0, 2, kTf32})
     for (LayoutKind kind : {LayoutKind::kContiguous, LayoutKind::kChannelsLast})
       for (unsigned gradients : {0u, unsigned{kGradInput}, unsigned{kGradWeight}}) {
         Case c;
-        set_types(c, type_pairs()[static_cast<size_t>(type)]);
+        set_type(c, type);
         c.placement = Placement::kHeap, c.gradients = gradients;
         set_layouts(c, kind);
         c.B = 1, c.C = 64, c.T = 64, c.H = 8, c.W = 32;
@@ -411,7 +466,7 @@ TEST(CudaWavefronts, OperandsMeetNoBankConflicts) {
           host::options.count_wavefronts = true;
         }
         ASSERT_EQ(p.run(pass), PNN_OK);
-        std::printf("%-9s %-13s %-15s", name_of(c.weight_type), name_of(kind),
+        std::printf("%-9s %-13s %-15s", c.tf32 ? "tf32" : name_of(c.weight_type), name_of(kind),
                     gradients == 0            ? "forward"
                     : gradients == kGradInput ? "input gradient"
                                               : "weight gradient");
@@ -421,7 +476,11 @@ TEST(CudaWavefronts, OperandsMeetNoBankConflicts) {
         }
         std::printf("\n");
         EXPECT_EQ(host::wavefronts.actual[host::MATRIX], host::wavefronts.ideal[host::MATRIX]);
-        EXPECT_EQ(host::wavefronts.ideal[host::MATRIX] > 0, type == 2);
+        /* TF32 has no ldmatrix where neither operand has its depth in a row. */
+        const bool rows = kind == LayoutKind::kContiguous ? gradients == kGradInput : gradients == kGradWeight;
+        EXPECT_EQ(host::wavefronts.ideal[host::MATRIX] > 0, type == 2 || (type == kTf32 && !rows));
+        /* 16-bit outputs leave the sums' rows by two loads of 16 bytes that lie 32 bytes apart. */
+        EXPECT_LE(host::wavefronts.actual[host::LOAD] * 3, host::wavefronts.ideal[host::LOAD] * 5);
       }
   host::options = {};
 }

@@ -98,6 +98,7 @@ struct Call {
   pnn_noise noise;
   pnn_activation activation;
   bool channels_last, norm;
+  bool tf32 = false;
 };
 
 /* One tensor of a call, its memory and its name. */
@@ -135,6 +136,7 @@ class Runner {
     p_.seed = static_cast<const int64_t *>(seed_.data());
     p_.noise = c.noise, p_.masks = c.M, p_.level = 0.25, p_.activation = c.activation, p_.groups = c.groups;
     p_.stride[0] = p_.stride[1] = c.stride, p_.norm = p_.norm_training = c.norm;
+    p_.allow_tf32 = c.tf32;
   }
   ~Runner() {
     for (Operand *o : operands_) delete o;
@@ -203,6 +205,8 @@ const Call calls[] = {
     {PNN_FLOAT16, PNN_FLOAT16, 3, 40, 5, 8, 24, 3, 1, 2, PNN_NOISE_WAVES, PNN_ACTIVATION_SILU, false, false},
     {PNN_FLOAT32, PNN_BFLOAT16, 2, 24, 4, 8, 16, 2, 1, 1, PNN_NOISE_TENSOR, PNN_ACTIVATION_SELU, true, true},
     {PNN_FLOAT32, PNN_FLOAT16, 1, 3, 3, 5, 70, 1, 1, 1, PNN_NOISE_NONE, PNN_ACTIVATION_SIGMOID, false, false},
+    {PNN_FLOAT32, PNN_FLOAT32, 2, 72, 4, 16, 72, 1, 1, 1, PNN_NOISE_UNIFORM, PNN_ACTIVATION_RELU, false, true, true},
+    {PNN_FLOAT32, PNN_FLOAT32, 2, 24, 7, 7, 40, 3, 1, 1, PNN_NOISE_TENSOR, PNN_ACTIVATION_GELU, true, false, true},
 };
 
 }  // namespace

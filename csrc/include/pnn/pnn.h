@@ -134,6 +134,9 @@ typedef struct pnn_params {
   /* bfloat16 only. Not 0 = by float32 chains, with the same bits on every instruction set; 0 = by the processor's
    * bfloat16 dot products where it has them: faster, rounded otherwise, denormals as 0. */
   int32_t exact;
+  /* float32 on CUDA only. 1 = its products may be the tensor cores', of operands rounded to TF32 (11 bits); 0 = as
+   * accurate as float32. Every other call checks it and leaves it alone. */
+  int32_t allow_tf32;
   int64_t stride[2]; /* rows, columns; >= 1 */
   int64_t groups;    /* divides C and T */
 

@@ -10,8 +10,12 @@
  *     runtime refused a launch (its words are in the message) and that outputs may be partly written.
  *   - Results have the same bits in every run and, forward without the batch's moments, for every split of the batch,
  * on one kind of GPU. float32 and float64 products are chains of fused multiply-adds in ascending order, as on the CPU;
- *     bfloat16 and float16 products are the tensor cores', which keep 24 or 25 bits of each partial sum. There is no
- *     TF32 here: float32 has float32's accuracy.
+ *     bfloat16 and float16 products are the tensor cores', which keep 24 or 25 bits of each partial sum.
+ *   - Where params.allow_tf32 is 1, float32's products are the tensor cores' too: the weight, the response maps (less
+ *     their mean) and grad_output are rounded to TF32 (8 bits of exponent, 11 of fraction, to nearest, ties away from
+ *     zero) as they enter a product; sums, moments, masks, activations and results stay float32. Each term of a sum is
+ *     then off by at most 2^-10 of itself, and a number from 0x1.ffep127 on counts as infinite. It is 0 in a
+ *     fresh pnn_params, and PyTorch's own settings of that name are not read here.
  *
  * Devices of compute capability 8.0 or newer.
  */

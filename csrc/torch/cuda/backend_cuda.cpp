@@ -28,9 +28,11 @@ Backend::Backend(const Tensor& tensor) {
   require(aoti_torch_get_device_index(tensor.get(), &current_device), "tell a tensor's device");
   DeviceGuardHandle guard = nullptr;
   require(aoti_torch_create_device_guard(current_device, &guard), "make a tensor's device the current one");
-  guard_ = guard;
   void* stream = nullptr;
-  require(aoti_torch_get_current_cuda_stream(current_device, &stream), "tell the current stream");
+  const AOTITorchError told = aoti_torch_get_current_cuda_stream(current_device, &stream);
+  if (told != AOTI_TORCH_SUCCESS) aoti_torch_delete_device_guard(guard);  // no destructor runs for this object
+  require(told, "tell the current stream");
+  guard_ = guard;
   current_stream = static_cast<pnn_cuda_stream>(stream);
 }
 Backend::~Backend() {

@@ -148,6 +148,15 @@ inline at::Tensor perturbation_mask(const at::Tensor& seed, int64_t channels, in
 inline std::string isa_name() { return detail::ask("torch_pnn::_isa_name"); }
 inline std::string library_version() { return detail::ask("torch_pnn::_library_version"); }
 
+// Whether float32 products on CUDA may be the tensor cores', of operands rounded to TF32: for the whole process, false
+// until it is set here, in Python (torch_pnn.backends.cuda.allow_tf32) or by TORCH_PNN_ALLOW_TF32=1 in the environment.
+inline bool tf32_allowed() {
+  return detail::find_operator<bool(std::optional<bool>)>("torch_pnn::_allow_tf32").call(std::nullopt);
+}
+inline void allow_tf32(bool allowed) {
+  detail::find_operator<bool(std::optional<bool>)>("torch_pnn::_allow_tf32").call(allowed);
+}
+
 // Whether libtorch_pnn_autograd for this LibTorch is loaded. Without it models run, but no gradient passes the layer.
 inline bool has_derivatives() {
   const auto op = c10::Dispatcher::singleton().findSchema({"torch_pnn::perturb_conv2d", ""});

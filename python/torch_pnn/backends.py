@@ -1,0 +1,48 @@
+"""Settings of the devices' arithmetic, for the whole process, as `torch.backends` has PyTorch's own.
+
+``backends.cuda.allow_tf32`` lets float32 layers on a CUDA device multiply on the tensor cores, with the operands of
+their products rounded to TF32 (11 significant bits); sums, moments, masks, activations and results stay float32. It is
+False until it is set here, in C++ (``torch_pnn::allow_tf32``) or by ``TORCH_PNN_ALLOW_TF32=1`` in the environment:
+float32 then has float32's accuracy, and on the GPU the CPU's bits. On the CPU, and for other types, it changes nothing.
+
+It is read when a layer runs, so it also holds for compiled, exported and scripted models; set it outside of functions
+that are compiled. PyTorch's settings are not followed: the operators cannot read them, and PyTorch allows TF32 in
+convolutions by default. To have the layer do as PyTorch's matrix products do, say so once:
+
+    torch_pnn.backends.cuda.allow_tf32 = torch.backends.cuda.matmul.allow_tf32
+
+Example:
+    >>> import torch_pnn
+    >>> torch_pnn.backends.cuda.allow_tf32
+    False
+"""
+
+from __future__ import annotations
+
+import torch
+
+__all__ = ["cuda"]
+
+
+class _Cuda:
+    """Settings of CUDA devices."""
+
+    __slots__ = ()
+
+    @property
+    def allow_tf32(self) -> bool:
+        """Whether float32 products may be of operands rounded to TF32.
+
+        Raises:
+            TypeError: where it is set to something that is not a bool.
+        """
+        return bool(torch.ops.torch_pnn._allow_tf32())
+
+    @allow_tf32.setter
+    def allow_tf32(self, value: bool) -> None:
+        if not isinstance(value, bool):
+            raise TypeError(f"allow_tf32 is {value!r} ({type(value).__name__}), it should be a bool")
+        torch.ops.torch_pnn._allow_tf32(value)
+
+
+cuda = _Cuda()

@@ -1,0 +1,473 @@
+"""What an H100 is predicted to need for each pass: bytes, flops, instructions, wavefronts, and what bounds the time.
+
+    python tests/cuda/predictions.py             prints the tables of docs/cuda.md
+    python tests/cuda/predictions.py --write     writes them into docs/cuda.md
+
+The first real measurement is compared with these numbers (gpu_check.py); one missed by more than 1.5x is to be
+explained. Each kernel's time is the largest of five, since a GPU overlaps them: memory, L2 cache, multiplying, issuing
+instructions, shared memory; multiplying in FFMA and the other instructions add up, since both are issued. The constants
+say where they come from. Nothing here needs a GPU, PyTorch or CUDA.
+
+Example:
+    >>> p = predict((32, 64, 56, 64, 1), "bfloat16", "forward")
+    >>> p.bytes, p.flops, p.bound
+    (25698304, 822083584, 'instructions')
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import sys
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+Case = tuple[int, int, int, int, int]  # B, C, H = W, T, M
+
+DTYPES = ("float32", "tf32", "bfloat16", "float16")
+DIRECTIONS = ("forward", "input_gradient", "weight_gradient", "backward", "forward+backward")
+BENCHMARK_CASES: tuple[Case, ...] = (
+    (32, 64, 56, 64, 1),
+    (32, 128, 28, 128, 1),
+    (32, 256, 14, 256, 1),
+    (32, 512, 7, 512, 1),
+    (128, 64, 32, 64, 1),
+    (128, 128, 16, 128, 1),
+    (8, 64, 32, 64, 16),
+    (4, 64, 32, 64, 64),
+)
+LARGE_CASES: tuple[Case, ...] = (
+    (256, 64, 56, 64, 1),
+    (256, 256, 28, 256, 1),
+    (64, 256, 56, 256, 4),
+    (32, 512, 28, 512, 4),
+)
+CASES = BENCHMARK_CASES + LARGE_CASES
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """One pass of one case. Times are in microseconds; `time_us` holds the launches too."""
+
+    case: Case
+    dtype: str
+    direction: str
+    layout: str
+    norm: bool
+    bytes: int
+    flops: int
+    memory_us: float
+    l2_us: float
+    product_us: float
+    issue_us: float
+    shared_us: float
+    launches: int
+    time_us: float
+    bound: str
+
+    @property
+    def intensity(self) -> float:
+        """Flops per byte of device memory."""
+        return self.flops / self.bytes
+
+
+# ---- an H100 (SXM) ----
+
+DEVICE_BYTES = 3.3e12  # a second, from device memory
+CACHE_BYTES = 5.5e12  # a second, from the L2 cache
+CACHE_SIZE = 30e6  # what a kernel leaves in the L2 cache for the next one, of its 50 MB
+MULTIPROCESSORS, CLOCK = 132, 1.755e9
+LAUNCH_US = 2.0  # from the end of one kernel of a CUDA graph to the start of the next one's work
+# Flops a second, and the share of them that mma.sync (FFMA) is taken to reach.
+FLOPS = {"float32": 67e12, "tf32": 495e12, "bfloat16": 990e12, "float16": 990e12}
+REACHED = {"float32": 0.75, "tf32": 0.60, "bfloat16": 0.60, "float16": 0.60}
+LIBRARY_REACHED = {"float32": 0.90, "tf32": 0.75, "bfloat16": 0.75, "float16": 0.75}  # cuBLAS and cuDNN
+SIZE = {"float32": 4, "tf32": 4, "bfloat16": 2, "float16": 2}
+INSTRUCTIONS_A_SECOND = MULTIPROCESSORS * 4 * CLOCK * 0.9 * 32  # of single threads
+WAVEFRONTS_A_SECOND = MULTIPROCESSORS * CLOCK
+# A thread's instructions, counted along the shortest way through the machine code for sm_90 that does the work, for the
+# 256-value lattice from a seed, relu and contiguous tensors:
+# one step of depth, loads and products, without the operand (FFMA not counted);
+STEP = {"float32": (264, 248), "tf32": (288, 236), "bfloat16": (233, 214), "float16": (233, 214)}  # (large, small tile)
+# what a thread makes of the operand in one step: sixteen maps of a pixel in 16-bit types, eight in float32;
+OPERAND = {"float32": 240, "tf32": 264, "bfloat16": 312, "float16": 312}
+OPERAND_MANY_MASKS = {"float32": 264, "tf32": 288, "bfloat16": 358, "float16": 358}
+OPERAND_NORMALISED = {"float32": 300, "tf32": 320, "bfloat16": 516, "float16": 516}
+# and element by element, where no runs of 16 bytes can be had: estimated, not counted;
+OPERAND_BY_ELEMENTS = {"float32": 380, "tf32": 400, "bfloat16": 680, "float16": 680}
+# before and behind the steps: places, bias, sums into shared memory, stores;
+TILE = (680, 490)
+# the input gradient's step, what it does for a map of a pixel once the product is there, and for each number it stores;
+INPUT_STEP, INPUT_TILE, INPUT_MAP, INPUT_STORE = (176, 160), (443, 350), 30, 11
+# the moments' pass over one map of one pixel.
+MOMENTS = 44
+
+
+@dataclass
+class Kernel:
+    """One launch."""
+
+    device_bytes: float  # from and to device memory
+    cache_bytes: float  # from and to the L2 cache, device memory's included
+    flops: float = 0
+    instructions: float = 0  # beside those that multiply
+    wavefronts: float = 0
+    blocks: int = MULTIPROCESSORS
+
+    def times(self, dtype: str) -> dict[str, float]:
+        """Microseconds of each resource; the last blocks of a grid leave multiprocessors idle."""
+        turns = math.ceil(self.blocks / MULTIPROCESSORS)
+        idle = turns * MULTIPROCESSORS / max(self.blocks, 1)
+        product = self.flops / (FLOPS[dtype] * REACHED[dtype]) * 1e6 * idle
+        issue = self.instructions / INSTRUCTIONS_A_SECOND * 1e6 * idle
+        if dtype == "float32":
+            issue += product
+        return {
+            "memory": self.device_bytes / DEVICE_BYTES * 1e6,
+            "L2 cache": self.cache_bytes / CACHE_BYTES * 1e6,
+            "tensor cores" if dtype != "float32" else "FFMA": product,
+            "instructions": issue,
+            "shared memory": self.wavefronts / WAVEFRONTS_A_SECOND * 1e6 * idle,
+        }
+
+
+@dataclass(frozen=True)
+class Tiles:
+    """The shape of a pass's tiles and how many there are; cuda/kernels.h chooses alike."""
+
+    rows: int
+    columns: int
+    row_tiles: int
+    column_tiles: int
+
+    @property
+    def blocks(self) -> int:
+        return self.row_tiles * self.column_tiles
+
+    @property
+    def small(self) -> bool:
+        return self.rows == 64
+
+    @property
+    def threads(self) -> int:
+        return 128 if self.small else 256
+
+
+def tiles(rows: int, columns: int, *, enough: int = 128) -> Tiles:
+    """Large tiles where they still make `enough` blocks."""
+    large = Tiles(128, 128, math.ceil(rows / 128), math.ceil(columns / 128))
+    if rows > 64 and large.blocks >= enough:
+        return large
+    return Tiles(64, 64, math.ceil(rows / 64), math.ceil(columns / 64))
+
+
+def step_wavefronts(dtype: str, tile: Tiles) -> float:
+    """Wavefronts of shared memory that one block's step of 64 bytes of depth takes: both operands written, by cp.async
+    or by threads, and read by each warp (tensor cores: each row and column of warps for itself; FFMA: eight by eight).
+    """
+    rows, columns = tile.rows, tile.columns
+    written = (rows + columns) * 64 / 128 * 2
+    if dtype == "float32":
+        per_thread = (rows * columns / tile.threads / 8 + 8) * 4  # loads of 16 bytes; half the lanes share theirs
+        return written + tile.threads * per_thread / 8 / 2
+    warps_n = 4 if rows == 128 else 2
+    read = (rows * warps_n + columns * 2) * 64 / 128
+    return written + read
+
+
+def by_elements(case: Case, dtype: str, layout: str) -> bool:
+    """Whether pixels (or channels) do not lie in runs of 16 bytes."""
+    _, channels, height, outputs, _ = case
+    run = 16 // SIZE[dtype]
+    pixels = height * height
+    return bool(pixels % run) if layout == "contiguous" else bool(channels % run or outputs % run)
+
+
+def kernels(case: Case, dtype: str, direction: str, layout: str = "contiguous", *, norm: bool = False) -> list[Kernel]:
+    """The launches of a pass, in order (cuda/api.cu)."""
+    if direction == "backward":
+        first = kernels(case, dtype, "weight_gradient", layout, norm=norm)
+        return first + kernels(case, dtype, "input_gradient", layout, norm=norm)
+    if direction == "forward+backward":
+        return kernels(case, dtype, "forward", layout, norm=norm) + kernels(case, dtype, "backward", layout, norm=norm)
+    batch, channels, height, outputs, masks = case
+    size, maps, columns = SIZE[dtype], channels * masks, batch * height * height
+    x, y, weight = channels * columns * size, outputs * columns * size, outputs * maps * size
+    elements = by_elements(case, dtype, layout)
+    make = (
+        OPERAND_BY_ELEMENTS
+        if elements
+        else OPERAND_NORMALISED
+        if norm
+        else OPERAND
+        if masks == 1
+        else OPERAND_MANY_MASKS
+    )[dtype]
+    depth = 64 // size
+    flops = 2.0 * maps * columns * outputs
+    small = [Kernel(2 * weight, 2 * weight)]  # one of those that handle channels, outputs or weights
+    if direction == "forward":
+        shape = tiles(outputs, columns)
+        steps = math.ceil(maps / depth) * shape.blocks
+        main = Kernel(
+            x + y + weight,
+            x * shape.row_tiles + y + weight * shape.column_tiles,
+            flops,
+            shape.threads * (shape.blocks * TILE[shape.small] + steps * (STEP[dtype][shape.small] + make)),
+            steps * step_wavefronts(dtype, shape) + outputs * columns * 4 * 2 / 128,
+            shape.blocks,
+        )
+        if not norm:
+            return [main]
+        # Two passes over x for every eight maps, the second from the cache; then mean, scale, start, weight.
+        moments = Kernel(
+            x,
+            2 * x * max(1, masks / 8),
+            0,
+            2 * maps * columns * MOMENTS,
+            0,
+            math.ceil(maps / 8) * math.ceil(columns / 2048),
+        )
+        return [moments, *small * 4, main]
+    if direction == "weight_gradient":
+        large = outputs > 64 and maps > 64
+        edge = 128 if large else 64
+        row_tiles, column_tiles = math.ceil(outputs / edge), math.ceil(maps / edge)
+        cut = math.ceil(outputs / 64) * math.ceil(maps / 64)
+        wanted = max(1, min(math.ceil(columns / 256), 528 // cut))
+        piece = max(64, math.ceil(math.ceil(columns / wanted) / 64) * 64)
+        splits = max(1, math.ceil(columns / piece))
+        shape = Tiles(edge, edge, row_tiles, column_tiles)
+        parts = splits * outputs * maps * 4
+        steps = math.ceil(piece / depth) * splits * shape.blocks
+        main = Kernel(
+            x + y + parts,
+            x * row_tiles + y * column_tiles + parts,
+            flops,
+            shape.threads * (shape.blocks * splits * TILE[shape.small] + steps * (STEP[dtype][shape.small] + make)),
+            steps * step_wavefronts(dtype, shape),
+            shape.blocks * splits,
+        )
+        join = [Kernel(0 if parts < CACHE_SIZE else parts, parts)] if splits > 1 else []
+        return [*(small if norm else []), main, *join, *small * (2 if norm else 1)]
+    assert direction == "input_gradient", direction
+    shape = tiles(maps, columns)
+    steps = math.ceil(outputs / depth) * shape.blocks
+    main = Kernel(
+        y + 2 * x + weight,
+        y * shape.row_tiles + 2 * x + weight * shape.column_tiles,
+        flops,
+        shape.threads * (shape.blocks * INPUT_TILE[shape.small] + steps * INPUT_STEP[shape.small])
+        + maps * columns * INPUT_MAP
+        + channels * columns * INPUT_STORE,
+        steps * step_wavefronts(dtype, shape) + maps * columns * 4 * 5 / 128,
+        shape.blocks,
+    )
+    return [*(small if norm else []), main]
+
+
+def predict(case: Case, dtype: str, direction: str, layout: str = "contiguous", *, norm: bool = False) -> Prediction:
+    """A pass's prediction.
+
+    Args:
+        case: (B, C, H = W, T, M).
+        dtype: one of DTYPES; "tf32" is float32 with `torch_pnn.backends.cuda.allow_tf32`.
+        direction: one of DIRECTIONS; the sum of its kernels.
+        layout: "contiguous" or "channels_last".
+        norm: with normalisation inside, in training.
+
+    Returns:
+        The sums over the pass's kernels, launches included in `time_us`; `bound` is what bounds the longest kernel.
+    """
+    if dtype not in DTYPES or direction not in DIRECTIONS or layout not in ("contiguous", "channels_last"):
+        raise ValueError(f"unknown dtype {dtype!r}, direction {direction!r} or layout {layout!r}")
+    all_kernels = kernels(case, dtype, direction, layout, norm=norm)
+    times = [kernel.times(dtype) for kernel in all_kernels]
+    longest = max(times, key=lambda t: max(t.values()))
+    sums = [sum(list(t.values())[i] for t in times) for i in range(5)]
+    busy = sum(max(t.values()) for t in times)
+    launches = len(all_kernels)
+    bound = max(longest, key=lambda name: longest[name])
+    if bound == "instructions" and dtype == "float32":
+        bound = "FFMA and instructions"
+    if LAUNCH_US * launches > busy:
+        bound = "launches"
+    return Prediction(
+        case,
+        dtype,
+        direction,
+        layout,
+        norm,
+        round(sum(k.device_bytes for k in all_kernels)),
+        round(sum(k.flops for k in all_kernels)),
+        *sums,
+        launches,
+        busy + LAUNCH_US * launches,
+        bound,
+    )
+
+
+# ---- what it is compared with ----
+
+
+def copy_us(case: Case, dtype: str) -> float:
+    """A copy of x to y: reads x, writes y."""
+    batch, channels, height, outputs, _ = case
+    return batch * height * height * (channels + outputs) * SIZE[dtype] / DEVICE_BYTES * 1e6 + LAUNCH_US
+
+
+def library_us(case: Case, dtype: str) -> float:
+    """cuBLAS's product of the weight with response maps that are there already."""
+    batch, channels, height, outputs, masks = case
+    maps, columns, size = channels * masks, batch * height * height, SIZE[dtype]
+    return product_us(dtype, maps, columns, outputs, (maps + outputs) * columns * size) + LAUNCH_US
+
+
+def product_us(dtype: str, maps: int, columns: int, outputs: int, moved: float) -> float:
+    flops = 2.0 * maps * columns * outputs
+    return max(flops / (FLOPS[dtype] * LIBRARY_REACHED[dtype]), moved / DEVICE_BYTES) * 1e6
+
+
+def compiled_us(case: Case, dtype: str, direction: str) -> float:
+    """torch.compile's time with an ideal schedule: one pointwise kernel each for perturbing and for its derivative, the
+    response maps stored between them and cuDNN's 1x1 convolutions, at the library's rate; what fits stays in the L2
+    cache from one kernel to the next."""
+    batch, channels, height, outputs, masks = case
+    maps, columns, size = channels * masks, batch * height * height, SIZE[dtype]
+    x, y, a = channels * columns * size, outputs * columns * size, maps * columns * size
+    mask = maps * height * height * 4
+
+    def moved(again: Iterable[float], fresh: float) -> float:
+        """Bytes of device memory that would take as long: those that another kernel has just touched cost less."""
+        return fresh + sum(b * DEVICE_BYTES / CACHE_BYTES if b < CACHE_SIZE else b for b in again)
+
+    def kernel(again: Iterable[float], fresh: float) -> float:
+        return moved(again, fresh) / DEVICE_BYTES * 1e6 + LAUNCH_US
+
+    def product(again: Iterable[float], fresh: float) -> float:
+        return product_us(dtype, maps, columns, outputs, moved(again, fresh)) + LAUNCH_US
+
+    forward = kernel([], x + mask + a) + product([a], y)
+    weight_gradient = product([], y + a)
+    input_gradient = product([y], a) + kernel([a, a], x)
+    return {
+        "forward": forward,
+        "input_gradient": input_gradient,
+        "weight_gradient": weight_gradient,
+        "backward": weight_gradient + input_gradient,
+        "forward+backward": forward + weight_gradient + input_gradient,
+    }[direction]
+
+
+@dataclass(frozen=True)
+class Target:
+    """What a time should be at most, in microseconds, and what was predicted."""
+
+    name: str
+    limit_us: float
+    predicted_us: float
+
+    @property
+    def met(self) -> bool:
+        return self.predicted_us <= self.limit_us
+
+
+def targets(case: Case, dtype: str, layout: str = "contiguous") -> list[Target]:
+    """The project's targets for a case: forward by what would bound it at best, and forward with backward."""
+    batch, channels, height, outputs, masks = case
+    flops = 2.0 * channels * masks * batch * height * height * outputs
+    predicted = predict(case, dtype, "forward", layout).time_us
+    if flops / (FLOPS[dtype] * REACHED[dtype]) * 1e6 + LAUNCH_US <= copy_us(case, dtype):
+        forward = Target("1.15 x a copy", 1.15 * copy_us(case, dtype), predicted)
+    else:
+        forward = Target("0.55 of cuBLAS's rate", library_us(case, dtype) / 0.55, predicted)
+    both = predict(case, dtype, "forward+backward", layout).time_us
+    return [forward, Target("0.7 x torch.compile", 0.7 * compiled_us(case, dtype, "forward+backward"), both)]
+
+
+# ---- the page ----
+
+PAGE = Path(__file__).resolve().parents[2] / "docs" / "cuda.md"
+BEGIN = "<!-- written by tests/cuda/predictions.py --write -->\n"
+END = "<!-- end of what predictions.py writes -->\n"
+
+
+def row(*cells: object) -> str:
+    return "| " + " | ".join(f"{c:.1f}" if isinstance(c, float) else str(c) for c in cells) + " |\n"
+
+
+def verdict(target: Target) -> str:
+    return f"{target.limit_us:.1f} ({target.name}): {'met' if target.met else '**missed**'}"
+
+
+def page() -> str:
+    """The tables, in Markdown."""
+    text = ""
+    for dtype in ("bfloat16", "tf32", "float32"):
+        name = "float32 with `allow_tf32`" if dtype == "tf32" else dtype
+        text += f"\n{name}, forward (B, C, H=W, T, M; times in µs, contiguous, masks from the seed):\n\n"
+        text += row("case", "MB", "GFLOP", "flop/byte", "memory", "L2", "product", "instructions", "shared memory")[:-1]
+        text += row(" **predicted**", "bound by", "target").removeprefix("|")
+        text += row(*["---"] * 12)
+        for case in CASES:
+            p = predict(case, dtype, "forward")
+            text += row(
+                ",".join(map(str, case)),
+                p.bytes / 1e6,
+                p.flops / 1e9,
+                round(p.intensity),
+                p.memory_us,
+                p.l2_us,
+                p.product_us,
+                p.issue_us,
+                p.shared_us,
+                f"**{p.time_us:.1f}**",
+                p.bound,
+                verdict(targets(case, dtype)[0]),
+            )
+        text += f"\n{name}, the other passes (bytes in MB; normalising: what its moments add to forward):\n\n"
+        text += row(
+            "case",
+            "input gradient: MB",
+            "µs",
+            "bound by",
+            "weight gradient: MB",
+            "µs",
+            "bound by",
+            "normalising",
+            "forward+backward",
+            "target",
+        )
+        text += row(*["---"] * 10)
+        for case in CASES:
+            inputs, weights = predict(case, dtype, "input_gradient"), predict(case, dtype, "weight_gradient")
+            both, forward = predict(case, dtype, "forward+backward"), predict(case, dtype, "forward")
+            text += row(
+                ",".join(map(str, case)),
+                inputs.bytes / 1e6,
+                inputs.time_us,
+                inputs.bound,
+                weights.bytes / 1e6,
+                weights.time_us,
+                weights.bound,
+                predict(case, dtype, "forward", norm=True).time_us - forward.time_us,
+                f"**{both.time_us:.1f}**",
+                verdict(targets(case, dtype)[1]),
+            )
+    return text + "\n"
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description="Prints what an H100 is predicted to need.")
+    parser.add_argument("--write", action="store_true", help="write the tables into docs/cuda.md")
+    if not parser.parse_args().write:
+        print(page(), end="")
+        return 0
+    before, rest = PAGE.read_text(encoding="utf-8").split(BEGIN)
+    PAGE.write_text(before + BEGIN + page() + END + rest.split(END)[1], encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,226 @@
+"""The checks of the GPU's machine code and of the kernels' coverage can fail: doctored input, planted bugs."""
+
+from __future__ import annotations
+
+import importlib.util
+import shutil
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def load(path: str) -> ModuleType:
+    file = ROOT / path
+    spec = importlib.util.spec_from_file_location(f"pnn_{file.stem}", file)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # dataclasses look their module up
+    spec.loader.exec_module(module)
+    return module
+
+
+gates = load("tests/cuda/gates.py")
+coverage = load("tests/cuda/coverage.py")
+
+FORWARD = (
+    "_ZN8pnn_cuda43_GLOBAL__N__18e2d785_10_forward_cu_ba11fff314forward_kernelI"
+    "NS_8bfloat16ENS_5LargeIS2_EEEEvNS_5LayerElNS_7DividerES6_"
+)
+NAME, PLACE = "forward bfloat16 Large", "forward bfloat16 Large on sm_90"
+SASS = f"""
+Fatbin elf code:
+================
+arch = sm_90
+
+        code for sm_90
+        .target        sm_90
+
+                Function : {FORWARD}
+        .headerflags        @"EF_CUDA_SM90 EF_CUDA_VIRTUAL_SM(EF_CUDA_SM90)"
+        /*0000*/                   LDC R1, c[0x0][0x28] ;              /* 0x00000a00ff017b82 */
+                                                                       /* 0x000fe20000000800 */
+        /*0010*/              @!P0 LDGSTS.E.BYPASS.128 [R3], [R4.64] ; /* 0x0000000403037fae */
+        /*0020*/                   LDSM.16.M88.4 R4, [R8] ;            /* 0x000000000804783b */
+        /*0030*/                   HMMA.16816.F32.BF16 R4, R4, R8, RZ ; /* 0x000000080404723c */
+        /*0040*/                   CALL.REL.NOINC 0x60 ;               /* 0x0000000000087944 */
+        /*0050*/             @!UPT EXIT ;                              /* 0x000000000000794d */
+        /*0060*/                   EXIT ;                              /* 0x000000000000794d */
+"""
+USAGE = f"""
+arch = sm_90
+Resource usage:
+ Common:
+  GLOBAL:0
+ Function {FORWARD}:
+  REG:185 STACK:0 SHARED:1024 LOCAL:0 CONSTANT[2]:12 CONSTANT[0]:1200 TEXTURE:0 SURFACE:0 SAMPLER:0
+"""
+SHAPES = {NAME: (256, 86016)}
+FITTING = {(NAME, 90): 1}
+
+
+def failures(sass: str = SASS, usage: str = USAGE, fitting: int = 1) -> list[str]:
+    return gates.check(gates.read_code(sass), gates.read_resources(usage), SHAPES, {(NAME, 90): fitting})
+
+
+def test_sound_code_passes_and_is_counted() -> None:
+    assert failures() == []
+    counted = {"LDC": 1, "LDGSTS": 1, "LDSM": 1, "HMMA": 1, "CALL_NEXT": 1, "EXIT": 2}
+    assert gates.read_code(SASS) == {(NAME, 90): Counter(counted)}
+    assert gates.read_resources(USAGE) == {(NAME, 90): gates.Resources(185)}
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ("LDC R1, c[0x0][0x28]", "LDL R1, [R2]", "LDL, local memory"),
+        ("LDC R1, c[0x0][0x28]", "STL.64 [R2], R4", "STL, local memory"),
+        ("CALL.REL.NOINC 0x60", "CALL.REL.NOINC 0x50", "CALL, a function that was not inlined"),
+        ("CALL.REL.NOINC 0x60", "CALL.ABS.NOINC R4", "CALL, a function that was not inlined"),
+        ("LDC R1, c[0x0][0x28]", "@P3 DFMA R2, R4, R6, R8", "DFMA, double precision"),
+        ("LDC R1, c[0x0][0x28]", "DSETP.GT.AND P0, PT, R2, RZ, PT", "DSETP, double precision"),
+        ("LDGSTS.E.BYPASS", "LDG.E", "no LDGSTS"),
+        ("LDSM.16", "LDS", "no LDSM"),
+        ("HMMA.16816", "FFMA", "no HMMA"),
+    ],
+)
+def test_each_forbidden_or_missing_instruction_is_seen(old: str, new: str, message: str) -> None:
+    assert old in SASS
+    assert failures(SASS.replace(old, new)) == [f"{PLACE}: {message}"]
+
+
+def test_double_kernels_may_use_double_and_moments_need_no_tile() -> None:
+    double = SASS.replace("INS_8bfloat16ENS_5LargeIS2_EEEE", "IdNS_5SmallEEE").replace("HMMA.16816", "DFMA")
+    assert gates.check(
+        gates.read_code(double), {("forward double Small", 90): gates.Resources(8)}, {"forward double Small": (1, 1)},
+        {("forward double Small", 90): 1},
+    ) == []  # fmt: skip
+    moments = {("moments float", 90): Counter({"FFMA": 3})}
+    resources, fitting = {("moments float", 90): gates.Resources(8)}, {("moments float", 90): 1}
+    assert gates.check(moments, resources, {"moments float": (1, 1)}, fitting) == []
+    # What finishes each channel may call and use double, and still not spill.
+    finish = {("norm", 90): Counter({"CALL": 1, "DFMA": 1})}
+    assert gates.check(finish, {("norm", 90): gates.Resources(8)}, {}, {}) == []
+    assert gates.check(finish, {("norm", 90): gates.Resources(8, 16)}, {}, {}) != []
+
+
+def test_spilled_registers_are_seen() -> None:
+    assert failures(usage=USAGE.replace("STACK:0", "STACK:8")) == [f"{PLACE}: 8 bytes of stack, 0 of local memory"]
+    assert failures(usage=USAGE.replace("LOCAL:0", "LOCAL:4")) == [f"{PLACE}: 0 bytes of stack, 4 of local memory"]
+    assert failures(usage="") == [f"{PLACE}: no figures of its registers"]
+
+
+def test_a_block_that_fits_nowhere_is_seen() -> None:
+    assert failures(fitting=0) == [f"{PLACE}: a block needs more than a multiprocessor has"]
+
+
+def test_kernels_missing_from_either_side_are_seen() -> None:
+    assert failures("") == ["no machine code"]
+    both = {(NAME, 90): Counter({"LDGSTS": 1, "LDSM": 1, "HMMA": 1})}
+    resources = {(NAME, 90): gates.Resources(8)}
+    listed = {**SHAPES, "forward float Small": (128, 53248)}
+    assert gates.check(both, resources, listed, FITTING) == [
+        "forward float Small on sm_90: listed, but not in the machine code"
+    ]
+    assert gates.check(both, resources, {}, {}) == [f"{PLACE}: in the machine code, but not listed (list_kernels.cc)"]
+
+
+def test_a_changed_table_is_seen() -> None:
+    code, resources = gates.read_code(SASS), gates.read_resources(USAGE)
+    lines = gates.tables("13.0.88", code, resources, SHAPES, FITTING)
+    assert gates.compare(lines, lines) == ([], "")
+    for old, new in (("  185     1", "  184     1"), ("      7      1", "      8      1"), ("  86016", "  86018")):
+        other = [line.replace(old, new) for line in lines]
+        assert other != lines
+        assert len(gates.compare(other, lines)[0]) == 1
+    assert len(gates.compare(lines[:-1], lines)[0]) == 1  # a new kernel
+    assert gates.compare([*lines, "forward old  1"], lines)[0] == ["gone: forward old  1"]
+    assert "of another compiler" in gates.compare(["# nvcc 13.1.0", *lines[1:]], lines)[1]
+    assert "of other architectures" in gates.compare([lines[0], "kernel", *lines[2:]], lines)[1]
+
+
+def test_the_committed_table_holds_every_architecture() -> None:
+    text = (ROOT / "tests/cuda/kernels.txt").read_text(encoding="utf-8")
+    for architecture in (80, 86, 89, 90, 100, 120):
+        assert f"sm_{architecture} " in text or f"sm_{architecture}\n" in text
+
+
+# ---- planted bugs, compiled ----
+
+PLANTED = r"""
+// Kernels that break one gate each; named as the tiled ones are.
+#include <cuda_runtime.h>
+namespace pnn_cuda {
+namespace {
+__device__ __noinline__ float called(float x, int n) { for (int i = 0; i < n; i++) x = x * x + 1; return x; }
+template <class T> __global__ void forward_kernel(float *y, int n) { y[0] = called(y[1], n); }
+template <class T> __global__ void input_gradient_kernel(float *y, int n) {
+  float local[64];
+  for (int i = 0; i < 64; i++) local[i] = y[i];
+  for (int i = 0; i < 64; i++) local[(i * n) & 63] += y[i];
+  for (int i = 0; i < 64; i++) y[i] = local[(i * 7 + n) & 63];
+}
+template <class T> __global__ void moments_kernel(float *y, int) { y[0] = float(double(y[1]) * y[2] + y[3]); }
+template __global__ void forward_kernel<float>(float *, int);
+template __global__ void input_gradient_kernel<float>(float *, int);
+template __global__ void moments_kernel<float>(float *, int);
+}
+}
+"""
+
+
+def nvcc() -> str | None:
+    return shutil.which("nvcc", path="/usr/local/cuda/bin") or shutil.which("nvcc")
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(nvcc() is None, reason="no nvcc")
+@pytest.mark.skipif(gates.find_tool("cuobjdump") is None, reason="no cuobjdump (requirements/cuda.txt)")
+@pytest.mark.parametrize("architecture", [80, 90])
+def test_gates_see_what_is_planted_in_compiled_kernels(tmp_path: Path, architecture: int) -> None:
+    source = tmp_path / "planted.cu"
+    source.write_text(PLANTED, encoding="utf-8")
+    compiler = nvcc()
+    assert compiler is not None
+    code = f"-gencode=arch=compute_{architecture},code=sm_{architecture}"
+    subprocess.run([compiler, code, "-c", source, "-o", tmp_path / "planted.o"], check=True, capture_output=True)
+    found, resources = gates.read_objects(tmp_path, 1)
+    names = {name for name, _ in found}
+    assert names == {"forward float", "input_gradient float", "moments float"}
+    listed = dict.fromkeys(sorted(names), (128, 0))
+    wrong = gates.check(found, resources, listed, dict.fromkeys(found, 1))
+    place = f"on sm_{architecture}"
+    assert f"forward float {place}: CALL, a function that was not inlined" in wrong
+    assert f"forward float {place}: no LDGSTS" in wrong
+    assert f"input_gradient float {place}: LDL, local memory" in wrong
+    assert any(line.startswith(f"input_gradient float {place}: 256 bytes of stack") for line in wrong)
+    assert [line for line in wrong if "moments" in line and "double precision" in line] != []
+
+
+# ---- coverage ----
+
+
+def report(counts: dict[int, int], file: str = "cuda/a.h") -> dict[str, object]:
+    lines = [{"line_number": number, "count": count} for number, count in counts.items()]
+    return {"current_working_directory": str(ROOT), "files": [{"file": file, "lines": lines}]}
+
+
+def test_lines_that_no_test_runs_are_named() -> None:
+    text = "int f() {\n  if (a) return 1;\n  return 0;\n  abort(); /* not covered: the check above refuses it */\n}\n"
+    assert coverage.failures_of(text, {1: 1, 2: 5, 3: 1, 4: 0}) == []
+    assert coverage.failures_of(text, {1: 1, 2: 5, 3: 0, 4: 0}) == [(3, "no test runs: return 0;")]
+    ((number, what),) = coverage.failures_of(text, {4: 2})
+    assert number == 4 and what.startswith("is run, so it should not be excluded")
+    assert coverage.failures_of("g(); /* not covered: */", {1: 0}) != []  # without a reason
+
+
+def test_instances_and_objects_are_added_up() -> None:
+    twice = report({1: 0, 2: 3})
+    twice["files"][0]["lines"] += [{"line_number": 1, "count": 4}]  # type: ignore[index]
+    total = coverage.add_up([twice, report({2: 1, 5: 0}), report({9: 0}, "csrc/b.h")], ROOT / "cuda")
+    assert total == {ROOT / "cuda/a.h": {1: 4, 2: 4, 5: 0}}

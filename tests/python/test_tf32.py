@@ -1,0 +1,115 @@
+"""torch_pnn.backends.cuda.allow_tf32: one setting for the process, which changes nothing on the CPU."""
+
+from __future__ import annotations
+
+import io
+import os
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+import torch_pnn
+from torch_pnn._library import status
+
+
+@pytest.fixture(autouse=True)
+def restored() -> Iterator[None]:
+    before = torch_pnn.backends.cuda.allow_tf32
+    yield
+    torch_pnn.backends.cuda.allow_tf32 = before
+
+
+def results(layer: torch.nn.Module) -> list[torch.Tensor]:
+    """Output and gradients of random float32 data that TF32 would round."""
+    torch.manual_seed(3)
+    x = torch.randn(2, 8, 9, 7, device=next(layer.parameters()).device, requires_grad=True)
+    y = layer(x)
+    weights = [p for p in layer.parameters() if p.requires_grad]
+    return [y.detach(), *torch.autograd.grad(y.square().sum(), [x, *weights])]
+
+
+def same(ours: list[torch.Tensor], theirs: list[torch.Tensor]) -> bool:
+    return all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
+
+
+def test_is_off_until_asked_for() -> None:
+    code = "import torch_pnn; print(torch_pnn.backends.cuda.allow_tf32)"
+    for value, expected in ((None, "False"), ("0", "False"), ("", "False"), ("1", "True")):
+        environment = {k: v for k, v in os.environ.items() if k != "TORCH_PNN_ALLOW_TF32"}
+        if value is not None:
+            environment["TORCH_PNN_ALLOW_TF32"] = value
+        done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+        assert done.stdout.strip() == expected, value
+
+
+def test_is_kept_without_the_compiled_operators_too(tmp_path: Path) -> None:
+    code = (
+        "import torch_pnn; c = torch_pnn.backends.cuda; first = c.allow_tf32; c.allow_tf32 = False;"
+        "second = c.allow_tf32; c.allow_tf32 = True; print(first, second, c.allow_tf32)"
+    )
+    environment = {**os.environ, "TORCH_PNN_LIBRARY_DIR": str(tmp_path), "TORCH_PNN_ALLOW_TF32": "1"}
+    environment.pop("TORCH_PNN_REQUIRE_OPS", None)
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", code], env=environment, capture_output=True, text=True, check=True
+    )
+    assert done.stdout.split() == ["True", "False", "True"]
+
+
+def test_is_seen_by_every_thread() -> None:
+    torch_pnn.backends.cuda.allow_tf32 = True
+    seen = []
+    thread = threading.Thread(target=lambda: seen.append(torch_pnn.backends.cuda.allow_tf32))
+    thread.start()
+    thread.join()
+    assert seen == [True]
+
+
+@pytest.mark.parametrize("value", [1, None, "True", torch.tensor(True)])
+def test_refuses_what_is_not_a_bool(value: object) -> None:
+    with pytest.raises(TypeError, match=r"allow_tf32 is .*, it should be a bool"):
+        torch_pnn.backends.cuda.allow_tf32 = value  # type: ignore[assignment]
+    assert torch_pnn.backends.cuda.allow_tf32 is False
+
+
+def test_changes_nothing_on_the_cpu() -> None:
+    for norm in (False, True):
+        layer = torch_pnn.PerturbConv2d(8, 6, 3, padding=1, masks=2, seed=5, norm=norm)
+        buffer = io.BytesIO()
+        torch.jit.save(torch.jit.script(layer), buffer)
+        buffer.seek(0)
+        scripted = torch.jit.load(buffer)
+        torch_pnn.backends.cuda.allow_tf32 = False
+        exact = results(layer)
+        torch_pnn.backends.cuda.allow_tf32 = True
+        assert same(results(layer), exact)
+        assert same(results(scripted), exact)
+
+
+def test_is_read_when_a_compiled_layer_runs() -> None:
+    """The graph that was compiled before is the one that runs after: nothing is compiled anew."""
+    layer = torch_pnn.PerturbConv2d(8, 6, 3, padding=1, seed=5)
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    exact = results(compiled)
+    torch._dynamo.config.error_on_recompile = True
+    try:
+        torch_pnn.backends.cuda.allow_tf32 = True
+        assert same(results(compiled), exact)
+    finally:
+        torch._dynamo.config.error_on_recompile = False
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+@pytest.mark.skipif(status().cuda != "loaded", reason="the CUDA half is not loaded")
+def test_rounds_products_on_a_gpu() -> None:
+    layer = torch_pnn.PerturbConv2d(8, 6, 3, padding=1, masks=2, seed=5).cuda()
+    torch_pnn.backends.cuda.allow_tf32 = False
+    exact = results(layer)
+    torch_pnn.backends.cuda.allow_tf32 = True
+    for ours, theirs in zip(results(layer), exact, strict=True):
+        error = (ours - theirs).abs().max() / theirs.abs().max()
+        assert 1e-6 < error < 1e-2
