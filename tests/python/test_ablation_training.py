@@ -11,6 +11,7 @@ import torch
 from ablation_support import tiny_data, tiny_study
 from torch import nn
 
+from torch_pnn import PerturbConv2d
 from torch_pnn.ablation import arms, data, memory, training
 from torch_pnn.ablation.data import Dataset
 from torch_pnn.ablation.errors import UsageError
@@ -140,7 +141,7 @@ def test_learning_rate_in_steps_and_constant():
         training.learning_rate(dataclasses.replace(schedule, decay="linear"), 29, 5)
 
 
-def test_small_things_are_not_decayed():
+def test_small_things_and_masks_are_not_decayed():
     model = nn.Sequential(nn.Conv2d(1, 2, 3), nn.BatchNorm2d(2), nn.Flatten(), nn.Linear(2, 2))
     for name, kind in {"sgd": torch.optim.SGD, "adam": torch.optim.Adam, "adamw": torch.optim.AdamW}.items():
         schedule = Schedule(optimizer=name)
@@ -151,6 +152,10 @@ def test_small_things_are_not_decayed():
         assert [p.ndim for p in decayed["params"]] == [4, 2]
         assert plain["weight_decay"] == 0
         assert [p.ndim for p in plain["params"]] == [1, 1, 1, 1]
+    trained = PerturbConv2d(2, 3, 1, train_masks=True, mask_size=(4, 4), norm=True)
+    decayed, plain = training.make_optimizer(trained, Schedule()).param_groups
+    assert [p is trained.weight for p in decayed["params"]] == [True]
+    assert any(p is trained.mask for p in plain["params"])
     with pytest.raises(UsageError, match="unknown optimizer 'lion'; there is: sgd, adam, adamw"):
         training.make_optimizer(model, Schedule(optimizer="lion"))
 

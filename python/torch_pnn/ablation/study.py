@@ -118,7 +118,7 @@ class Schedule:
         factor: see ``milestones``.
         warmup_epochs: length of the linear rise.
         momentum: of stochastic gradient descent.
-        weight_decay: of every weight, not of biases and normalisation parameters.
+        weight_decay: of every weight, not of biases, normalisation parameters and trained masks.
         test_every: the whole test set is measured after every so many epochs, always after the last one and after one
             that the validation images find the best so far.
     """

@@ -72,13 +72,19 @@ def state_sha256(model: nn.Module) -> str:
 
 
 def make_optimizer(model: nn.Module, schedule: Schedule) -> torch.optim.Optimizer:
-    """The schedule's optimizer over a model's learnable parameters; those of one dimension are not decayed.
+    """The schedule's optimizer over a model's learnable parameters.
+
+    Those of one dimension are not decayed, nor are trained masks: decay would turn their noise down.
 
     Raises:
         UsageError: the schedule names another optimizer than "sgd", "adam" or "adamw".
     """
-    decayed = [p for p in model.parameters() if p.requires_grad and p.ndim > 1]
-    plain = [p for p in model.parameters() if p.requires_grad and p.ndim <= 1]
+    decayed: list[nn.Parameter] = []
+    plain: list[nn.Parameter] = []
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            of_weights = parameter.ndim > 1 and name.split(".")[-1] != "mask"
+            (decayed if of_weights else plain).append(parameter)
     groups = [{"params": decayed, "weight_decay": schedule.weight_decay}, {"params": plain, "weight_decay": 0.0}]
     groups = [group for group in groups if group["params"]]
     if schedule.optimizer == "sgd":
