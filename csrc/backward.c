@@ -548,13 +548,21 @@ static void inputs_item(void *inputs_, int32_t worker, int64_t item) {
   pnn_mask_grad_store(p, &range, s.mask_gradient, pnn_mask_ld(p, in->deal.pixels));
 }
 
+/* Response maps at a time: whole channels, of which a last block of few would be packed at the size of a whole one. */
+static int64_t input_maps(const pnn_problem *p, bool rows) {
+  const int64_t most = PNN_MIN(p->masks * PNN_MAX(1, INPUT_MAPS / p->masks), p->group_maps);
+  if (rows || most == 0) return most;
+  const int64_t blocks = (p->group_maps + most - 1) / most, even = (p->group_maps + blocks - 1) / blocks;
+  return PNN_MIN(round_up(even, p->masks == 1 ? p->kernels->tile_rows : p->masks), most);
+}
+
 /* `spare` (or NULL) offers spare_bytes that the packed weights may take. */
 static pnn_inputs inputs_prepare(const pnn_problem *p, const pnn_host *host, bool affine, void *spare,
                                  int64_t spare_bytes, pnn_arena *arena) {
   pnn_inputs in = {.problem = p, .masks = p->grad_mask.data != NULL, .affine = affine};
   in.steps = in.masks || (affine && p->rounded);
   in.rows = !in.steps && pnn_rows_fit(p, &p->grad_output, &p->grad_input);
-  in.block = PNN_MIN(p->masks * PNN_MAX(1, INPUT_MAPS / p->masks), p->group_maps);
+  in.block = input_maps(p, in.rows);
   /* With more than one mask a channel the response maps outweigh the tensors, and their masks want short ranges. */
   in.width =
       p->masks == 1 && !in.masks ? pnn_panel_columns(p, p->group_outputs / 2 + in.block, p->group_maps) : PNN_PANEL;

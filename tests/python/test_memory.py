@@ -111,16 +111,16 @@ def test_kept_bytes_sees_response_maps():
 def test_memory_beyond_inputs_and_outputs_does_not_grow_with_the_batch(masks, channels_last):
     options = (masks, False, "uniform", 0.1, "relu", [1, 1], 1)
     layout = torch.channels_last if channels_last else torch.contiguous_format
-    weight, mask = torch.randn(24, 8 * masks, 1, 1), torch.randn(8, masks, 16, 16)
+    weight, mask = torch.randn(96, 32 * masks, 1, 1), torch.randn(32, masks, 16, 16)
     limit = torch.get_num_threads() * (2**20 + 4 * size(weight)) + size(weight)
     beyond = []
     for batch in (64, 256):
-        x = torch.randn(batch, 8, 16, 16).contiguous(memory_format=layout)
-        grad = torch.randn(batch, 24, 16, 16).contiguous(memory_format=layout)
+        x = torch.randn(batch, 32, 16, 16).contiguous(memory_format=layout)
+        grad = torch.randn(batch, 96, 16, 16).contiguous(memory_format=layout)
         forward = partial(torch.ops.torch_pnn.perturb_conv2d, x, weight, None, mask, None, *options)
         operator = torch.ops.torch_pnn._perturb_conv2d_backward
         backward = partial(operator, grad, x, weight, mask, None, *options, [True, True, True, False])
-        beyond.append((peak_bytes(forward) - size(grad), peak_bytes(backward) - size(x, weight) - 4 * 24))
+        beyond.append((peak_bytes(forward) - size(grad), peak_bytes(backward) - size(x, weight) - 4 * 96))
         # A workspace of up to 64 KiB lies on the stack: nothing is allocated then.
         assert 0 <= min(beyond[-1]) and 0 < max(beyond[-1]) <= limit
     assert beyond[0] == beyond[1]

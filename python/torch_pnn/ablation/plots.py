@@ -167,8 +167,8 @@ def _window(values: Iterable[float], always: Sequence[float] = ()) -> tuple[floa
         always: values that are never left out.
 
     Example:
-        >>> _window([1.0, 2.0, 3.0, 4.0, -50.0], always=[0.0]), _window([1.0, 2.0, 3.0, 4.0, 8.0])
-        ((0.0, 4.0), (1.0, 8.0))
+        >>> _window([1.0, 2.0, 3.0, 4.0, -50.0], always=[0.0]), _window([1.0, 2.0, 3.0, 4.0, 7.0])
+        ((0.0, 4.0), (1.0, 7.0))
     """
     ordered = sorted(values)
     every = [*ordered, *always]
