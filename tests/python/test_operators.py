@@ -362,4 +362,4 @@ def test_status_names_what_runs() -> None:
     status = _library.status()
     assert status.torch_version == torch.__version__
     assert status.isa in (("avx512", "avx2", "neon", "portable") if status.ops == "loaded" else ("none",))
-    assert status.cuda.startswith("not built")
+    assert status.cuda == "loaded" or status.cuda.startswith(("not built", "not loaded: "))
