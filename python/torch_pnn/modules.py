@@ -29,7 +29,7 @@ __all__ = ["MASK_VERSION", "LBConv2d", "PerturbConv2d"]
 MASK_VERSION = 1
 """Version of the generator that turns seeds into masks; it is saved with every layer, and an unknown one is refused."""
 
-_ACTIVATIONS = (
+ACTIVATIONS = (
     "identity",
     "relu",
     "leaky_relu",
@@ -379,7 +379,7 @@ class PerturbConv2d(nn.Module):
         self.masks = _count("masks", masks, 1)
         self.level = _number("level", level)
         self.noise = None if noise is None else _choice("noise", noise, _NOISES)
-        self.activation = _choice("activation", activation, _ACTIVATIONS)
+        self.activation = _choice("activation", activation, ACTIVATIONS)
         self.seed = _optional_seed(seed)
         self._known_seed: int | None = None
         self.shared_masks = _flag("shared_masks", shared_masks)
@@ -1004,7 +1004,7 @@ class LBConv2d(nn.Module):
         self.sparsity = _number("sparsity", sparsity)
         if not 0 <= self.sparsity <= 1:
             raise ValueError(f"sparsity is {sparsity}, it should be from 0 to 1")
-        self.activation = _choice("activation", activation, _ACTIVATIONS)
+        self.activation = _choice("activation", activation, ACTIVATIONS)
         self.seed = _optional_seed(seed)
         _flag("bias", bias)
         _check_dtype(dtype)

@@ -25,6 +25,7 @@ from torch import nn
 
 from torch_pnn import models
 from torch_pnn.convert import layer_seed
+from torch_pnn.modules import ACTIVATIONS
 from torch_pnn.summary import summary
 
 from .errors import UsageError
@@ -206,18 +207,7 @@ CATALOGUE: dict[str, Arm] = {
 SWEEPS: dict[str, tuple[Any, ...]] = {
     "level": (0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 4),
     "masks": (1, 2, 4, 16),
-    "activation": (
-        "relu",
-        "identity",
-        "leaky_relu",
-        "elu",
-        "selu",
-        "gelu",
-        "silu",
-        "tanh",
-        "sigmoid",
-        "hardtanh",
-    ),
+    "activation": ("relu", *(name for name in ACTIVATIONS if name != "relu")),
     "noise": ("uniform", "uniform-continuous", "normal", "waves"),
     "norm": ("before", "after", "none"),
 }
