@@ -367,7 +367,7 @@ def main() -> None:
 
 if __name__ == "__main__":
     main()
-    # Everything is written. Now and then (seen with PyTorch 2.13) a process that has used gloo is aborted while its
-    # interpreter ends ("terminate called without an active exception"), which torchrun would call a failure.
+    # Everything is written. Now and then (seen with PyTorch 2.13 and 2.14) a process that has used gloo is aborted
+    # while its interpreter ends ("terminate called without an active exception"), a failure in torchrun's eyes.
     sys.stdout.flush()
     os._exit(0)

@@ -161,7 +161,7 @@ def test_lbc_filters_are_saved():
 
 
 DISTRIBUTED = """
-import sys, torch, torch.distributed as dist, torch_pnn
+import os, sys, torch, torch.distributed as dist, torch_pnn
 from torch.nn.parallel import DistributedDataParallel
 rank, folder = int(sys.argv[1]), sys.argv[2]
 dist.init_process_group("gloo", init_method="file://" + folder + "/store", rank=rank, world_size=2)
@@ -173,6 +173,7 @@ y = ddp(x)
 y.sum().backward()
 torch.save([model.mask_seed, y.detach(), model.weight.grad], folder + f"/rank{rank}.pt")
 dist.destroy_process_group()
+os._exit(0)  # everything is written; why not simply end: see the end of distributed_checks.py
 """
 
 

@@ -7,6 +7,7 @@ DistributedDataParallel, and batch normalisation takes its moments over the whol
 from __future__ import annotations
 
 import datetime
+import gc
 import os
 from typing import Any
 
@@ -60,8 +61,13 @@ def start(device_name: str) -> None:
 
 
 def stop() -> None:
-    """Leaves the group."""
+    """Leaves the group and ends its threads.
+
+    A DistributedDataParallel that waits for the garbage collector keeps the group's threads alive, and one that gives a
+    tensor back while the interpreter ends aborts the process ("terminate called without an active exception").
+    """
     if is_active() and dist.is_initialized():
+        gc.collect()
         dist.destroy_process_group()
 
 
