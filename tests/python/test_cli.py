@@ -457,7 +457,10 @@ def test_killed_at_any_moment_it_goes_on_to_the_same_bits(tmp_path, jobs):
 @pytest.mark.slow
 @pytest.mark.parametrize("end", [signal.SIGINT, signal.SIGTERM])
 def test_ctrl_c_and_a_job_s_end_say_how_to_go_on(tmp_path, end):
-    process = _start(tmp_path / "x", "--jobs", 2, *LONGER)
+    # A shell has its background jobs ignore SIGINT, and their children inherit that: the tests may be such a job.
+    process = _start(
+        tmp_path / "x", "--jobs", 2, *LONGER, preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)
+    )
     _wait_for_rows(tmp_path / "x", process, 1)
     workers = _children(process)
     if end == signal.SIGINT:
