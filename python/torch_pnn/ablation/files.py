@@ -375,7 +375,17 @@ def ready_names() -> tuple[str, ...]:
     return tuple(sorted(names, key=lambda name: (_ORDER.index(name) if name in _ORDER else len(_ORDER), name)))
 
 
-_ORDER = ("digits", "digits-levels", "digits-full", "mnist", "cifar10", "imagenet-folder", "voc", "voc-detection")
+_ORDER = (
+    "digits",
+    "digits-levels",
+    "digits-full",
+    "mnist",
+    "cifar10",
+    "cifar10-level-1",
+    "imagenet-folder",
+    "voc",
+    "voc-detection",
+)
 
 
 def text_of(name: str) -> str:
