@@ -297,6 +297,16 @@ def test_a_value_far_outside_stands_at_the_edge():
     assert "←" not in plots.paired_differences(with_room, tables.evaluate(with_room))
 
 
+def test_the_best_arm_is_never_left_out_of_the_costs():
+    made = make_records(
+        {**SIX, "cnn": 0.995, "cnn-params": 0.612, "lbcnn": 0.61, "pnn": 0.60, "control": 0.605, "waves": 0.60}
+    )
+    svg = plots.accuracy_against_costs(made, tables.evaluate(made))
+    assert ">90</text>" in svg and ">60</text>" in svg
+    low = make_records({**SIX, "other-masks": 0.2})
+    assert ">50</text>" not in plots.accuracy_against_costs(low, tables.evaluate(low))
+
+
 def test_further_questions_are_adjusted_among_themselves_and_read_only_where_decided():
     made = make_records(other_seeds=10)
     found = {answer.question: answer for answer in answers.answers(made, tables.evaluate(made))}

@@ -360,8 +360,11 @@ def accuracy_against_costs(records: Records, result: StudyResult) -> str:
     drawn = costs(result)
     arms = {arm.arm: arm for arm in result.main if arm.accuracy.count}
     question = records.study.question
-    always = [100 * arms[name].accuracy.mean for name in (question.candidate, question.control) if name in arms]
-    low, high = _window([100 * arm.accuracy.mean for arm in arms.values()], always)
+    means = {name: 100 * arm.accuracy.mean for name, arm in arms.items()}
+    best = max(means, key=lambda name: means[name], default="")
+    low, high = _window(
+        means.values(), [means[name] for name in (question.candidate, question.control, best) if name in means]
+    )
     ends = [end for arm in arms.values() if low <= 100 * arm.accuracy.mean <= high for end in _spread(arm)]
     low, high = min([low, *ends]), max([high, *ends])
 
