@@ -139,7 +139,8 @@ static void sums_part(const pnn_sums *s, const pnn_sums_place at, const sums_scr
     if (p->pairs) memset(t.map_pairs + at.maps * PNN_CHUNK * 2, 0, (size_t)(more * 2));
   }
   const bool fused = at.maps && !p->rounded && p->kernels->respond_dot[p->activation];
-  const bool copied = p->pairs && pnn_columns_native(p, &p->grad_output); /* pairs of columns as they stand */
+  /* Pairs of columns as they stand, or turned. */
+  const bool copied = p->pairs && (pnn_columns_native(p, &p->grad_output) || pnn_columns_turned(p, &p->grad_output));
   pnn_columns columns;
   pnn_range range;
   int64_t chunk, end;
@@ -154,7 +155,7 @@ static void sums_part(const pnn_sums *s, const pnn_sums_place at, const sums_scr
     /* Whole tiles of a chunk within one image are read where they stand, by the first products that use them. */
     const bool whole = fused && columns.columns == columns.padded && at.maps % p->kernels->dot_columns == 0;
     pnn_source source;
-    const bool made = !whole || !pnn_response_source(&response, &columns, at.k0, 0, columns.columns, &source);
+    const bool made = !whole || !pnn_response_source(&response, &columns, at.k0, 0, columns.columns, 0, &source);
     if (at.maps && made) {
       if (p->pairs)
         pnn_response_column_pairs(&response, &columns, at.k0, at.maps, t.map_pairs, t.maps, PNN_CHUNK);
@@ -300,7 +301,8 @@ static inputs_scratch inputs_take(const pnn_inputs *in, pnn_arena *arena) {
   s.u = pnn_arena_take(arena, in->block * in->width, size);
   if (in->affine && in->steps) s.c = pnn_arena_take(arena, in->block * in->width, size);
   s.mask = pnn_arena_take(arena, pnn_mask_rows(p, p->group_maps) * pnn_mask_ld(p, in->deal.pixels), size);
-  if (p->masks > 1) s.channels = pnn_arena_take(arena, pnn_response_channels(p, in->block) * in->width, size);
+  if (p->masks > 1)
+    s.channels = pnn_arena_take(arena, PNN_MAX(pnn_response_channels(p, in->block), in->window) * in->width, size);
   return s;
 }
 
@@ -322,21 +324,27 @@ pnn_norm_terms pnn_inputs_norm_terms(const pnn_inputs *in, int64_t k0) {
   return terms;
 }
 
-/* From da to the gradient of the block's channels in one go, for columns that begin at `first` of the panels. */
+/* From da to the gradient of the block's channels in one go, for columns that begin at `first` of the panels. An input
+ * that can't be read where it stands is loaded, and a gradient stored, a window of channels at a time: turned in
+ * registers where they are neighbours. */
 static void inputs_block(const pnn_inputs *in, const inputs_scratch *s, const pnn_columns *columns, int64_t first,
                          int64_t k, int64_t k0, int64_t maps) {
   const pnn_problem *p = in->problem;
   const pnn_view *x = &p->input, *dx = &p->grad_input;
   const int64_t size = p->real_size, channel = k0 / p->masks, channels = maps / p->masks;
+  const int64_t at = k / p->masks % in->window, left = p->group_channels - k / p->masks; /* in the window; group */
   const bool read = in_place(p, x), write = in_place(p, dx);
-  char *const d_panel = s->d + first * size, *const u_panel = s->u + first * size;
+  char *const d_panel = s->d + first * size, *const x_panel = s->u + (at * in->width + first) * size;
+  /* Beside the products of its later blocks. */
+  char *const dx_window = in->window > in->block / p->masks ? s->channels + first * size : d_panel;
+  char *const dx_panel = dx_window + at * in->width * size;
   const pnn_norm_terms norm = pnn_inputs_norm_terms(in, k0);
-  if (!read) pnn_columns_load(p, columns, x, channel, channels, u_panel, in->width);
+  if (!read && at == 0) pnn_columns_load(p, columns, x, channel, PNN_MIN(in->window, left), x_panel, in->width);
   const char *mask =
       p->noise == PNN_NOISE_NONE ? NULL : s->mask + (p->shared ? 0 : k * pnn_mask_ld(p, in->deal.pixels)) * size;
   for (int64_t i = 0; i < columns->segments; i++) {
     const pnn_segment *g = &columns->segment[i];
-    char *d = d_panel + g->column * size, *from = u_panel + g->column * size, *to = d;
+    char *d = d_panel + g->column * size, *from = x_panel + g->column * size, *to = dx_panel + g->column * size;
     if (read) from = x->data + (g->image * x->batch + channel * x->channel + g->pixel) * size;
     if (write) to = dx->data + (g->image * dx->batch + channel * dx->channel + g->pixel) * size;
     const char *n = mask ? mask + (g->pixel - columns->range->pixel) * size : NULL;
@@ -344,7 +352,8 @@ static void inputs_block(const pnn_inputs *in, const inputs_scratch *s, const pn
     p->kernels->respond_grad[p->activation](to, to_ld, d, in->width, from, from_ld, n, pnn_mask_ld(p, in->deal.pixels),
                                             in->affine ? &norm : NULL, channels, g->columns, p->masks, p->shared);
   }
-  if (!write) pnn_columns_store(p, columns, dx, channel, channels, d_panel, in->width);
+  if (!write && (at + channels == in->window || channels == left))
+    pnn_columns_store(p, columns, dx, channel - at, at + channels, dx_window, in->width);
 }
 
 /* The same in steps, where d is wanted for the gradient of the masks too, or c has to be rounded on the way. */
@@ -395,7 +404,7 @@ static void inputs_tiles(const pnn_inputs *in, const inputs_scratch *s, const pn
   const bool kernel = p->pairs ? p->kernels->product_pairs_respond_grad[p->activation] != NULL
                                : !p->rounded && p->kernels->product_respond_grad[p->activation];
   const bool fused = p->masks == 1 && !in->steps && kernel && depth == p->group_outputs;
-  const bool paired = p->pairs && pnn_columns_native(p, &p->grad_output);
+  const bool paired = p->pairs && (pnn_columns_native(p, &p->grad_output) || pnn_columns_turned(p, &p->grad_output));
   for (int64_t j = 0, next; j < columns->columns; j = next) {
     for (next = j; next < columns->columns; next += tile) {
       inputs_tile *at = &tiles[next / tile];
@@ -441,7 +450,7 @@ static void inputs_fused(const pnn_inputs *in, const inputs_scratch *s, const pn
   const pnn_problem *p = in->problem;
   const int64_t tile = p->kernels->tile_columns;
   pnn_source source;
-  pnn_response_source(response, columns, k0, j, tile, &source);
+  pnn_response_source(response, columns, k0, j, tile, 0, &source);
   char *dx = pnn_columns_place(p, columns, &p->grad_input, k0, j, tile); /* one mask a channel */
   if (p->pairs) {
     p->kernels->product_pairs_respond_grad[p->activation]((p->group_outputs + 1) / 2, a, s->pairs + j * 4, in->width,
@@ -563,6 +572,9 @@ static pnn_inputs inputs_prepare(const pnn_problem *p, const pnn_host *host, boo
   in.steps = in.masks || (affine && p->rounded);
   in.rows = !in.steps && pnn_rows_fit(p, &p->grad_output, &p->grad_input);
   in.block = input_maps(p, in.rows);
+  /* Blocks of few channels share a window, since fewer than a vector's lanes can't be turned. */
+  const int64_t block_channels = PNN_MAX(in.block / p->masks, 1);
+  in.window = in.block < p->group_maps ? block_channels * PNN_MAX(1, PNN_LANES / block_channels) : block_channels;
   /* With more than one mask a channel the response maps outweigh the tensors, and their masks want short ranges. */
   in.width =
       p->masks == 1 && !in.masks ? pnn_panel_columns(p, p->group_outputs / 2 + in.block, p->group_maps) : PNN_PANEL;
