@@ -288,7 +288,10 @@ void pnn_vector_load(const pnn_tensor *tensor, int64_t count, double absent, dou
 void pnn_vector_store(const pnn_tensor *tensor, int64_t count, const double *src);
 /* doubles to reals, rounded once. */
 void pnn_reals_store(const pnn_problem *problem, int64_t count, const double *src, void *dst);
-double pnn_real_get(const pnn_problem *problem, const void *reals, int64_t i);
+/* In place, so that loops over it become loops over one type. */
+static inline double pnn_real_get(const pnn_problem *problem, const void *reals, int64_t i) {
+  return problem->precision ? ((const double *)reals)[i] : (double)((const float *)reals)[i];
+}
 
 /* Normalisation's per-map constants, in double. */
 typedef struct pnn_norm {

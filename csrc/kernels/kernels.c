@@ -1017,10 +1017,79 @@ static void recipe_uniform(real *dst, int64_t ld, const pnn_recipe *recipe, real
   }
 }
 
+/* The sums of bytes behind the normal masks: of output words 0 and 1 for the even map of a block, 2 and 3 for the odd
+ * one. Word 3 of the counter is 2. */
+#if defined(PNN_ISA_AVX512)
+/* What the first two rounds make of the pixels alone, whatever the block, which is the counter's word 2. */
+typedef struct normal_pixels {
+  __m512i row[2], product0[2], product1[2]; /* of the first round's multiplier 0, and the second one's multiplier 1 */
+} normal_pixels;
+
+static inline normal_pixels normal_begin(const grid_walk *at, const uint32_t key[2]) {
+  normal_pixels pixels;
+  for (int h = 0; h < 2; h++) {
+    pixels.row[h] = philox_load(at->rows + 8 * h);
+    pixels.product0[h] = _mm512_mul_epu32(_mm512_set1_epi64(PHILOX_M0), philox_load(at->columns + 8 * h));
+    const __m512i word = _mm512_xor_si512(_mm512_srli_epi64(pixels.product0[h], 32), _mm512_set1_epi64(2 ^ key[1]));
+    pixels.product1[h] = _mm512_mul_epu32(_mm512_set1_epi64(PHILOX_M1), word);
+  }
+  return pixels;
+}
+
+static inline __attribute__((always_inline)) void normal_sums(const normal_pixels *pixels, int64_t block,
+                                                              const uint32_t key[2], int32_t sums[2][PHILOX_LANES]) {
+  const uint64_t product = (uint64_t)PHILOX_M1 * (uint32_t)block;
+  const __m512i high = _mm512_set1_epi64((uint32_t)(product >> 32) ^ key[0]);
+  const __m512i low = _mm512_set1_epi64((uint32_t)product ^ (key[0] + PHILOX_W0));
+  const __m512i k1 = _mm512_set1_epi64(key[1] + PHILOX_W1);
+  __m512i w[4][2], sum[2][2];
+#pragma GCC unroll 2
+  for (int h = 0; h < 2; h++) {
+    const __m512i a = _mm512_mul_epu32(_mm512_set1_epi64(PHILOX_M0), _mm512_xor_si512(pixels->row[h], high));
+    w[0][h] = _mm512_xor_si512(_mm512_srli_epi64(pixels->product1[h], 32), low);
+    w[1][h] = pixels->product1[h];
+    w[2][h] = _mm512_ternarylogic_epi64(_mm512_srli_epi64(a, 32), pixels->product0[h], k1, PHILOX_XOR);
+    w[3][h] = a;
+  }
+  philox_rounds(w, key, 2);
+  const __m512i even = _mm512_set_epi32(30, 28, 26, 24, 22, 20, 18, 16, 14, 12, 10, 8, 6, 4, 2, 0);
+#pragma GCC unroll 2
+  for (int i = 0; i < 2; i++) {
+#pragma GCC unroll 2
+    for (int h = 0; h < 2; h++) {
+      const __m512i words = _mm512_mask_blend_epi32(0xaaaa, w[2 * i][h], _mm512_slli_epi64(w[2 * i + 1][h], 32));
+      sum[i][h] = _mm512_sad_epu8(words, _mm512_setzero_si512());
+    }
+    _mm512_storeu_si512(sums[i], _mm512_permutex2var_epi32(sum[i][0], even, sum[i][1]));
+  }
+}
+#else
+typedef grid_walk normal_pixels;
+
+static inline normal_pixels normal_begin(const grid_walk *at, const uint32_t key[2]) {
+  (void)key;
+  return *at;
+}
+
 static inline uint32_t byte_sum(uint32_t a, uint32_t b) {
   const uint32_t pairs = (a & 0xff00ffu) + ((a >> 8) & 0xff00ffu) + (b & 0xff00ffu) + ((b >> 8) & 0xff00ffu);
   return (pairs & 0xffffu) + (pairs >> 16);
 }
+
+static inline void normal_sums(const normal_pixels *pixels, int64_t block, const uint32_t key[2],
+                               int32_t sums[2][PHILOX_LANES]) {
+  uint32_t words[4][PHILOX_LANES];
+  for (int j = 0; j < PHILOX_LANES; j++) {
+    words[0][j] = pixels->columns[j];
+    words[1][j] = pixels->rows[j];
+    words[2][j] = (uint32_t)block;
+    words[3][j] = 2;
+  }
+  philox4x32_10(words, key);
+  for (int i = 0; i < 2; i++)
+    for (int j = 0; j < PHILOX_LANES; j++) sums[i][j] = (int32_t)byte_sum(words[2 * i][j], words[2 * i + 1][j]);
+}
+#endif
 
 static void recipe_normal(real *dst, int64_t ld, const pnn_recipe *recipe, real level, int64_t k0, int64_t rows,
                           const pnn_grid *grid) {
@@ -1029,23 +1098,16 @@ static void recipe_normal(real *dst, int64_t ld, const pnn_recipe *recipe, real 
   grid_walk at = grid_begin(grid);
   for (int64_t p = 0; p < grid->count; p += PHILOX_LANES) {
     grid_next(&at, grid);
+    const normal_pixels pixels = normal_begin(&at, recipe->key);
     for (int64_t block = k0 / 2; block * 2 < k0 + rows; block++) {
-      uint32_t words[4][PHILOX_LANES];
-      for (int j = 0; j < PHILOX_LANES; j++) {
-        words[0][j] = at.columns[j];
-        words[1][j] = at.rows[j];
-        words[2][j] = (uint32_t)block;
-        words[3][j] = 2;
-      }
-      philox4x32_10(words, recipe->key);
+      int32_t sums[2][PHILOX_LANES];
+      normal_sums(&pixels, block, recipe->key, sums);
       for (int64_t i = 0; i < 2; i++) {
         const int64_t k = block * 2 + i;
         if (k < k0 || k >= k0 + rows) continue;
         real values[PHILOX_LANES];
-        for (int j = 0; j < PHILOX_LANES; j++) {
-          const int32_t sum = (int32_t)byte_sum(words[2 * i][j], words[2 * i + 1][j]);
-          values[j] = level * (real)((float)(sum - 1020) * inverse_deviation);
-        }
+        for (int j = 0; j < PHILOX_LANES; j++)
+          values[j] = level * (real)((float)(sums[i][j] - 1020) * inverse_deviation);
         copy_some(dst + (k - k0) * ld + p, values, grid->count - p);
       }
     }
