@@ -283,8 +283,9 @@ void pnn_sums_begin(const pnn_sums *s, const pnn_sums_place *at) {
 
 /* ---- input and masks ---- */
 
-#define INPUT_MAPS 64      /* response maps at a time, at least one channel's */
-#define INPUT_OUTPUTS 1024 /* outputs at a time, where all maps' sums can wait for the next ones */
+#define INPUT_MAPS 64               /* response maps at a time, at least one channel's */
+#define FAR_MASK_BYTES (512 * 1024) /* more masks at a time don't stay in the second-level cache beside the rest */
+#define INPUT_OUTPUTS 1024          /* outputs at a time, where all maps' sums can wait for the next ones */
 
 typedef struct inputs_scratch {
   char *gradient, *pairs, *d, *u, *c, *mask, *channels, *mask_gradient;
@@ -300,7 +301,7 @@ static inputs_scratch inputs_take(const pnn_inputs *in, pnn_arena *arena) {
   s.d = pnn_arena_take(arena, in->packing.block_tiles * in->packing.tile * in->width, size);
   s.u = pnn_arena_take(arena, in->block * in->width, size);
   if (in->affine && in->steps) s.c = pnn_arena_take(arena, in->block * in->width, size);
-  s.mask = pnn_arena_take(arena, pnn_mask_rows(p, p->group_maps) * pnn_mask_ld(p, in->deal.pixels), size);
+  s.mask = pnn_arena_take(arena, pnn_mask_rows(p, in->slab) * pnn_mask_ld(p, in->deal.pixels), size);
   if (p->masks > 1)
     s.channels = pnn_arena_take(arena, PNN_MAX(pnn_response_channels(p, in->block), in->window) * in->width, size);
   return s;
@@ -340,8 +341,8 @@ static void inputs_block(const pnn_inputs *in, const inputs_scratch *s, const pn
   char *const dx_panel = dx_window + at * in->width * size;
   const pnn_norm_terms norm = pnn_inputs_norm_terms(in, k0);
   if (!read && at == 0) pnn_columns_load(p, columns, x, channel, PNN_MIN(in->window, left), x_panel, in->width);
-  const char *mask =
-      p->noise == PNN_NOISE_NONE ? NULL : s->mask + (p->shared ? 0 : k * pnn_mask_ld(p, in->deal.pixels)) * size;
+  const int64_t mask_row = p->shared ? 0 : k % in->slab;
+  const char *mask = p->noise == PNN_NOISE_NONE ? NULL : s->mask + mask_row * pnn_mask_ld(p, in->deal.pixels) * size;
   for (int64_t i = 0; i < columns->segments; i++) {
     const pnn_segment *g = &columns->segment[i];
     char *d = d_panel + g->column * size, *from = x_panel + g->column * size, *to = dx_panel + g->column * size;
@@ -463,10 +464,11 @@ static void inputs_fused(const pnn_inputs *in, const inputs_scratch *s, const pn
                                                   maps, &source, in->affine ? &norm : NULL, ahead);
 }
 
-/* The products of one block of maps with the outputs [first, first + depth) of the group. */
+/* The products of one block of maps with the outputs [first, first + depth) of the group; `copies`: the first tile
+ * copies the gradient to the panel. */
 static void inputs_products(const pnn_inputs *in, const inputs_scratch *s, const pnn_response *response,
                             const pnn_columns *columns, const inputs_tile *tiles, int64_t group, int64_t block,
-                            int64_t first, int64_t depth, pnn_ahead *ahead) {
+                            bool copies, int64_t first, int64_t depth, pnn_ahead *ahead) {
   const pnn_problem *p = in->problem;
   const pnn_kernels *kernels = p->kernels;
   const int64_t k = block * in->block, maps = PNN_MIN(in->block, p->group_maps - k);
@@ -474,7 +476,7 @@ static void inputs_products(const pnn_inputs *in, const inputs_scratch *s, const
     const void *a = pnn_packing_tile(p, &in->packing, in->packed, group, block, i / kernels->tile_rows, first);
     for (int64_t j = 0; j < columns->columns; j += kernels->tile_columns) {
       const inputs_tile *at = &tiles[j / kernels->tile_columns];
-      const char *gradient = block == 0 && i == 0 ? at->gradient : NULL;
+      const char *gradient = copies && i == 0 ? at->gradient : NULL;
       if (at->fused)
         inputs_fused(in, s, response, columns, a, gradient, j, group * p->group_maps + k + i,
                      PNN_MIN(kernels->tile_rows, maps - i), ahead);
@@ -485,42 +487,49 @@ static void inputs_products(const pnn_inputs *in, const inputs_scratch *s, const
   }
 }
 
-static void inputs_group(const pnn_inputs *in, const inputs_scratch *s, int64_t group, const pnn_range *range,
-                         int64_t column, int64_t end) {
+/* The response maps [slab, slab + in->slab) of the group, for the piece [begin, end). */
+static void inputs_slab(const pnn_inputs *in, const inputs_scratch *s, int64_t group, int64_t slab,
+                        const pnn_range *range, int64_t begin, int64_t end) {
   const pnn_problem *p = in->problem;
   const pnn_kernels *kernels = p->kernels;
   const int64_t k_first = group * p->group_maps, width = kernels->tile_columns;
+  const int64_t slab_maps = PNN_MIN(in->slab, p->group_maps - slab), slab_end = slab + slab_maps;
+  const int64_t first_block = slab / PNN_MAX(in->block, 1);
+  const int64_t end_block = in->slab < p->group_maps ? (slab_end + in->block - 1) / in->block : in->packing.blocks;
+  const int64_t channel = (k_first + slab) / p->masks, channels = slab_maps / p->masks;
   const pnn_response response = {.problem = p,
                                  .mask = s->mask,
                                  .mask_ld = pnn_mask_ld(p, in->deal.pixels),
-                                 .mask_k0 = k_first,
+                                 .mask_k0 = k_first + slab,
                                  .mean = in->mean,
                                  .channels = s->channels};
-  pnn_mask_panel(p, k_first, p->group_maps, range, s->mask, pnn_mask_ld(p, in->deal.pixels));
+  pnn_mask_panel(p, k_first + slab, slab_maps, range, s->mask, pnn_mask_ld(p, in->deal.pixels));
   pnn_columns columns;
   inputs_tile tiles[PNN_WIDEST / 4];
-  for (; column < end; column += in->width) {
+  for (int64_t column = begin; column < end; column += in->width) {
     pnn_columns_set(&columns, range, column, PNN_MIN(in->width, end - column));
     const int64_t next = column + in->width, count = PNN_MIN(in->width, end - next);
     const int64_t tile_steps = p->group_outputs / (p->pairs ? 2 : 1) / PNN_AHEAD_DEPTH + 1;
     pnn_ahead ahead = {.streams = 0};
     if (p->grad_input.data)
-      pnn_ahead_add(p, &ahead, range, column, columns.columns, &p->grad_input, group * p->group_channels,
-                    p->group_channels, true);
+      pnn_ahead_add(p, &ahead, range, column, columns.columns, &p->grad_input, channel, channels, true);
     pnn_ahead_add(p, &ahead, range, next, count, &p->grad_output, group * p->group_outputs, p->group_outputs, false);
-    pnn_ahead_add(p, &ahead, range, next, count, &p->input, group * p->group_channels, p->group_channels, false);
-    pnn_ahead_spread(&ahead, in->packing.blocks * in->packing.block_tiles * (columns.padded / width) * tile_steps);
+    pnn_ahead_add(p, &ahead, range, next, count, &p->input, channel, channels, false);
+    pnn_mask_ahead(p, &ahead, k_first + slab_end, PNN_MIN(in->slab, p->group_maps - slab_end), range,
+                   (column - begin) / in->width, (end - begin + in->width - 1) / in->width);
+    pnn_ahead_spread(&ahead,
+                     (end_block - first_block) * in->packing.block_tiles * (columns.padded / width) * tile_steps);
     /* But for the last outputs there is one block of maps, whose sums wait for the next ones. */
     int64_t first = 0, depth = in->depth;
     for (; first + depth < p->group_outputs; first += depth) {
       inputs_tiles(in, s, &columns, column, group, first, depth, tiles);
-      inputs_products(in, s, &response, &columns, tiles, group, 0, first, depth, &ahead);
+      inputs_products(in, s, &response, &columns, tiles, group, 0, true, first, depth, &ahead);
     }
     depth = p->group_outputs - first;
     inputs_tiles(in, s, &columns, column, group, first, depth, tiles);
-    for (int64_t block = 0; block < in->packing.blocks; block++) {
+    for (int64_t block = first_block; block < end_block; block++) {
       const int64_t k = block * in->block, maps = PNN_MIN(in->block, p->group_maps - k);
-      inputs_products(in, s, &response, &columns, tiles, group, block, first, depth, &ahead);
+      inputs_products(in, s, &response, &columns, tiles, group, block, block == first_block, first, depth, &ahead);
       if (in->steps) {
         inputs_block_in_steps(in, s, &response, &columns, k_first + k, maps);
         continue;
@@ -536,6 +545,13 @@ static void inputs_group(const pnn_inputs *in, const inputs_scratch *s, int64_t 
       }
     }
   }
+}
+
+static void inputs_group(const pnn_inputs *in, const inputs_scratch *s, int64_t group, const pnn_range *range,
+                         int64_t column, int64_t end) {
+  const int64_t maps = in->problem->group_maps;
+  for (int64_t slab = 0; slab < maps || slab == 0; slab += PNN_MAX(in->slab, 1))
+    inputs_slab(in, s, group, slab, range, column, end);
 }
 
 static void inputs_item(void *inputs_, int32_t worker, int64_t item) {
@@ -579,8 +595,18 @@ static pnn_inputs inputs_prepare(const pnn_problem *p, const pnn_host *host, boo
   in.width =
       p->masks == 1 && !in.masks ? pnn_panel_columns(p, p->group_outputs / 2 + in.block, p->group_maps) : PNN_PANEL;
   in.packing = pnn_packing_backward(p, in.rows ? p->kernels->tile_columns : p->kernels->tile_rows, in.block);
+  in.slab = p->group_maps;
   in.deal = pnn_deal_columns(p, host, in.width, in.masks ? p->maps : pnn_mask_rows(p, p->group_maps),
                              in.masks ? 1 : p->groups, in.masks);
+  /* With many maps a panel's masks would fill the second-level cache. A channel's gradient needs its own maps only, so
+   * the maps become the outermost loop: a window's masks serve the whole piece while the next ones are on their way. */
+  const int64_t slab = in.block ? in.window / block_channels * in.block : 0;
+  if (!in.masks && p->masks > 1 && !p->shared && p->noise == PNN_NOISE_TENSOR && slab < p->group_maps &&
+      pnn_columns_native(p, &p->grad_output) && /* else each slab would turn it again */
+      pnn_mask_rows(p, p->group_maps) * in.deal.pixels * p->real_size > FAR_MASK_BYTES) {
+    in.slab = slab;
+    in.deal = pnn_deal_columns(p, host, in.width, pnn_mask_rows(p, slab), p->groups, true);
+  }
   in.depth = in.packing.blocks == 1 ? PNN_MIN(p->group_outputs, INPUT_OUTPUTS) : p->group_outputs;
   const int64_t bytes = pnn_packing_bytes(p, &in.packing);
   in.packed = spare_bytes > 0 && bytes <= spare_bytes ? spare : pnn_arena_take(arena, 1, bytes);

@@ -70,6 +70,7 @@ typedef struct pnn_inputs {
   pnn_packing packing;
   int64_t block;  /* response maps at a time: whole channels */
   int64_t window; /* channels that are loaded and stored at a time: those of one or more blocks */
+  int64_t slab;   /* response maps whose masks are there at a time: all of a group, or a window's */
   int64_t depth;  /* outputs whose gradients are in a panel: all of a group, but where there are many beside few maps */
   int64_t width;  /* columns of a panel */
   bool masks;     /* grad_mask is wanted: an item takes all groups and the whole batch */

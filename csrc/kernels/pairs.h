@@ -350,9 +350,12 @@ PAIRS_TARGET static void dot_pairs(int64_t columns, const void *a_, int64_t lda,
       for (int j = 0; j < DOT_COLUMNS; j++) sum[i][j] = _mm512_dpbf16_ps(sum[i][j], (__m512bh)av, (__m512bh)bv[j]);
     }
   }
-  vr lanes[DOT_ROWS * DOT_COLUMNS][LANE_VECTORS];
-  memcpy(lanes, sum, sizeof lanes);
-  add_tile(lanes, rows, width, out, ldo);
+  vr all[DOT_ROWS * DOT_COLUMNS][LANE_VECTORS];
+#pragma GCC unroll 4
+  for (int i = 0; i < DOT_ROWS; i++)
+#pragma GCC unroll 4
+    for (int j = 0; j < DOT_COLUMNS; j++) all[i * DOT_COLUMNS + j][0] = (vr)sum[i][j];
+  add_tile(all, rows, width, out, ldo);
 }
 
 static void sum_bfloat16(int64_t columns, const void *a_, int64_t lda, int64_t rows, void *out_) {

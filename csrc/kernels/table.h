@@ -145,6 +145,10 @@ typedef struct pnn_kernels {
 
   /* Mean and sum of squared deviations of each row's first n columns, n >= 1. Overwrites the padding. */
   void (*moments)(void *a, int64_t lda, int64_t rows, int64_t n, double *mean, double *m2, pnn_ahead *ahead);
+  /* The same, to the bit, of the response maps source->k0, ..., whose mean is not subtracted, for n >= 64 columns, a
+   * multiple of PNN_LANES. a: room for n reals. NULL as in respond_product. */
+  void (*respond_moments[PNN_ACTIVATION_COUNT])(void *a, const pnn_source *source, int64_t rows, int64_t n,
+                                                double *mean, double *m2, pnn_ahead *ahead);
 
   /* dst[r*ld + p] = fl(fl(level) * N) of response map k0 + r at pixel p of the grid's. */
   void (*recipe)(void *dst, int64_t ld, const pnn_recipe *recipe, double level, int64_t k0, int64_t rows,
