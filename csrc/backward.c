@@ -139,7 +139,8 @@ static void sums_part(const pnn_sums *s, const pnn_sums_place at, const sums_scr
     if (p->pairs) memset(t.map_pairs + at.maps * PNN_CHUNK * 2, 0, (size_t)(more * 2));
   }
   const bool fused = at.maps && !p->rounded && p->kernels->respond_dot[p->activation];
-  const bool copied = p->pairs && pnn_columns_native(p, &p->grad_output); /* pairs of columns as they stand */
+  /* Pairs of columns as they stand, or turned. */
+  const bool copied = p->pairs && (pnn_columns_native(p, &p->grad_output) || pnn_columns_turned(p, &p->grad_output));
   pnn_columns columns;
   pnn_range range;
   int64_t chunk, end;
@@ -154,7 +155,7 @@ static void sums_part(const pnn_sums *s, const pnn_sums_place at, const sums_scr
     /* Whole tiles of a chunk within one image are read where they stand, by the first products that use them. */
     const bool whole = fused && columns.columns == columns.padded && at.maps % p->kernels->dot_columns == 0;
     pnn_source source;
-    const bool made = !whole || !pnn_response_source(&response, &columns, at.k0, 0, columns.columns, &source);
+    const bool made = !whole || !pnn_response_source(&response, &columns, at.k0, 0, columns.columns, 0, &source);
     if (at.maps && made) {
       if (p->pairs)
         pnn_response_column_pairs(&response, &columns, at.k0, at.maps, t.map_pairs, t.maps, PNN_CHUNK);
@@ -282,8 +283,9 @@ void pnn_sums_begin(const pnn_sums *s, const pnn_sums_place *at) {
 
 /* ---- input and masks ---- */
 
-#define INPUT_MAPS 64      /* response maps at a time, at least one channel's */
-#define INPUT_OUTPUTS 1024 /* outputs at a time, where all maps' sums can wait for the next ones */
+#define INPUT_MAPS 64               /* response maps at a time, at least one channel's */
+#define FAR_MASK_BYTES (512 * 1024) /* more masks at a time don't stay in the second-level cache beside the rest */
+#define INPUT_OUTPUTS 1024          /* outputs at a time, where all maps' sums can wait for the next ones */
 
 typedef struct inputs_scratch {
   char *gradient, *pairs, *d, *u, *c, *mask, *channels, *mask_gradient;
@@ -299,8 +301,9 @@ static inputs_scratch inputs_take(const pnn_inputs *in, pnn_arena *arena) {
   s.d = pnn_arena_take(arena, in->packing.block_tiles * in->packing.tile * in->width, size);
   s.u = pnn_arena_take(arena, in->block * in->width, size);
   if (in->affine && in->steps) s.c = pnn_arena_take(arena, in->block * in->width, size);
-  s.mask = pnn_arena_take(arena, pnn_mask_rows(p, p->group_maps) * pnn_mask_ld(p, in->deal.pixels), size);
-  if (p->masks > 1) s.channels = pnn_arena_take(arena, pnn_response_channels(p, in->block) * in->width, size);
+  s.mask = pnn_arena_take(arena, pnn_mask_rows(p, in->slab) * pnn_mask_ld(p, in->deal.pixels), size);
+  if (p->masks > 1)
+    s.channels = pnn_arena_take(arena, PNN_MAX(pnn_response_channels(p, in->block), in->window) * in->width, size);
   return s;
 }
 
@@ -322,21 +325,27 @@ pnn_norm_terms pnn_inputs_norm_terms(const pnn_inputs *in, int64_t k0) {
   return terms;
 }
 
-/* From da to the gradient of the block's channels in one go, for columns that begin at `first` of the panels. */
+/* From da to the gradient of the block's channels in one go, for columns that begin at `first` of the panels. An input
+ * that can't be read where it stands is loaded, and a gradient stored, a window of channels at a time: turned in
+ * registers where they are neighbours. */
 static void inputs_block(const pnn_inputs *in, const inputs_scratch *s, const pnn_columns *columns, int64_t first,
                          int64_t k, int64_t k0, int64_t maps) {
   const pnn_problem *p = in->problem;
   const pnn_view *x = &p->input, *dx = &p->grad_input;
   const int64_t size = p->real_size, channel = k0 / p->masks, channels = maps / p->masks;
+  const int64_t at = k / p->masks % in->window, left = p->group_channels - k / p->masks; /* in the window; group */
   const bool read = in_place(p, x), write = in_place(p, dx);
-  char *const d_panel = s->d + first * size, *const u_panel = s->u + first * size;
+  char *const d_panel = s->d + first * size, *const x_panel = s->u + (at * in->width + first) * size;
+  /* Beside the products of its later blocks. */
+  char *const dx_window = in->window > in->block / p->masks ? s->channels + first * size : d_panel;
+  char *const dx_panel = dx_window + at * in->width * size;
   const pnn_norm_terms norm = pnn_inputs_norm_terms(in, k0);
-  if (!read) pnn_columns_load(p, columns, x, channel, channels, u_panel, in->width);
-  const char *mask =
-      p->noise == PNN_NOISE_NONE ? NULL : s->mask + (p->shared ? 0 : k * pnn_mask_ld(p, in->deal.pixels)) * size;
+  if (!read && at == 0) pnn_columns_load(p, columns, x, channel, PNN_MIN(in->window, left), x_panel, in->width);
+  const int64_t mask_row = p->shared ? 0 : k % in->slab;
+  const char *mask = p->noise == PNN_NOISE_NONE ? NULL : s->mask + mask_row * pnn_mask_ld(p, in->deal.pixels) * size;
   for (int64_t i = 0; i < columns->segments; i++) {
     const pnn_segment *g = &columns->segment[i];
-    char *d = d_panel + g->column * size, *from = u_panel + g->column * size, *to = d;
+    char *d = d_panel + g->column * size, *from = x_panel + g->column * size, *to = dx_panel + g->column * size;
     if (read) from = x->data + (g->image * x->batch + channel * x->channel + g->pixel) * size;
     if (write) to = dx->data + (g->image * dx->batch + channel * dx->channel + g->pixel) * size;
     const char *n = mask ? mask + (g->pixel - columns->range->pixel) * size : NULL;
@@ -344,7 +353,8 @@ static void inputs_block(const pnn_inputs *in, const inputs_scratch *s, const pn
     p->kernels->respond_grad[p->activation](to, to_ld, d, in->width, from, from_ld, n, pnn_mask_ld(p, in->deal.pixels),
                                             in->affine ? &norm : NULL, channels, g->columns, p->masks, p->shared);
   }
-  if (!write) pnn_columns_store(p, columns, dx, channel, channels, d_panel, in->width);
+  if (!write && (at + channels == in->window || channels == left))
+    pnn_columns_store(p, columns, dx, channel - at, at + channels, dx_window, in->width);
 }
 
 /* The same in steps, where d is wanted for the gradient of the masks too, or c has to be rounded on the way. */
@@ -395,7 +405,7 @@ static void inputs_tiles(const pnn_inputs *in, const inputs_scratch *s, const pn
   const bool kernel = p->pairs ? p->kernels->product_pairs_respond_grad[p->activation] != NULL
                                : !p->rounded && p->kernels->product_respond_grad[p->activation];
   const bool fused = p->masks == 1 && !in->steps && kernel && depth == p->group_outputs;
-  const bool paired = p->pairs && pnn_columns_native(p, &p->grad_output);
+  const bool paired = p->pairs && (pnn_columns_native(p, &p->grad_output) || pnn_columns_turned(p, &p->grad_output));
   for (int64_t j = 0, next; j < columns->columns; j = next) {
     for (next = j; next < columns->columns; next += tile) {
       inputs_tile *at = &tiles[next / tile];
@@ -441,7 +451,7 @@ static void inputs_fused(const pnn_inputs *in, const inputs_scratch *s, const pn
   const pnn_problem *p = in->problem;
   const int64_t tile = p->kernels->tile_columns;
   pnn_source source;
-  pnn_response_source(response, columns, k0, j, tile, &source);
+  pnn_response_source(response, columns, k0, j, tile, 0, &source);
   char *dx = pnn_columns_place(p, columns, &p->grad_input, k0, j, tile); /* one mask a channel */
   if (p->pairs) {
     p->kernels->product_pairs_respond_grad[p->activation]((p->group_outputs + 1) / 2, a, s->pairs + j * 4, in->width,
@@ -454,10 +464,11 @@ static void inputs_fused(const pnn_inputs *in, const inputs_scratch *s, const pn
                                                   maps, &source, in->affine ? &norm : NULL, ahead);
 }
 
-/* The products of one block of maps with the outputs [first, first + depth) of the group. */
+/* The products of one block of maps with the outputs [first, first + depth) of the group; `copies`: the first tile
+ * copies the gradient to the panel. */
 static void inputs_products(const pnn_inputs *in, const inputs_scratch *s, const pnn_response *response,
                             const pnn_columns *columns, const inputs_tile *tiles, int64_t group, int64_t block,
-                            int64_t first, int64_t depth, pnn_ahead *ahead) {
+                            bool copies, int64_t first, int64_t depth, pnn_ahead *ahead) {
   const pnn_problem *p = in->problem;
   const pnn_kernels *kernels = p->kernels;
   const int64_t k = block * in->block, maps = PNN_MIN(in->block, p->group_maps - k);
@@ -465,7 +476,7 @@ static void inputs_products(const pnn_inputs *in, const inputs_scratch *s, const
     const void *a = pnn_packing_tile(p, &in->packing, in->packed, group, block, i / kernels->tile_rows, first);
     for (int64_t j = 0; j < columns->columns; j += kernels->tile_columns) {
       const inputs_tile *at = &tiles[j / kernels->tile_columns];
-      const char *gradient = block == 0 && i == 0 ? at->gradient : NULL;
+      const char *gradient = copies && i == 0 ? at->gradient : NULL;
       if (at->fused)
         inputs_fused(in, s, response, columns, a, gradient, j, group * p->group_maps + k + i,
                      PNN_MIN(kernels->tile_rows, maps - i), ahead);
@@ -476,42 +487,49 @@ static void inputs_products(const pnn_inputs *in, const inputs_scratch *s, const
   }
 }
 
-static void inputs_group(const pnn_inputs *in, const inputs_scratch *s, int64_t group, const pnn_range *range,
-                         int64_t column, int64_t end) {
+/* The response maps [slab, slab + in->slab) of the group, for the piece [begin, end). */
+static void inputs_slab(const pnn_inputs *in, const inputs_scratch *s, int64_t group, int64_t slab,
+                        const pnn_range *range, int64_t begin, int64_t end) {
   const pnn_problem *p = in->problem;
   const pnn_kernels *kernels = p->kernels;
   const int64_t k_first = group * p->group_maps, width = kernels->tile_columns;
+  const int64_t slab_maps = PNN_MIN(in->slab, p->group_maps - slab), slab_end = slab + slab_maps;
+  const int64_t first_block = slab / PNN_MAX(in->block, 1);
+  const int64_t end_block = in->slab < p->group_maps ? (slab_end + in->block - 1) / in->block : in->packing.blocks;
+  const int64_t channel = (k_first + slab) / p->masks, channels = slab_maps / p->masks;
   const pnn_response response = {.problem = p,
                                  .mask = s->mask,
                                  .mask_ld = pnn_mask_ld(p, in->deal.pixels),
-                                 .mask_k0 = k_first,
+                                 .mask_k0 = k_first + slab,
                                  .mean = in->mean,
                                  .channels = s->channels};
-  pnn_mask_panel(p, k_first, p->group_maps, range, s->mask, pnn_mask_ld(p, in->deal.pixels));
+  pnn_mask_panel(p, k_first + slab, slab_maps, range, s->mask, pnn_mask_ld(p, in->deal.pixels));
   pnn_columns columns;
   inputs_tile tiles[PNN_WIDEST / 4];
-  for (; column < end; column += in->width) {
+  for (int64_t column = begin; column < end; column += in->width) {
     pnn_columns_set(&columns, range, column, PNN_MIN(in->width, end - column));
     const int64_t next = column + in->width, count = PNN_MIN(in->width, end - next);
     const int64_t tile_steps = p->group_outputs / (p->pairs ? 2 : 1) / PNN_AHEAD_DEPTH + 1;
     pnn_ahead ahead = {.streams = 0};
     if (p->grad_input.data)
-      pnn_ahead_add(p, &ahead, range, column, columns.columns, &p->grad_input, group * p->group_channels,
-                    p->group_channels, true);
+      pnn_ahead_add(p, &ahead, range, column, columns.columns, &p->grad_input, channel, channels, true);
     pnn_ahead_add(p, &ahead, range, next, count, &p->grad_output, group * p->group_outputs, p->group_outputs, false);
-    pnn_ahead_add(p, &ahead, range, next, count, &p->input, group * p->group_channels, p->group_channels, false);
-    pnn_ahead_spread(&ahead, in->packing.blocks * in->packing.block_tiles * (columns.padded / width) * tile_steps);
+    pnn_ahead_add(p, &ahead, range, next, count, &p->input, channel, channels, false);
+    pnn_mask_ahead(p, &ahead, k_first + slab_end, PNN_MIN(in->slab, p->group_maps - slab_end), range,
+                   (column - begin) / in->width, (end - begin + in->width - 1) / in->width);
+    pnn_ahead_spread(&ahead,
+                     (end_block - first_block) * in->packing.block_tiles * (columns.padded / width) * tile_steps);
     /* But for the last outputs there is one block of maps, whose sums wait for the next ones. */
     int64_t first = 0, depth = in->depth;
     for (; first + depth < p->group_outputs; first += depth) {
       inputs_tiles(in, s, &columns, column, group, first, depth, tiles);
-      inputs_products(in, s, &response, &columns, tiles, group, 0, first, depth, &ahead);
+      inputs_products(in, s, &response, &columns, tiles, group, 0, true, first, depth, &ahead);
     }
     depth = p->group_outputs - first;
     inputs_tiles(in, s, &columns, column, group, first, depth, tiles);
-    for (int64_t block = 0; block < in->packing.blocks; block++) {
+    for (int64_t block = first_block; block < end_block; block++) {
       const int64_t k = block * in->block, maps = PNN_MIN(in->block, p->group_maps - k);
-      inputs_products(in, s, &response, &columns, tiles, group, block, first, depth, &ahead);
+      inputs_products(in, s, &response, &columns, tiles, group, block, block == first_block, first, depth, &ahead);
       if (in->steps) {
         inputs_block_in_steps(in, s, &response, &columns, k_first + k, maps);
         continue;
@@ -527,6 +545,13 @@ static void inputs_group(const pnn_inputs *in, const inputs_scratch *s, int64_t 
       }
     }
   }
+}
+
+static void inputs_group(const pnn_inputs *in, const inputs_scratch *s, int64_t group, const pnn_range *range,
+                         int64_t column, int64_t end) {
+  const int64_t maps = in->problem->group_maps;
+  for (int64_t slab = 0; slab < maps || slab == 0; slab += PNN_MAX(in->slab, 1))
+    inputs_slab(in, s, group, slab, range, column, end);
 }
 
 static void inputs_item(void *inputs_, int32_t worker, int64_t item) {
@@ -563,12 +588,25 @@ static pnn_inputs inputs_prepare(const pnn_problem *p, const pnn_host *host, boo
   in.steps = in.masks || (affine && p->rounded);
   in.rows = !in.steps && pnn_rows_fit(p, &p->grad_output, &p->grad_input);
   in.block = input_maps(p, in.rows);
+  /* Blocks of few channels share a window, since fewer than a vector's lanes can't be turned. */
+  const int64_t block_channels = PNN_MAX(in.block / p->masks, 1);
+  in.window = in.block < p->group_maps ? block_channels * PNN_MAX(1, PNN_LANES / block_channels) : block_channels;
   /* With more than one mask a channel the response maps outweigh the tensors, and their masks want short ranges. */
   in.width =
       p->masks == 1 && !in.masks ? pnn_panel_columns(p, p->group_outputs / 2 + in.block, p->group_maps) : PNN_PANEL;
   in.packing = pnn_packing_backward(p, in.rows ? p->kernels->tile_columns : p->kernels->tile_rows, in.block);
+  in.slab = p->group_maps;
   in.deal = pnn_deal_columns(p, host, in.width, in.masks ? p->maps : pnn_mask_rows(p, p->group_maps),
                              in.masks ? 1 : p->groups, in.masks);
+  /* With many maps a panel's masks would fill the second-level cache. A channel's gradient needs its own maps only, so
+   * the maps become the outermost loop: a window's masks serve the whole piece while the next ones are on their way. */
+  const int64_t slab = in.block ? in.window / block_channels * in.block : 0;
+  if (!in.masks && p->masks > 1 && !p->shared && p->noise == PNN_NOISE_TENSOR && slab < p->group_maps &&
+      pnn_columns_native(p, &p->grad_output) && /* else each slab would turn it again */
+      pnn_mask_rows(p, p->group_maps) * in.deal.pixels * p->real_size > FAR_MASK_BYTES) {
+    in.slab = slab;
+    in.deal = pnn_deal_columns(p, host, in.width, pnn_mask_rows(p, slab), p->groups, true);
+  }
   in.depth = in.packing.blocks == 1 ? PNN_MIN(p->group_outputs, INPUT_OUTPUTS) : p->group_outputs;
   const int64_t bytes = pnn_packing_bytes(p, &in.packing);
   in.packed = spare_bytes > 0 && bytes <= spare_bytes ? spare : pnn_arena_take(arena, 1, bytes);

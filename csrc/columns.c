@@ -39,21 +39,26 @@ void pnn_columns_pad(const pnn_columns *columns, int64_t rows, void *panel, int6
     memset((char *)panel + (r * ld + columns->columns) * size, 0, (size_t)(padding * size));
 }
 
+typedef enum move_kind { LOAD, STORE, TURN, TURN_PAIRS } move_kind;
+
 typedef struct mover {
   const pnn_problem *problem;
   const pnn_view *view;
   int64_t channel, rows, ld;
   char *panel;
-  bool to_panel;
+  move_kind kind;
 } mover;
 
 static void move(const mover *m, int64_t offset, int64_t column, int64_t count, int64_t step) {
   char *data = m->view->data + (offset + m->channel * m->view->channel) * m->view->element;
-  char *panel = m->panel + column * m->problem->real_size;
-  if (m->to_panel)
-    m->problem->kernels->load[m->view->dtype](panel, m->ld, data, m->rows, m->view->channel, count, step);
-  else
-    m->problem->kernels->store[m->view->dtype](data, m->view->channel, step, panel, m->ld, m->rows, count);
+  const pnn_kernels *kernels = m->problem->kernels;
+  char *panel = m->panel + column * (m->kind == TURN ? m->problem->native : m->problem->real_size);
+  switch (m->kind) {
+    case LOAD: kernels->load[m->view->dtype](panel, m->ld, data, m->rows, m->view->channel, count, step); return;
+    case STORE: kernels->store[m->view->dtype](data, m->view->channel, step, panel, m->ld, m->rows, count); return;
+    case TURN: kernels->turn_bfloat16(panel, m->ld, data, step, m->rows, count); return;
+    case TURN_PAIRS: kernels->turn_pairs(panel, m->ld, data, step, m->rows, count); return;
+  }
 }
 
 static void move_all(const mover *m, const pnn_columns *columns) {
@@ -89,14 +94,14 @@ static void move_all(const mover *m, const pnn_columns *columns) {
 
 void pnn_columns_load(const pnn_problem *problem, const pnn_columns *columns, const pnn_view *view, int64_t channel,
                       int64_t rows, void *panel, int64_t ld) {
-  const mover m = {problem, view, channel, rows, ld, panel, true};
+  const mover m = {problem, view, channel, rows, ld, panel, LOAD};
   move_all(&m, columns);
   pnn_columns_pad(columns, rows, panel, ld, problem->real_size);
 }
 
 void pnn_columns_store(const pnn_problem *problem, const pnn_columns *columns, const pnn_view *view, int64_t channel,
                        int64_t rows, const void *panel, int64_t ld) {
-  const mover m = {problem, view, channel, rows, ld, (char *)(uintptr_t)panel, false};
+  const mover m = {problem, view, channel, rows, ld, (char *)(uintptr_t)panel, STORE};
   move_all(&m, columns);
 }
 
@@ -105,9 +110,19 @@ bool pnn_columns_native(const pnn_problem *problem, const pnn_view *view) {
   return view->element == problem->native && view->column == 1 && joined;
 }
 
+bool pnn_columns_turned(const pnn_problem *problem, const pnn_view *view) {
+  return problem->pairs && view->element == problem->native && view->channel == 1 && view->column != 1;
+}
+
 void pnn_columns_copy(const pnn_problem *problem, const pnn_columns *columns, const pnn_view *view, int64_t channel,
                       int64_t rows, void *panel, int64_t ld) {
   const int64_t size = problem->native;
+  if (pnn_columns_turned(problem, view)) {
+    const mover m = {problem, view, channel, rows, ld, panel, TURN};
+    move_all(&m, columns);
+    pnn_columns_pad(columns, rows, panel, ld, size);
+    return;
+  }
   for (int64_t i = 0; i < columns->segments; i++) {
     const pnn_segment *s = &columns->segment[i];
     const char *from = view->data + (s->image * view->batch + channel * view->channel + s->pixel) * size;
@@ -119,6 +134,12 @@ void pnn_columns_copy(const pnn_problem *problem, const pnn_columns *columns, co
 
 void pnn_columns_pair(const pnn_problem *problem, const pnn_columns *columns, const pnn_view *view, int64_t channel,
                       int64_t rows, void *panel, int64_t ld) {
+  if (pnn_columns_turned(problem, view)) {
+    const mover m = {problem, view, channel, rows, ld, panel, TURN_PAIRS};
+    move_all(&m, columns);
+    pnn_columns_pad(columns, (rows + 1) / 2, panel, ld, 4);
+    return;
+  }
   for (int64_t i = 0; i < columns->segments; i++) {
     const pnn_segment *s = &columns->segment[i];
     const char *from = view->data + (s->image * view->batch + channel * view->channel + s->pixel) * problem->native;

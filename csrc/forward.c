@@ -52,20 +52,23 @@ static void prologue(const pnn_forward_state *f, const pnn_response *response, c
   const bool fused = p->group_outputs && (p->pairs     ? kernels->respond_product_pairs[p->activation] != NULL
                                           : p->rounded ? false
                                                        : kernels->respond_product[p->activation] != NULL);
+  const int64_t turned_ld = fused && pnn_response_turn(response, columns, k0, depth, f->width) ? f->width : 0;
   for (int64_t j = 0, next; j < columns->columns; j = next) {
     next = j;
     while (next < columns->columns) { /* up to a tile that makes its own */
-      if (fused && pnn_response_source(response, columns, k0, next, tile, &source[next / tile])) break;
+      if (fused && pnn_response_source(response, columns, k0, next, tile, turned_ld, &source[next / tile])) break;
       source[next / tile].x = NULL;
       next += tile;
     }
     if (next > j) {
       pnn_columns part;
       pnn_columns_part(&part, columns, column, j, PNN_MIN(next, columns->columns));
+      pnn_response of_part = *response; /* whose channels go where they were turned to */
+      if (turned_ld) of_part.channels = (char *)response->channels + j * p->native;
       if (p->pairs)
-        pnn_response_map_pairs(response, &part, k0, depth, s->pairs + j * 4, s->panel + j * p->real_size, f->width);
+        pnn_response_map_pairs(&of_part, &part, k0, depth, s->pairs + j * 4, s->panel + j * p->real_size, f->width);
       else
-        pnn_response_operand(response, &part, k0, depth, s->panel + j * p->real_size, f->width);
+        pnn_response_operand(&of_part, &part, k0, depth, s->panel + j * p->real_size, f->width);
     }
     next += tile;
   }

@@ -168,8 +168,10 @@ void pnn_columns_store(const pnn_problem *problem, const pnn_columns *columns, c
 
 /* Whether all of the view's columns have such places, within each image. */
 bool pnn_columns_native(const pnn_problem *problem, const pnn_view *view);
-/* With pairs, of a native view: panel[r][column] as bfloat16, and panel[r/2][column] as pairs of neighbouring channels
- * (behind an odd last one 0); padding becomes zero. */
+/* Whether, with pairs, its channels are neighbours instead: panels are turned from it. */
+bool pnn_columns_turned(const pnn_problem *problem, const pnn_view *view);
+/* With pairs, of a native or turned view: panel[r][column] as bfloat16, and panel[r/2][column] as pairs of neighbouring
+ * channels (behind an odd last one 0); padding becomes zero. */
 void pnn_columns_copy(const pnn_problem *problem, const pnn_columns *columns, const pnn_view *view, int64_t channel,
                       int64_t rows, void *panel, int64_t ld);
 void pnn_columns_pair(const pnn_problem *problem, const pnn_columns *columns, const pnn_view *view, int64_t channel,
@@ -242,10 +244,13 @@ void pnn_response_map_pairs(const pnn_response *response, const pnn_columns *col
 void pnn_response_column_pairs(const pnn_response *response, const pnn_columns *columns, int64_t k0, int64_t rows,
                                void *pairs, void *panel, int64_t ld);
 
+/* Turns the channels of `rows` response maps into response->channels, rows of the native type and of length ld; false
+ * where the input's columns are neighbours already, or there is one mask a channel and so nothing to gain. */
+bool pnn_response_turn(const pnn_response *response, const pnn_columns *columns, int64_t k0, int64_t rows, int64_t ld);
 /* Where the kernels find the response maps from k0 on of the panel's columns [column, column + count); false unless the
- * input has a place for them (pnn_columns_place). */
+ * input has a place for them (pnn_columns_place). turned_ld not 0: they were turned, k0 the first one, to that ld. */
 bool pnn_response_source(const pnn_response *response, const pnn_columns *columns, int64_t k0, int64_t column,
-                         int64_t count, pnn_source *source);
+                         int64_t count, int64_t turned_ld, pnn_source *source);
 
 /* The same from `rows` response maps further on. */
 pnn_source pnn_source_at(const pnn_problem *problem, const pnn_source *source, int64_t rows);
@@ -283,7 +288,10 @@ void pnn_vector_load(const pnn_tensor *tensor, int64_t count, double absent, dou
 void pnn_vector_store(const pnn_tensor *tensor, int64_t count, const double *src);
 /* doubles to reals, rounded once. */
 void pnn_reals_store(const pnn_problem *problem, int64_t count, const double *src, void *dst);
-double pnn_real_get(const pnn_problem *problem, const void *reals, int64_t i);
+/* In place, so that loops over it become loops over one type. */
+static inline double pnn_real_get(const pnn_problem *problem, const void *reals, int64_t i) {
+  return problem->precision ? ((const double *)reals)[i] : (double)((const float *)reals)[i];
+}
 
 /* Normalisation's per-map constants, in double. */
 typedef struct pnn_norm {

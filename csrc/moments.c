@@ -96,9 +96,14 @@ static void moments_chunk(const pnn_problem *p, const pnn_moments_plan *plan, pn
     pnn_mask_panel(p, k0, rows, made, s.mask, pnn_mask_ld(p, plan->chunks.pixels));
   }
   pnn_columns_set(&columns, made, first, count);
+  /* Where a chunk lies in one image, its rows are summed without being stored. */
+  const bool whole =
+      p->native == p->real_size && p->kernels->respond_moments[p->activation] && count >= 64 && count % PNN_LANES == 0;
   for (int64_t r = 0; r < rows; r += plan->near) {
     const int64_t near = PNN_MIN(plan->near, rows - r);
-    pnn_response_activated(&response, &columns, k0 + r, near, s.panel, PNN_CHUNK);
+    pnn_source source;
+    const bool direct = whole && pnn_response_source(&response, &columns, k0 + r, 0, count, 0, &source);
+    if (!direct) pnn_response_activated(&response, &columns, k0 + r, near, s.panel, PNN_CHUNK);
     const int64_t next = r + near < rows ? r + near : 0; /* the next rows, or the first ones of the next chunk */
     pnn_ahead ahead = {.streams = 0};
     if (next || chunk + 1 < end) {
@@ -108,7 +113,10 @@ static void moments_chunk(const pnn_problem *p, const pnn_moments_plan *plan, pn
                     (k0 + PNN_MIN(next + plan->near, rows) - 1) / p->masks - channel + 1, false);
     }
     pnn_ahead_spread(&ahead, near * (columns.padded / PNN_LANES) / 4);
-    p->kernels->moments(s.panel, PNN_CHUNK, near, count, &mean[r], &m2[r], &ahead);
+    if (direct)
+      p->kernels->respond_moments[p->activation](s.panel, &source, near, count, &mean[r], &m2[r], &ahead);
+    else
+      p->kernels->moments(s.panel, PNN_CHUNK, near, count, &mean[r], &m2[r], &ahead);
   }
 }
 

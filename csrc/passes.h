@@ -68,13 +68,15 @@ typedef struct pnn_inputs {
   const pnn_problem *problem;
   pnn_deal deal;
   pnn_packing packing;
-  int64_t block; /* response maps at a time: whole channels */
-  int64_t depth; /* outputs whose gradients are in a panel: all of a group, but where there are many beside few maps */
-  int64_t width; /* columns of a panel */
-  bool masks;    /* grad_mask is wanted: an item takes all groups and the whole batch */
-  bool steps;    /* from da to dx in steps, not in one kernel */
-  bool rows;     /* channels-last form */
-  bool affine;   /* normalised with the batch's own moments: da is affine in c */
+  int64_t block;  /* response maps at a time: whole channels */
+  int64_t window; /* channels that are loaded and stored at a time: those of one or more blocks */
+  int64_t slab;   /* response maps whose masks are there at a time: all of a group, or a window's */
+  int64_t depth;  /* outputs whose gradients are in a panel: all of a group, but where there are many beside few maps */
+  int64_t width;  /* columns of a panel */
+  bool masks;     /* grad_mask is wanted: an item takes all groups and the whole batch */
+  bool steps;     /* from da to dx in steps, not in one kernel */
+  bool rows;      /* channels-last form */
+  bool affine;    /* normalised with the batch's own moments: da is affine in c */
   void *packed;
   const void *mean;     /* NULL without normalisation */
   void *offset, *slope; /* [K] reals, where affine */

@@ -17,9 +17,24 @@ static bool reads_in_place(const pnn_problem *p, int64_t element) {
   return p->input.element == element && (p->input.column == 1 || p->out_width == 1);
 }
 
+/* Whether pairs are made from bfloat16 values, where they stand or turned. */
+static bool reads_bfloat16(const pnn_problem *p) {
+  return reads_in_place(p, p->native) || (p->masks > 1 && pnn_columns_turned(p, &p->input));
+}
+
+/* The channels of the response maps [k0, k0 + rows) as rows of elements of `element` bytes. */
+static void load_channels(const pnn_problem *p, const pnn_columns *columns, int64_t k0, int64_t rows, int64_t element,
+                          void *panel, int64_t ld) {
+  const int64_t channel = k0 / p->masks, channels = (k0 + rows - 1) / p->masks - channel + 1;
+  if (element == p->real_size)
+    pnn_columns_load(p, columns, &p->input, channel, channels, panel, ld);
+  else
+    pnn_columns_copy(p, columns, &p->input, channel, channels, panel, ld);
+}
+
 /* Makes response map k0 + r in the panel's row r by `kernel`, which reads elements of `element` bytes and writes `cell`
- * bytes a column; the padding is left as it is. An input of another type or of other strides is loaded first, for a
- * kernel that reads reals. */
+ * bytes a column; the padding is left as it is. An input of another type or of other strides is loaded first, as
+ * reals or turned. */
 static void respond(const pnn_response *response, const pnn_columns *columns, int64_t k0, int64_t rows,
                     pnn_respond_fn kernel, int64_t element, int64_t cell, const char *mean, char *panel, int64_t ld) {
   const pnn_problem *p = response->problem;
@@ -35,7 +50,7 @@ static void respond(const pnn_response *response, const pnn_columns *columns, in
   if (!in_place) {
     /* With one mask a channel its row is loaded to where its response goes. */
     x = p->masks == 1 ? panel : response->channels;
-    pnn_columns_load(p, columns, v, channel, (k0 + rows - 1) / p->masks - channel + 1, x, ld);
+    load_channels(p, columns, k0, rows, element, x, ld);
   }
   for (int64_t i = 0; i < columns->segments; i++) {
     const pnn_segment *s = &columns->segment[i];
@@ -43,7 +58,7 @@ static void respond(const pnn_response *response, const pnn_columns *columns, in
       const int64_t pixel = s->pixel + done, row = pixel / width, from = pixel % width;
       count = in_place && !rows_join ? PNN_MIN(width - from, s->columns - done) : s->columns - done;
       const int64_t column = s->column + done;
-      pnn_source source = {.x = x + column * size,
+      pnn_source source = {.x = x + column * element,
                            .ldx = ld,
                            .mask = mask ? mask + (pixel - columns->range->pixel) * size : NULL,
                            .ldm = response->mask_ld,
@@ -91,7 +106,7 @@ void pnn_response_operand(const pnn_response *response, const pnn_columns *colum
 void pnn_response_map_pairs(const pnn_response *response, const pnn_columns *columns, int64_t k0, int64_t rows,
                             void *pairs, void *panel, int64_t ld) {
   const pnn_problem *p = response->problem;
-  if (!reads_in_place(p, p->native)) {
+  if (!reads_bfloat16(p)) {
     pnn_response_operand(response, columns, k0, rows, panel, ld);
     p->kernels->pair_rows(pairs, panel, ld, rows, columns->padded);
     return;
@@ -104,7 +119,7 @@ void pnn_response_map_pairs(const pnn_response *response, const pnn_columns *col
 void pnn_response_column_pairs(const pnn_response *response, const pnn_columns *columns, int64_t k0, int64_t rows,
                                void *pairs, void *panel, int64_t ld) {
   const pnn_problem *p = response->problem;
-  if (!reads_in_place(p, p->native)) {
+  if (!reads_bfloat16(p)) {
     pnn_response_operand(response, columns, k0, rows, panel, ld);
     p->kernels->pair_columns(pairs, ld / 2, panel, ld, rows, columns->padded);
     return;
@@ -114,21 +129,31 @@ void pnn_response_column_pairs(const pnn_response *response, const pnn_columns *
   pnn_columns_pad(columns, rows, pairs, ld, p->native);
 }
 
+bool pnn_response_turn(const pnn_response *response, const pnn_columns *columns, int64_t k0, int64_t rows, int64_t ld) {
+  const pnn_problem *p = response->problem;
+  if (!rows || p->masks == 1 || reads_in_place(p, p->native)) return false;
+  if (p->pairs && !pnn_columns_turned(p, &p->input)) return false;
+  load_channels(p, columns, k0, rows, p->native, response->channels, ld);
+  return true;
+}
+
 bool pnn_response_source(const pnn_response *response, const pnn_columns *columns, int64_t k0, int64_t column,
-                         int64_t count, pnn_source *source) {
+                         int64_t count, int64_t turned_ld, pnn_source *source) {
   const pnn_problem *p = response->problem;
   const int64_t size = p->real_size;
-  const char *x = pnn_columns_place(p, columns, &p->input, k0 / p->masks, column, count), *mask = NULL;
+  int64_t i = 0; /* the run that the columns should lie in */
+  while (columns->segment[i].column + columns->segment[i].columns <= column) i++;
+  if (column + count > columns->segment[i].column + columns->segment[i].columns) return false;
+  const char *x = (const char *)response->channels + column * p->native, *mask = NULL;
+  if (!turned_ld) x = pnn_columns_place(p, columns, &p->input, k0 / p->masks, column, count);
   if (!x) return false;
   if (p->noise != PNN_NOISE_NONE) {
-    int64_t i = 0;
-    while (columns->segment[i].column + columns->segment[i].columns <= column) i++;
     const int64_t pixel = columns->segment[i].pixel + column - columns->segment[i].column - columns->range->pixel;
     const int64_t row = p->shared ? 0 : k0 - response->mask_k0;
     mask = (const char *)response->mask + (row * response->mask_ld + pixel) * size;
   }
   *source = (pnn_source){.x = x,
-                         .ldx = p->input.channel,
+                         .ldx = turned_ld ? turned_ld : p->input.channel,
                          .mask = mask,
                          .ldm = response->mask_ld,
                          .mean = mean_from(response, k0),

@@ -12,10 +12,6 @@ void pnn_weights_load(const pnn_problem *problem, void *dst) {
                                    problem->group_maps, problem->group_maps > 1 ? w->stride[1] : 1);
 }
 
-double pnn_real_get(const pnn_problem *problem, const void *reals, int64_t i) {
-  return problem->precision ? ((const double *)reals)[i] : (double)((const float *)reals)[i];
-}
-
 void pnn_reals_store(const pnn_problem *problem, int64_t count, const double *src, void *dst) {
   for (int64_t i = 0; i < count; i++) {
     if (problem->precision)

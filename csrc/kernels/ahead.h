@@ -11,7 +11,7 @@
 #include <stdint.h>
 
 #define PNN_AHEAD_DEPTH 8
-#define PNN_AHEAD_STREAMS 3
+#define PNN_AHEAD_STREAMS 4
 
 typedef struct pnn_ahead_stream {
   const char *data;

@@ -308,22 +308,28 @@ static inline real lanes_sum(const vr lane[LANE_VECTORS]) {
 
 /* The same tree for DOT_ROWS * DOT_COLUMNS sums at once: the steps within a vector fold two vectors into one, so that
  * each addition works on full vectors. */
-static inline void lanes_sums(vr sum[DOT_ROWS * DOT_COLUMNS][LANE_VECTORS], real *out) {
+static inline __attribute__((always_inline)) void lanes_sums(const vr sum[DOT_ROWS * DOT_COLUMNS][LANE_VECTORS],
+                                                             real *out) {
 #if VR == 16
-#define FOLD(a, b, ...) \
-  (__builtin_shufflevector(a, b, FOLD_LOW_##__VA_ARGS__) + __builtin_shufflevector(a, b, FOLD_HIGH_##__VA_ARGS__))
-#define FOLD_LOW_8 0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23
-#define FOLD_HIGH_8 8, 9, 10, 11, 12, 13, 14, 15, 24, 25, 26, 27, 28, 29, 30, 31
-#define FOLD_LOW_4 0, 1, 2, 3, 8, 9, 10, 11, 16, 17, 18, 19, 24, 25, 26, 27
-#define FOLD_HIGH_4 4, 5, 6, 7, 12, 13, 14, 15, 20, 21, 22, 23, 28, 29, 30, 31
-#define FOLD_LOW_2 0, 1, 4, 5, 8, 9, 12, 13, 16, 17, 20, 21, 24, 25, 28, 29
-#define FOLD_HIGH_2 2, 3, 6, 7, 10, 11, 14, 15, 18, 19, 22, 23, 26, 27, 30, 31
-#define FOLD_LOW_1 0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30
-#define FOLD_HIGH_1 1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31
+  /* Lanes whose number lacks the bit `step` become a[lane] + a[lane ^ step], the others b[lane] + b[lane ^ step]: one
+   * operand keeps its lanes and needs no shuffle. */
+#define FOLD(a, b, step) \
+  (__builtin_shufflevector(a, b, FOLD_KEEP_##step) + __builtin_shufflevector(a, b, FOLD_MOVE_##step))
+#define FOLD_KEEP_8 0, 1, 2, 3, 4, 5, 6, 7, 24, 25, 26, 27, 28, 29, 30, 31
+#define FOLD_MOVE_8 8, 9, 10, 11, 12, 13, 14, 15, 16, 17, 18, 19, 20, 21, 22, 23
+#define FOLD_KEEP_4 0, 1, 2, 3, 20, 21, 22, 23, 8, 9, 10, 11, 28, 29, 30, 31
+#define FOLD_MOVE_4 4, 5, 6, 7, 16, 17, 18, 19, 12, 13, 14, 15, 24, 25, 26, 27
+#define FOLD_KEEP_2 0, 1, 18, 19, 4, 5, 22, 23, 8, 9, 26, 27, 12, 13, 30, 31
+#define FOLD_MOVE_2 2, 3, 16, 17, 6, 7, 20, 21, 10, 11, 24, 25, 14, 15, 28, 29
+#define FOLD_KEEP_1 0, 17, 2, 19, 4, 21, 6, 23, 8, 25, 10, 27, 12, 29, 14, 31
+#define FOLD_MOVE_1 1, 16, 3, 18, 5, 20, 7, 22, 9, 24, 11, 26, 13, 28, 15, 30
   vr eight[8], four[4], two[2];
-  for (int i = 0; i < 8; i++) eight[i] = FOLD(sum[2 * i][0], sum[2 * i + 1][0], 8);
-  for (int i = 0; i < 4; i++) four[i] = FOLD(eight[2 * i], eight[2 * i + 1], 4);
-  for (int i = 0; i < 2; i++) two[i] = FOLD(four[2 * i], four[2 * i + 1], 2);
+#pragma GCC unroll 8
+  for (int i = 0; i < 8; i++) eight[i] = FOLD(sum[i][0], sum[i + 8][0], 8);
+#pragma GCC unroll 4
+  for (int i = 0; i < 4; i++) four[i] = FOLD(eight[i], eight[i + 4], 4);
+#pragma GCC unroll 2
+  for (int i = 0; i < 2; i++) two[i] = FOLD(four[i], four[i + 2], 2);
   vr_store(out, FOLD(two[0], two[1], 1));
 #else
   for (int i = 0; i < DOT_ROWS * DOT_COLUMNS; i++) out[i] = lanes_sum(sum[i]);
@@ -331,13 +337,17 @@ static inline void lanes_sums(vr sum[DOT_ROWS * DOT_COLUMNS][LANE_VECTORS], real
 }
 
 /* out[i][j] += the folded sums, where they belong to the output. */
-static inline void add_tile(vr sum[DOT_ROWS * DOT_COLUMNS][LANE_VECTORS], int64_t rows, int64_t width, real *out,
-                            int64_t ldo) {
+static inline __attribute__((always_inline)) void add_tile(const vr sum[DOT_ROWS * DOT_COLUMNS][LANE_VECTORS],
+                                                           int64_t rows, int64_t width, real *out, int64_t ldo) {
   real tile[DOT_ROWS * DOT_COLUMNS];
   lanes_sums(sum, tile);
   if (rows >= DOT_ROWS && width >= DOT_COLUMNS) {
-    for (int i = 0; i < DOT_ROWS; i++)
-      for (int j = 0; j < DOT_COLUMNS; j++) out[i * ldo + j] += tile[i * DOT_COLUMNS + j];
+    for (int i = 0; i < DOT_ROWS; i++) {
+      real row[DOT_COLUMNS]; /* read as a whole before any of it is written: a vector */
+      memcpy(row, out + i * ldo, sizeof row);
+      for (int j = 0; j < DOT_COLUMNS; j++) row[j] += tile[i * DOT_COLUMNS + j];
+      memcpy(out + i * ldo, row, sizeof row);
+    }
     return;
   }
   for (int64_t i = 0; i < rows && i < DOT_ROWS; i++)
@@ -905,7 +915,8 @@ static void moments_rows(const void *a_, int64_t lda, int64_t n, int64_t rows, d
 
 /* ---- moments ---- */
 
-/* Sums about a value of the row itself, then about the mean: neither cancels where a map is nearly constant. */
+/* Sums about a value of the row itself, then about the mean: neither cancels where a map is nearly constant. For rows
+ * that moments_once does not settle. */
 static inline __attribute__((always_inline)) void moments_abreast(real *a, int64_t lda, int rows, int64_t n,
                                                                   double *mean, double *m2, pnn_ahead *ahead) {
   const int64_t padded = (n + PNN_LANES - 1) / PNN_LANES * PNN_LANES;
@@ -936,13 +947,127 @@ static inline __attribute__((always_inline)) void moments_abreast(real *a, int64
     moments_finish(middle[r], lanes_sum(sum[r]), lanes_sum(squares[r]), a + r * lda, 1, n, &mean[r], &m2[r]);
 }
 
-static void moments(void *a_, int64_t lda, int64_t rows, int64_t n, double *mean, double *m2, pnn_ahead *ahead) {
-  real *a = a_;
-  int64_t r = 0;
-  for (; r + MOMENTS_ABREAST <= rows; r += MOMENTS_ABREAST)
-    moments_abreast(a + r * lda, lda, MOMENTS_ABREAST, n, mean + r, m2 + r, ahead);
-  for (; r < rows; r++) moments_abreast(a + r * lda, lda, 1, n, mean + r, m2 + r, ahead);
+#define GUESSED (4 * PNN_LANES) /* columns from which a row's mean is guessed, and the fewest that a row may have */
+
+/* activation(x + mask) of 16 columns. */
+static inline __attribute__((always_inline)) void moments_values(const real *x, const real *mask, bool masked,
+                                                                 vr (*activate)(vr), vr values[LANE_VECTORS]) {
+#pragma GCC unroll 8
+  for (int v = 0; v < LANE_VECTORS; v++) {
+    values[v] = vr_load(x + v * VR);
+    if (masked) values[v] += vr_load(mask + v * VR);
+    values[v] = activate(values[v]);
+  }
 }
+
+/* The mean of four runs of columns, exact where all values are the same. */
+static inline __attribute__((always_inline)) real moments_guess(const real *x, const real *mask, bool masked, int64_t n,
+                                                                vr (*activate)(vr)) {
+  vr run[4][LANE_VECTORS];
+#pragma GCC unroll 4
+  for (int64_t i = 0; i < 4; i++) {
+    const int64_t at = i * (n / GUESSED) * PNN_LANES;
+    moments_values(x + at, masked ? mask + at : NULL, masked, activate, run[i]);
+  }
+#pragma GCC unroll 8
+  for (int v = 0; v < LANE_VECTORS; v++) run[0][v] = (run[0][v] + run[1][v]) + (run[2][v] + run[3][v]);
+  return lanes_sum(run[0]) * (real)(1.0 / GUESSED);
+}
+
+/* The moments of `rows` rows side by side by one pass, about each row's guess; columns behind the n-th, up to a
+ * multiple of PNN_LANES, should equal it. Returns the rows, a bit each, whose guess is farther from their mean than the
+ * standard deviation: the difference below would then cost more than a bit, and all of them in the end. */
+static inline __attribute__((always_inline)) unsigned moments_once(const real *const *x, const real *const *mask,
+                                                                   bool masked, int rows, int64_t n, const real *guess,
+                                                                   vr (*activate)(vr), double *mean, double *m2,
+                                                                   pnn_ahead *ahead) {
+  vr sum[MOMENTS_ABREAST][LANE_VECTORS], squares[MOMENTS_ABREAST][LANE_VECTORS];
+  memset(sum, 0, sizeof sum);
+  memset(squares, 0, sizeof squares);
+  for (int64_t p = 0; p < n; p += PNN_LANES, pnn_ahead_step(ahead))
+#pragma GCC unroll 4
+    for (int r = 0; r < rows; r++) {
+      vr values[LANE_VECTORS];
+      moments_values(x[r] + p, masked ? mask[r] + p : NULL, masked, activate, values);
+#pragma GCC unroll 8
+      for (int v = 0; v < LANE_VECTORS; v++) {
+        const vr d = values[v] - vr_set1(guess[r]);
+        sum[r][v] += d;
+        squares[r][v] = vr_fma(d, d, squares[r][v]);
+      }
+    }
+  unsigned left = 0;
+  for (int r = 0; r < rows; r++) {
+    const double s = (double)lanes_sum(sum[r]), q = (double)lanes_sum(squares[r]), both = s * s / (double)n;
+    mean[r] = (double)guess[r] + s / (double)n;
+    m2[r] = q - both;
+    if (!(both <= 0.5 * q) || !(m2[r] <= 1e300)) left |= 1u << r;
+  }
+  return left;
+}
+
+static void moments(void *a_, int64_t lda, int64_t rows, int64_t n, double *mean, double *m2, pnn_ahead *ahead) {
+  const int64_t padded = (n + PNN_LANES - 1) / PNN_LANES * PNN_LANES;
+  for (int64_t first = 0, abreast; first < rows; first += abreast) {
+    real *a = (real *)a_ + first * lda;
+    abreast = rows - first < MOMENTS_ABREAST ? 1 : MOMENTS_ABREAST;
+    unsigned left = n < GUESSED ? (1u << abreast) - 1 : 0;
+    if (!left) {
+      const real *row[MOMENTS_ABREAST];
+      real guess[MOMENTS_ABREAST];
+      for (int64_t r = 0; r < abreast; r++) {
+        row[r] = a + r * lda;
+        guess[r] = moments_guess(row[r], NULL, false, n, PNN_ACTIVATE(identity));
+        for (int64_t j = n; j < padded; j++) a[r * lda + j] = guess[r];
+      }
+      left = abreast == MOMENTS_ABREAST
+                 ? moments_once(row, NULL, false, MOMENTS_ABREAST, n, guess, PNN_ACTIVATE(identity), mean + first,
+                                m2 + first, ahead)
+                 : moments_once(row, NULL, false, 1, n, guess, PNN_ACTIVATE(identity), mean + first, m2 + first, ahead);
+    }
+    for (int64_t r = 0; r < abreast; r++)
+      if (left >> r & 1) moments_abreast(a + r * lda, lda, 1, n, mean + first + r, m2 + first + r, ahead);
+  }
+}
+
+/* `moments` of response maps that are not stored, but for those that take a second pass. */
+static inline __attribute__((always_inline)) void respond_moments(void *a, const pnn_source *source, int64_t rows,
+                                                                  int64_t n, double *mean, double *m2, pnn_ahead *ahead,
+                                                                  vr (*activate)(vr), pnn_respond_fn respond,
+                                                                  bool masked) {
+  int64_t m = source->k0 % source->masks, channel = 0;
+  for (int64_t first = 0, abreast; first < rows; first += abreast) {
+    const real *x[MOMENTS_ABREAST], *mask[MOMENTS_ABREAST];
+    real guess[MOMENTS_ABREAST];
+    abreast = rows - first < MOMENTS_ABREAST ? 1 : MOMENTS_ABREAST;
+    for (int64_t r = 0; r < abreast; r++) {
+      x[r] = (const real *)source->x + channel * source->ldx;
+      mask[r] = masked ? (const real *)source->mask + (source->shared ? m : first + r) * source->ldm : NULL;
+      guess[r] = moments_guess(x[r], mask[r], masked, n, activate);
+      if (++m == source->masks) m = 0, channel++;
+    }
+    const unsigned left =
+        abreast == MOMENTS_ABREAST
+            ? moments_once(x, mask, masked, MOMENTS_ABREAST, n, guess, activate, mean + first, m2 + first, ahead)
+            : moments_once(x, mask, masked, 1, n, guess, activate, mean + first, m2 + first, ahead);
+    for (int64_t r = 0; r < abreast; r++) {
+      if (!(left >> r & 1)) continue;
+      const pnn_source one = {.x = x[r], .mask = mask[r], .masks = 1};
+      respond(a, n, &one, 1, n);
+      moments_abreast(a, n, 1, n, mean + first + r, m2 + first + r, ahead);
+    }
+  }
+}
+
+#define DEFINE_RESPOND_MOMENTS(suffix, name)                                                                   \
+  static void respond_moments_##name(void *a, const pnn_source *source, int64_t rows, int64_t n, double *mean, \
+                                     double *m2, pnn_ahead *ahead) {                                           \
+    if (source->mask)                                                                                          \
+      respond_moments(a, source, rows, n, mean, m2, ahead, PNN_ACTIVATE(name), respond_##name, true);          \
+    else                                                                                                       \
+      respond_moments(a, source, rows, n, mean, m2, ahead, PNN_ACTIVATE(name), respond_##name, false);         \
+  }
+CHEAP_ACTIVATIONS(DEFINE_RESPOND_MOMENTS)
 
 /* ---- masks ---- */
 
@@ -1017,10 +1142,79 @@ static void recipe_uniform(real *dst, int64_t ld, const pnn_recipe *recipe, real
   }
 }
 
+/* The sums of bytes behind the normal masks: of output words 0 and 1 for the even map of a block, 2 and 3 for the odd
+ * one. Word 3 of the counter is 2. */
+#if defined(PNN_ISA_AVX512)
+/* What the first two rounds make of the pixels alone, whatever the block, which is the counter's word 2. */
+typedef struct normal_pixels {
+  __m512i row[2], product0[2], product1[2]; /* of the first round's multiplier 0, and the second one's multiplier 1 */
+} normal_pixels;
+
+static inline normal_pixels normal_begin(const grid_walk *at, const uint32_t key[2]) {
+  normal_pixels pixels;
+  for (int h = 0; h < 2; h++) {
+    pixels.row[h] = philox_load(at->rows + 8 * h);
+    pixels.product0[h] = _mm512_mul_epu32(_mm512_set1_epi64(PHILOX_M0), philox_load(at->columns + 8 * h));
+    const __m512i word = _mm512_xor_si512(_mm512_srli_epi64(pixels.product0[h], 32), _mm512_set1_epi64(2 ^ key[1]));
+    pixels.product1[h] = _mm512_mul_epu32(_mm512_set1_epi64(PHILOX_M1), word);
+  }
+  return pixels;
+}
+
+static inline __attribute__((always_inline)) void normal_sums(const normal_pixels *pixels, int64_t block,
+                                                              const uint32_t key[2], int32_t sums[2][PHILOX_LANES]) {
+  const uint64_t product = (uint64_t)PHILOX_M1 * (uint32_t)block;
+  const __m512i high = _mm512_set1_epi64((uint32_t)(product >> 32) ^ key[0]);
+  const __m512i low = _mm512_set1_epi64((uint32_t)product ^ (key[0] + PHILOX_W0));
+  const __m512i k1 = _mm512_set1_epi64(key[1] + PHILOX_W1);
+  __m512i w[4][2], sum[2][2];
+#pragma GCC unroll 2
+  for (int h = 0; h < 2; h++) {
+    const __m512i a = _mm512_mul_epu32(_mm512_set1_epi64(PHILOX_M0), _mm512_xor_si512(pixels->row[h], high));
+    w[0][h] = _mm512_xor_si512(_mm512_srli_epi64(pixels->product1[h], 32), low);
+    w[1][h] = pixels->product1[h];
+    w[2][h] = _mm512_ternarylogic_epi64(_mm512_srli_epi64(a, 32), pixels->product0[h], k1, PHILOX_XOR);
+    w[3][h] = a;
+  }
+  philox_rounds(w, key, 2);
+  const __m512i even = _mm512_set_epi32(30, 28, 26, 24, 22, 20, 18, 16, 14, 12, 10, 8, 6, 4, 2, 0);
+#pragma GCC unroll 2
+  for (int i = 0; i < 2; i++) {
+#pragma GCC unroll 2
+    for (int h = 0; h < 2; h++) {
+      const __m512i words = _mm512_mask_blend_epi32(0xaaaa, w[2 * i][h], _mm512_slli_epi64(w[2 * i + 1][h], 32));
+      sum[i][h] = _mm512_sad_epu8(words, _mm512_setzero_si512());
+    }
+    _mm512_storeu_si512(sums[i], _mm512_permutex2var_epi32(sum[i][0], even, sum[i][1]));
+  }
+}
+#else
+typedef grid_walk normal_pixels;
+
+static inline normal_pixels normal_begin(const grid_walk *at, const uint32_t key[2]) {
+  (void)key;
+  return *at;
+}
+
 static inline uint32_t byte_sum(uint32_t a, uint32_t b) {
   const uint32_t pairs = (a & 0xff00ffu) + ((a >> 8) & 0xff00ffu) + (b & 0xff00ffu) + ((b >> 8) & 0xff00ffu);
   return (pairs & 0xffffu) + (pairs >> 16);
 }
+
+static inline void normal_sums(const normal_pixels *pixels, int64_t block, const uint32_t key[2],
+                               int32_t sums[2][PHILOX_LANES]) {
+  uint32_t words[4][PHILOX_LANES];
+  for (int j = 0; j < PHILOX_LANES; j++) {
+    words[0][j] = pixels->columns[j];
+    words[1][j] = pixels->rows[j];
+    words[2][j] = (uint32_t)block;
+    words[3][j] = 2;
+  }
+  philox4x32_10(words, key);
+  for (int i = 0; i < 2; i++)
+    for (int j = 0; j < PHILOX_LANES; j++) sums[i][j] = (int32_t)byte_sum(words[2 * i][j], words[2 * i + 1][j]);
+}
+#endif
 
 static void recipe_normal(real *dst, int64_t ld, const pnn_recipe *recipe, real level, int64_t k0, int64_t rows,
                           const pnn_grid *grid) {
@@ -1029,23 +1223,16 @@ static void recipe_normal(real *dst, int64_t ld, const pnn_recipe *recipe, real 
   grid_walk at = grid_begin(grid);
   for (int64_t p = 0; p < grid->count; p += PHILOX_LANES) {
     grid_next(&at, grid);
+    const normal_pixels pixels = normal_begin(&at, recipe->key);
     for (int64_t block = k0 / 2; block * 2 < k0 + rows; block++) {
-      uint32_t words[4][PHILOX_LANES];
-      for (int j = 0; j < PHILOX_LANES; j++) {
-        words[0][j] = at.columns[j];
-        words[1][j] = at.rows[j];
-        words[2][j] = (uint32_t)block;
-        words[3][j] = 2;
-      }
-      philox4x32_10(words, recipe->key);
+      int32_t sums[2][PHILOX_LANES];
+      normal_sums(&pixels, block, recipe->key, sums);
       for (int64_t i = 0; i < 2; i++) {
         const int64_t k = block * 2 + i;
         if (k < k0 || k >= k0 + rows) continue;
         real values[PHILOX_LANES];
-        for (int j = 0; j < PHILOX_LANES; j++) {
-          const int32_t sum = (int32_t)byte_sum(words[2 * i][j], words[2 * i + 1][j]);
-          values[j] = level * (real)((float)(sum - 1020) * inverse_deviation);
-        }
+        for (int j = 0; j < PHILOX_LANES; j++)
+          values[j] = level * (real)((float)(sums[i][j] - 1020) * inverse_deviation);
         copy_some(dst + (k - k0) * ld + p, values, grid->count - p);
       }
     }
@@ -1114,6 +1301,7 @@ static void recipe_fill(void *dst, int64_t ld, const pnn_recipe *recipe, double 
 #define RESPOND_PRODUCT_ENTRY(suffix, name) [PNN_ACTIVATION_##suffix] = respond_product_##name,
 #define RESPOND_DOT_ENTRY(suffix, name) [PNN_ACTIVATION_##suffix] = respond_dot_##name,
 #define PRODUCT_RESPOND_GRAD_ENTRY(suffix, name) [PNN_ACTIVATION_##suffix] = product_respond_grad_##name,
+#define RESPOND_MOMENTS_ENTRY(suffix, name) [PNN_ACTIVATION_##suffix] = respond_moments_##name,
 #define ACTIVATE_ENTRY(suffix, name) [PNN_ACTIVATION_##suffix] = activate_##name,
 #define RESPOND_GRAD_ROWS_ENTRY(suffix, name) [PNN_ACTIVATION_##suffix] = respond_grad_rows_##name,
 #define RESPOND_GRAD_ENTRY(suffix, name) [PNN_ACTIVATION_##suffix] = respond_grad_##name,
@@ -1148,6 +1336,7 @@ const pnn_kernels PNN_KERNEL_NAME(pnn_kernels) = {
     .accumulate = accumulate,
     .round16 = round16,
     .moments = moments,
+    .respond_moments = {CHEAP_ACTIVATIONS(RESPOND_MOMENTS_ENTRY)},
     .recipe = recipe_fill,
 #if defined(HAVE_PAIRS)
     .product_pairs = product_pairs,
@@ -1155,6 +1344,8 @@ const pnn_kernels PNN_KERNEL_NAME(pnn_kernels) = {
     .pair_rows = pair_rows,
     .pair_columns = pair_columns,
     .pair_bfloat16 = pair_bfloat16,
+    .turn_bfloat16 = turn_bfloat16,
+    .turn_pairs = turn_pairs,
     .sum_bfloat16 = sum_bfloat16,
     .respond_pairs = {PNN_ACTIVATION_LIST(RESPOND_PAIRS_ENTRY)},
     .respond_bfloat16 = {PNN_ACTIVATION_LIST(RESPOND_BFLOAT16_ENTRY)},

@@ -88,6 +88,54 @@ PAIRS_TARGET static void pair_bfloat16(void *dst_, int64_t ld, const void *src_,
   }
 }
 
+/* ---- tensors whose channels are neighbours, turned ---- */
+
+#define TURNED_COLUMNS (2 * VR)
+
+/* In lane r, the values r of columns[0] and columns[1]. The first n lanes are read, the second column where `two`. */
+PAIRS_INLINE vr load_column_pair(const uint16_t *src, int64_t lds, int64_t n, bool two) {
+  const __m256i low = _mm256_maskz_loadu_epi16(lanes(n), src);
+  const __m256i high = _mm256_maskz_loadu_epi16((__mmask16)(two ? lanes(n) : 0), two ? src + lds : src);
+  return (vr)interleave(low, high);
+}
+
+PAIRS_TARGET static void turn_bfloat16(void *dst_, int64_t ldd, const void *src_, int64_t lds, int64_t rows,
+                                       int64_t columns) {
+  uint16_t *dst = dst_;
+  const uint16_t *src = src_;
+  for (int64_t r = 0; r < rows; r += VR) {
+    const int64_t n = rows - r < VR ? rows - r : VR;
+    for (int64_t j = 0; j < columns; j += TURNED_COLUMNS) {
+      const int64_t left = columns - j;
+      const uint16_t *from = src + j * lds + r;
+      vr v[VR];
+      for (int i = 0; i < VR; i++)
+        v[i] = 2 * i < left ? load_column_pair(from + 2 * i * lds, lds, n, 2 * i + 1 < left) : vr_set1(0);
+      vr_transpose(v);
+      const __mmask32 there = left < TURNED_COLUMNS ? (__mmask32)((UINT32_C(1) << left) - 1) : ~(__mmask32)0;
+      for (int i = 0; i < n; i++) _mm512_mask_storeu_epi16(dst + (r + i) * ldd + j, there, (__m512i)v[i]);
+    }
+  }
+}
+
+PAIRS_TARGET static void turn_pairs(void *dst_, int64_t ld, const void *src_, int64_t lds, int64_t rows,
+                                    int64_t columns) {
+  uint32_t *dst = dst_;
+  const uint16_t *src = src_;
+  for (int64_t r = 0; r < rows; r += 2 * VR, dst += VR * ld) {
+    const int64_t n = rows - r < 2 * VR ? rows - r : 2 * VR;
+    const __mmask32 read = n < 2 * VR ? (__mmask32)((UINT32_C(1) << n) - 1) : ~(__mmask32)0;
+    for (int64_t j = 0; j < columns; j += VR) {
+      const int64_t left = columns - j;
+      vr v[VR];
+      for (int i = 0; i < VR; i++)
+        v[i] = i < left ? (vr)_mm512_maskz_loadu_epi16(read, src + (j + i) * lds + r) : vr_set1(0);
+      vr_transpose(v);
+      for (int i = 0; 2 * i < n; i++) _mm512_mask_storeu_epi32(dst + i * ld + j, lanes(left), (__m512i)v[i]);
+    }
+  }
+}
+
 /* ---- response maps ---- */
 
 /* Walks a source's response maps one after another. */
@@ -302,9 +350,12 @@ PAIRS_TARGET static void dot_pairs(int64_t columns, const void *a_, int64_t lda,
       for (int j = 0; j < DOT_COLUMNS; j++) sum[i][j] = _mm512_dpbf16_ps(sum[i][j], (__m512bh)av, (__m512bh)bv[j]);
     }
   }
-  vr lanes[DOT_ROWS * DOT_COLUMNS][LANE_VECTORS];
-  memcpy(lanes, sum, sizeof lanes);
-  add_tile(lanes, rows, width, out, ldo);
+  vr all[DOT_ROWS * DOT_COLUMNS][LANE_VECTORS];
+#pragma GCC unroll 4
+  for (int i = 0; i < DOT_ROWS; i++)
+#pragma GCC unroll 4
+    for (int j = 0; j < DOT_COLUMNS; j++) all[i * DOT_COLUMNS + j][0] = (vr)sum[i][j];
+  add_tile(all, rows, width, out, ldo);
 }
 
 static void sum_bfloat16(int64_t columns, const void *a_, int64_t lda, int64_t rows, void *out_) {

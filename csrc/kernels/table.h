@@ -145,6 +145,10 @@ typedef struct pnn_kernels {
 
   /* Mean and sum of squared deviations of each row's first n columns, n >= 1. Overwrites the padding. */
   void (*moments)(void *a, int64_t lda, int64_t rows, int64_t n, double *mean, double *m2, pnn_ahead *ahead);
+  /* The same, to the bit, of the response maps source->k0, ..., whose mean is not subtracted, for n >= 64 columns, a
+   * multiple of PNN_LANES. a: room for n reals. NULL as in respond_product. */
+  void (*respond_moments[PNN_ACTIVATION_COUNT])(void *a, const pnn_source *source, int64_t rows, int64_t n,
+                                                double *mean, double *m2, pnn_ahead *ahead);
 
   /* dst[r*ld + p] = fl(fl(level) * N) of response map k0 + r at pixel p of the grid's. */
   void (*recipe)(void *dst, int64_t ld, const pnn_recipe *recipe, double level, int64_t k0, int64_t rows,
@@ -167,6 +171,10 @@ typedef struct pnn_kernels {
   void (*pair_columns)(void *dst, int64_t ldd, const void *a, int64_t lda, int64_t rows, int64_t columns);
   /* pair_rows of a bfloat16 tensor's rows, for any number of columns. */
   void (*pair_bfloat16)(void *dst, int64_t ld, const void *src, int64_t row_stride, int64_t rows, int64_t columns);
+  /* The same panels of a bfloat16 tensor whose rows (channels) are neighbours and whose columns stand column_stride
+   * apart: dst[r][j] = src[j*column_stride + r], and its pairs of rows, dst[r/2][j]. For any number of columns. */
+  void (*turn_bfloat16)(void *dst, int64_t ld, const void *src, int64_t column_stride, int64_t rows, int64_t columns);
+  void (*turn_pairs)(void *dst, int64_t ld, const void *src, int64_t column_stride, int64_t rows, int64_t columns);
   /* `sum` of rows of bfloat16 values. */
   void (*sum_bfloat16)(int64_t columns, const void *a, int64_t lda, int64_t rows, void *out);
   /* `respond` from a bfloat16 x to pairs of neighbouring maps, a[r/2][j] = (map r, map r+1), behind an odd last map 0;
