@@ -5,15 +5,17 @@
  * maps [up to 256 maps][columns] in cache and multiply every tile of packed weights with it; sums wait in
  * [T/G][columns] between two blocks of maps, so that each output stays one chain in ascending k, started at the bias.
  * With more than 256 maps and outputs that whole tiles fit, the blocks of maps are the outer loop and the sums wait in
- * the output itself.
+ * the output itself. With few maps the panel is made first, up to 512 columns wide, and each tile of outputs goes along
+ * all of it, straight to the output.
  */
 #include <string.h>
 
 #include "passes.h"
 
-#define MAPS 256     /* response maps in a panel */
-#define FEW_MAPS 24  /* response maps beside whose products the stores and the calls weigh */
-#define SUM_ROWS 512 /* outputs whose sums wait at a time, where they wait for no further maps */
+#define MAPS 256              /* response maps in a panel */
+#define FEW_MAPS 24           /* response maps beside whose products the stores and the calls weigh */
+#define FEW_BYTES (16 * 1024) /* of such a panel, in the first-level cache: the fewer maps, the longer the runs */
+#define SUM_ROWS 512          /* outputs whose sums wait at a time, where they wait for no further maps */
 
 typedef struct worker_scratch {
   char *panel, *pairs, *sums, *mask, *channels;
@@ -163,11 +165,6 @@ static void forward_panel(const pnn_forward_state *f, const worker_scratch *s, c
   const int64_t k_group = group * p->group_maps, channel = (k_group + first) / p->masks;
   pnn_columns columns;
   pnn_columns_set(&columns, range, column, PNN_MIN(f->width, end - column));
-  panel_walk w;
-  w.columns = &columns, w.range = range, w.column = column, w.group = group;
-  for (int64_t j = 0; j < columns.columns; j += kernels->tile_columns)
-    w.place[j / kernels->tile_columns] =
-        pnn_columns_place(p, &columns, &p->output, group * p->group_outputs, j, kernels->tile_columns);
   const int64_t next = column + f->width, count = PNN_MIN(f->width, end - next);
   pnn_ahead ahead = {.streams = 0};
   if (first < last)
@@ -178,6 +175,11 @@ static void forward_panel(const pnn_forward_state *f, const worker_scratch *s, c
     panel_runs(f, s, response, &columns, group, &ahead);
     return;
   }
+  panel_walk w;
+  w.columns = &columns, w.range = range, w.column = column, w.group = group;
+  for (int64_t j = 0; j < columns.columns; j += kernels->tile_columns)
+    w.place[j / kernels->tile_columns] =
+        pnn_columns_place(p, &columns, &p->output, group * p->group_outputs, j, kernels->tile_columns);
   pnn_ahead_add(p, &ahead, range, next, count, &p->output, group * p->group_outputs, p->group_outputs, true);
   pnn_mask_ahead(p, &ahead, k_group + last, PNN_MIN(f->slab, p->group_maps - last), range, (column - begin) / f->width,
                  (end - begin + f->width - 1) / f->width);
@@ -220,6 +222,12 @@ static void forward_item(void *forward_, int32_t worker, int64_t item) {
 static bool runs_pay(const pnn_problem *p) {
   return pnn_columns_native(p, &p->output) && p->group_outputs >= 2 * p->group_maps &&
          p->pixels >= p->kernels->tile_columns;
+}
+
+/* Columns of a panel of few maps. */
+static int64_t run_columns(const pnn_problem *p) {
+  const int64_t columns = FEW_BYTES / p->real_size / PNN_MAX(p->group_maps, 1);
+  return PNN_MIN(columns / PNN_PANEL * PNN_PANEL, PNN_CHUNK);
 }
 
 /* Whether every tile of every output is written where it belongs: then sums can wait there for as long as one likes. */
@@ -272,6 +280,7 @@ void pnn_forward_pass(const pnn_problem *problem, const pnn_host *host, pnn_aren
   pnn_forward_state f = {.problem = p, .block = rows && p->pairs ? p->group_maps : PNN_MIN(p->group_maps, MAPS)};
   f.width = pnn_panel_columns(p, f.block, PNN_MAX(p->group_outputs, p->group_maps));
   f.few = !p->pairs && p->group_maps <= FEW_MAPS && (rows || runs_pay(p));
+  if (f.few && !rows) f.width = PNN_MAX(f.width, run_columns(p));
   f.packing = pnn_packing_forward(p, rows ? p->kernels->tile_columns : p->kernels->tile_rows);
   /* With many maps a piece's masks would fill the second-level cache for a few pixels. Where the sums can wait in the
    * output, the maps are the outermost loop: masks and weights of one panel's maps serve the whole piece. */
@@ -280,7 +289,7 @@ void pnn_forward_pass(const pnn_problem *problem, const pnn_host *host, pnn_aren
   if (rows || p->group_maps == f.block || p->shared || !outputs_wait(p) ||
       p->groups * f.deal.ranges < 2 * (host ? host->threads : 1)) {
     f.slab = p->group_maps;
-    f.deal = pnn_deal_columns(p, host, f.width, pnn_mask_rows(p, f.slab), p->groups, false);
+    f.deal = pnn_deal_columns(p, host, f.few ? PNN_PANEL : f.width, pnn_mask_rows(p, f.slab), p->groups, false);
   }
   f.sum_rows = f.packing.block_tiles * f.packing.tile;
   f.tiles = PNN_MAX(f.packing.block_tiles, 1);
