@@ -258,8 +258,8 @@ FAKES: dict[str, Callable[..., Any]] = {
 def register(library: torch.library.Library) -> None:
     """Registers the shape functions of all operators that take tensors, and that these take any memory layout.
 
-    Without the tag torch.compile hands an operator the strides that it saw while tracing: where it lays convolutions out
-    as channels_last, that copies every layer's input and gradient.
+    Without the tag torch.compile hands an operator the strides that it saw while tracing: where it lays convolutions
+    out as channels_last, that copies every layer's input and gradient.
     """
     for name, fake in FAKES.items():
         torch.library.register_fake(f"torch_pnn::{name}", fake, lib=library)
