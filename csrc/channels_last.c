@@ -140,10 +140,16 @@ static void respond(const pnn_problem *p, const row_masks *m, int64_t mask_k0, c
   const char *from = mean ? (const char *)mean + k0 * p->real_size : NULL;
   const pnn_respond_rows_fn kernel =
       (p->pairs ? p->kernels->respond_rows_bfloat16 : p->kernels->respond_rows)[p->activation];
+  const int64_t step = pixel_step(p, &p->input);
+  /* Without a gap between pixels a run is one long row: with few maps that fills the vectors. */
+  const bool dense = step == maps && ld == maps && !from && !p->shared;
   for (int64_t segment = 0, done = 0; segment < columns->segments;) {
     const input_run run = input_run_next(p, m, mask_k0, columns, k0, &segment, &done);
-    kernel(panel + run.column * ld * p->native, ld, run.x, pixel_step(p, &p->input), run.mask, run.mask_step, from,
-           run.columns, maps, p->shared);
+    char *const to = panel + run.column * ld * p->native;
+    if (dense && (!run.mask || run.mask_step == maps))
+      kernel(to, ld, run.x, step, run.mask, maps, NULL, 1, run.columns * maps, 0);
+    else
+      kernel(to, ld, run.x, step, run.mask, run.mask_step, from, run.columns, maps, p->shared);
   }
 }
 
@@ -161,7 +167,7 @@ typedef struct forward_scratch {
 
 static forward_scratch forward_take(const pnn_forward_state *f, pnn_arena *arena) {
   const pnn_problem *p = f->problem;
-  forward_scratch s = {.ld = row_length(p, f->block, p->native)};
+  forward_scratch s = {.ld = f->few ? p->group_maps : row_length(p, f->block, p->native)};
   s.panel = pnn_arena_take(arena, s.ld * f->width, p->native);
   s.masks = masks_take(p, p->group_maps, f->deal.pixels, arena);
   return s;
@@ -169,7 +175,27 @@ static forward_scratch forward_take(const pnn_forward_state *f, pnn_arena *arena
 
 void pnn_rows_forward_scratch(const pnn_forward_state *state, pnn_arena *arena) { forward_take(state, arena); }
 
-#define ROWS_MADE 16 /* pixels at a time; no fewer than a tile has */
+#define ROWS_MADE 16     /* pixels at a time; no fewer than a tile has */
+#define ROWS_MADE_FEW 64 /* of few maps */
+
+/* A panel of few maps: a few pixels' response maps, then all of their outputs. */
+static void forward_runs(const pnn_forward_state *f, const forward_scratch *s, const pnn_columns *columns,
+                         int64_t first, int64_t group, const pixel_run *runs, int64_t count, int64_t step,
+                         pnn_ahead *ahead) {
+  const pnn_problem *p = f->problem;
+  const int64_t k_first = group * p->group_maps;
+  const void *b = pnn_packing_tile(p, &f->packing, f->packed, group, 0, 0, 0);
+  const char *start = from_map(p, f->bias, group * f->sum_rows);
+  for (int64_t r = 0; r < count; r++)
+    for (int64_t i = 0; i < runs[r].columns; i += ROWS_MADE_FEW) {
+      const int64_t column = runs[r].column + i, pixels = PNN_MIN(ROWS_MADE_FEW, runs[r].columns - i);
+      pnn_columns part;
+      pnn_columns_part(&part, columns, first, column, column + pixels);
+      respond(p, &s->masks, k_first, &part, k_first, p->group_maps, f->mean, s->panel, s->ld);
+      char *c = p->output.data + (runs[r].offset + i * step + group * p->group_outputs) * p->native;
+      p->kernels->product_rows_run(pixels, p->group_outputs, p->group_maps, s->panel, s->ld, b, c, step, start, ahead);
+    }
+}
 
 void pnn_rows_forward_item(void *state, int32_t worker, int64_t item) {
   const pnn_forward_state *f = state;
@@ -192,6 +218,11 @@ void pnn_rows_forward_item(void *state, int32_t worker, int64_t item) {
     const int64_t next = column + f->width, ahead_count = PNN_MIN(f->width, end - next);
     pnn_ahead ahead = {.streams = 0};
     pnn_ahead_add(p, &ahead, &range, next, ahead_count, &p->input, group * p->group_channels, p->group_channels, false);
+    if (f->few) {
+      pnn_ahead_spread(&ahead, f->packing.block_tiles * (columns.columns / kernels->tile_rows + 1));
+      forward_runs(f, &s, &columns, column, group, runs, count, step, &ahead);
+      continue;
+    }
     pnn_ahead_add(p, &ahead, &range, next, ahead_count, &p->output, group * p->group_outputs, p->group_outputs, true);
     pnn_ahead_spread(&ahead, f->packing.block_tiles * (columns.columns / kernels->tile_rows + 1) *
                                  (p->group_maps / (p->pairs ? 2 : 1) / PNN_AHEAD_DEPTH + 1));

@@ -5,14 +5,17 @@
  * maps [up to 256 maps][columns] in cache and multiply every tile of packed weights with it; sums wait in
  * [T/G][columns] between two blocks of maps, so that each output stays one chain in ascending k, started at the bias.
  * With more than 256 maps and outputs that whole tiles fit, the blocks of maps are the outer loop and the sums wait in
- * the output itself.
+ * the output itself. With few maps the panel is made first, up to 512 columns wide, and each tile of outputs goes along
+ * all of it, straight to the output.
  */
 #include <string.h>
 
 #include "passes.h"
 
-#define MAPS 256     /* response maps in a panel */
-#define SUM_ROWS 512 /* outputs whose sums wait at a time, where they wait for no further maps */
+#define MAPS 256              /* response maps in a panel */
+#define FEW_MAPS 24           /* response maps beside whose products the stores and the calls weigh */
+#define FEW_BYTES (16 * 1024) /* of such a panel, in the first-level cache: the fewer maps, the longer the runs */
+#define SUM_ROWS 512          /* outputs whose sums wait at a time, where they wait for no further maps */
 
 typedef struct worker_scratch {
   char *panel, *pairs, *sums, *mask, *channels;
@@ -21,9 +24,10 @@ typedef struct worker_scratch {
 static worker_scratch scratch_take(const pnn_forward_state *f, pnn_arena *arena) {
   const pnn_problem *p = f->problem;
   worker_scratch s;
-  s.panel = pnn_arena_take(arena, f->block * f->width, p->real_size);
+  /* A run may begin anywhere in the panel, and its last tile ends behind it. */
+  s.panel = pnn_arena_take(arena, f->block * f->width + (f->few ? p->kernels->tile_columns : 0), p->real_size);
   s.pairs = p->pairs ? pnn_arena_take(arena, (f->block + 1) / 2 * f->width, 4) : NULL;
-  s.sums = pnn_arena_take(arena, f->tiles * f->packing.tile * f->width, p->real_size);
+  s.sums = f->few ? NULL : pnn_arena_take(arena, f->tiles * f->packing.tile * f->width, p->real_size);
   s.mask = pnn_arena_take(arena, pnn_mask_rows(p, f->slab) * pnn_mask_ld(p, f->deal.pixels), p->real_size);
   s.channels =
       p->masks == 1 ? NULL : pnn_arena_take(arena, pnn_response_channels(p, f->block) * f->width, p->real_size);
@@ -133,6 +137,27 @@ static void panel_products(const pnn_forward_state *f, const worker_scratch *s, 
   }
 }
 
+/* A panel of few maps: products with the whole run of its columns in an image, written where they belong. */
+static void panel_runs(const pnn_forward_state *f, const worker_scratch *s, const pnn_response *response,
+                       const pnn_columns *columns, int64_t group, pnn_ahead *ahead) {
+  const pnn_problem *p = f->problem;
+  const pnn_kernels *kernels = p->kernels;
+  const pnn_view *y = &p->output;
+  const int64_t size = p->real_size, rows = kernels->tile_rows;
+  pnn_response_operand(response, columns, group * p->group_maps, p->group_maps, s->panel, f->width);
+  for (int64_t tile = 0; tile < f->packing.block_tiles; tile++) {
+    const void *a = pnn_packing_tile(p, &f->packing, f->packed, group, 0, tile, 0);
+    const char *start = (const char *)f->bias + (group * f->sum_rows + tile * rows) * size;
+    const int64_t row = tile * rows, channel = group * p->group_outputs + row;
+    for (int64_t i = 0; i < columns->segments; i++) {
+      const pnn_segment *g = &columns->segment[i];
+      char *c = y->data + (g->image * y->batch + channel * y->channel + g->pixel) * size;
+      kernels->product_run(p->group_maps, PNN_MIN(rows, p->group_outputs - row), g->columns, a,
+                           s->panel + g->column * size, f->width, c, y->channel, start, ahead);
+    }
+  }
+}
+
 /* One panel of the piece [begin, end), from `column` of the range on, and the response maps [first, last) of the group.
  */
 static void forward_panel(const pnn_forward_state *f, const worker_scratch *s, const pnn_response *response,
@@ -143,16 +168,21 @@ static void forward_panel(const pnn_forward_state *f, const worker_scratch *s, c
   const int64_t k_group = group * p->group_maps, channel = (k_group + first) / p->masks;
   pnn_columns columns;
   pnn_columns_set(&columns, range, column, PNN_MIN(f->width, end - column));
-  panel_walk w;
-  w.columns = &columns, w.range = range, w.column = column, w.group = group;
-  for (int64_t j = 0; j < columns.columns; j += kernels->tile_columns)
-    w.place[j / kernels->tile_columns] =
-        pnn_columns_place(p, &columns, &p->output, group * p->group_outputs, j, kernels->tile_columns);
   const int64_t next = column + f->width, count = PNN_MIN(f->width, end - next);
   pnn_ahead ahead = {.streams = 0};
   if (first < last)
     pnn_ahead_add(p, &ahead, range, next, count, &p->input, channel, (k_group + last - 1) / p->masks - channel + 1,
                   false);
+  if (f->few) {
+    pnn_ahead_spread(&ahead, f->packing.block_tiles * (columns.padded / kernels->tile_columns));
+    panel_runs(f, s, response, &columns, group, &ahead);
+    return;
+  }
+  panel_walk w;
+  w.columns = &columns, w.range = range, w.column = column, w.group = group;
+  for (int64_t j = 0; j < columns.columns; j += kernels->tile_columns)
+    w.place[j / kernels->tile_columns] =
+        pnn_columns_place(p, &columns, &p->output, group * p->group_outputs, j, kernels->tile_columns);
   pnn_ahead_add(p, &ahead, range, next, count, &p->output, group * p->group_outputs, p->group_outputs, true);
   pnn_mask_ahead(p, &ahead, k_group + last, PNN_MIN(f->slab, p->group_maps - last), range, (column - begin) / f->width,
                  (end - begin + f->width - 1) / f->width);
@@ -188,6 +218,19 @@ static void forward_item(void *forward_, int32_t worker, int64_t item) {
     for (int64_t column = begin; column < end; column += f->width)
       forward_panel(f, &s, &response, group, &range, begin, column, end, k, last);
   }
+}
+
+/* Whether products with few maps gain by whole runs of pixels in the contiguous form: where there are more outputs than
+ * maps, so that making the maps beforehand costs little, and images that fill a tile. */
+static bool runs_pay(const pnn_problem *p) {
+  return pnn_columns_native(p, &p->output) && p->group_outputs >= 2 * p->group_maps &&
+         p->pixels >= p->kernels->tile_columns;
+}
+
+/* Columns of a panel of few maps. */
+static int64_t run_columns(const pnn_problem *p) {
+  const int64_t columns = FEW_BYTES / p->real_size / PNN_MAX(p->group_maps, 1);
+  return PNN_MIN(columns / PNN_PANEL * PNN_PANEL, PNN_CHUNK);
 }
 
 /* Whether every tile of every output is written where it belongs: then sums can wait there for as long as one likes. */
@@ -239,6 +282,8 @@ void pnn_forward_pass(const pnn_problem *problem, const pnn_host *host, pnn_aren
   /* Sums can wait in an output of reals only. */
   pnn_forward_state f = {.problem = p, .block = rows && p->pairs ? p->group_maps : PNN_MIN(p->group_maps, MAPS)};
   f.width = pnn_panel_columns(p, f.block, PNN_MAX(p->group_outputs, p->group_maps));
+  f.few = !p->pairs && p->group_maps <= FEW_MAPS && (rows || runs_pay(p));
+  if (f.few && !rows) f.width = PNN_MAX(f.width, run_columns(p));
   f.packing = pnn_packing_forward(p, rows ? p->kernels->tile_columns : p->kernels->tile_rows);
   /* With many maps a piece's masks would fill the second-level cache for a few pixels. Where the sums can wait in the
    * output, the maps are the outermost loop: masks and weights of one panel's maps serve the whole piece. */
@@ -247,7 +292,7 @@ void pnn_forward_pass(const pnn_problem *problem, const pnn_host *host, pnn_aren
   if (rows || p->group_maps == f.block || p->shared || !outputs_wait(p) ||
       p->groups * f.deal.ranges < 2 * (host ? host->threads : 1)) {
     f.slab = p->group_maps;
-    f.deal = pnn_deal_columns(p, host, f.width, pnn_mask_rows(p, f.slab), p->groups, false);
+    f.deal = pnn_deal_columns(p, host, f.few ? PNN_PANEL : f.width, pnn_mask_rows(p, f.slab), p->groups, false);
   }
   f.sum_rows = f.packing.block_tiles * f.packing.tile;
   f.tiles = PNN_MAX(f.packing.block_tiles, 1);

@@ -24,6 +24,7 @@ typedef struct pnn_forward_state {
   int64_t width;    /* columns of a panel */
   int64_t sum_rows; /* outputs of a group, in whole tiles */
   int64_t tiles;    /* tiles of outputs whose sums may wait in the workspace at a time */
+  bool few;         /* few maps: products with whole runs of pixels, straight to the output */
   void *packed;
   void *bias;       /* where the sums start: [G][sum_rows] */
   const void *mean; /* NULL without normalisation */

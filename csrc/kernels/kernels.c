@@ -22,6 +22,7 @@
 #endif
 #define TILE_VECTORS 2
 #define TILE_COLUMNS (TILE_VECTORS * VR)
+#define LINE (64 / (int64_t)sizeof(real)) /* reals of a cache line */
 
 /* Tiles of `dot`: each accumulator is PNN_LANES lanes wide, LANE_VECTORS registers. */
 #define LANE_VECTORS (PNN_LANES / VR)
@@ -231,6 +232,15 @@ DEFINE_LOAD(load_float, float, float)
 DEFINE_STORE(store_float, float, float)
 #endif
 
+/* min(n, VR) reals. */
+static inline vr load_some(const real *p, int64_t n) { return n >= VR ? vr_load(p) : vr_load_part(p, n); }
+static inline void store_some(real *p, vr v, int64_t n) {
+  if (n >= VR)
+    vr_store(p, v);
+  else
+    vr_store_part(p, v, n);
+}
+
 /* ---- products ---- */
 
 /* The sums of a tile, in registers from tile_begin to tile_end. */
@@ -287,6 +297,42 @@ static void product(int64_t depth, const void *a_, const void *b_, int64_t ldb, 
   tile_begin(sum, c, ldc, start);
   tile_products(depth, sum, a, b, ldb, ahead);
   tile_end(sum, c, ldc);
+}
+
+/* One tile after the other along the columns, so that each row of C is written as one stream. The lines that the next
+ * panel writes, if it is as wide, are asked for on the way: rows of a panel are too short for the processor to foresee
+ * them. */
+static void product_run(int64_t depth, int64_t rows, int64_t columns, const void *a_, const void *b_, int64_t ldb,
+                        void *c_, int64_t ldc, const void *start, pnn_ahead *ahead) {
+  for (int64_t j = 0; j < columns; j += TILE_COLUMNS, pnn_ahead_step(ahead)) {
+    const real *restrict a = a_;
+    const real *restrict b = (const real *)b_ + j;
+    real *restrict c = (real *)c_ + j;
+    vr sum[TILE_ROWS][TILE_VECTORS];
+    tile_begin(sum, c, ldc, start);
+    for (int64_t k = 0; k < depth; k++, a += TILE_ROWS, b += ldb) {
+      vr bv[TILE_VECTORS];
+#pragma GCC unroll 2
+      for (int v = 0; v < TILE_VECTORS; v++) bv[v] = vr_load(b + v * VR);
+      tile_step(sum, a, bv);
+    }
+    const int64_t n = columns - j;
+    if (n >= TILE_COLUMNS && rows == TILE_ROWS) {
+      tile_end(sum, c, ldc);
+#pragma GCC unroll 8
+      for (int i = 0; i < TILE_ROWS; i++)
+        for (int64_t next = columns; next < columns + TILE_COLUMNS; next += LINE)
+          __builtin_prefetch(c + i * ldc + next, 1, 2);
+      continue;
+    }
+#pragma GCC unroll 8
+    for (int i = 0; i < TILE_ROWS; i++) {
+      if (i >= rows) continue;
+#pragma GCC unroll 2
+      for (int v = 0; v < TILE_VECTORS; v++)
+        if (v * VR < n) store_some(c + i * ldc + v * VR, sum[i][v], n - v * VR);
+    }
+  }
 }
 
 /* The tree over PNN_LANES partial sums: (i, i+8), (i, i+4), (i, i+2), (0, 1). */
@@ -416,15 +462,6 @@ static void sum_rows(int64_t columns, const void *a_, int64_t lda, int64_t rows,
 #define PNN_ACTIVATE(name) pnn_##name##_f64
 #define PNN_ACTIVATE_GRAD(name) pnn_##name##_grad_f64
 #endif
-
-/* min(n, VR) reals. */
-static inline vr load_some(const real *p, int64_t n) { return n >= VR ? vr_load(p) : vr_load_part(p, n); }
-static inline void store_some(real *p, vr v, int64_t n) {
-  if (n >= VR)
-    vr_store(p, v);
-  else
-    vr_store_part(p, v, n);
-}
 
 #define DEFINE_ACTIVATION(suffix, name)                                                                                \
   static void respond_##name(void *a_, int64_t lda, const pnn_source *source, int64_t rows, int64_t columns) {         \
@@ -778,6 +815,58 @@ static void product_rows(pnn_product_mode mode, int64_t rows, int64_t columns, i
         const int64_t n = columns - v * VR;
         store_some(to, mode == PNN_PRODUCT_ADD ? load_some(to, n) + sum[i][v] : sum[i][v], n);
       }
+    }
+  }
+}
+
+/* `rows` pixels with `columns` outputs, which lie in `vectors` vectors. The same outputs of the pixels two tiles
+ * further on are asked for. */
+static inline __attribute__((always_inline)) void rows_tile(int vectors, int64_t rows, int64_t columns, int64_t depth,
+                                                            const real *restrict a, int64_t a_row,
+                                                            const real *restrict b, real *restrict c, int64_t ldc,
+                                                            const real *start) {
+  const real *row[TILE_ROWS];
+  vr sum[TILE_ROWS][TILE_VECTORS];
+#pragma GCC unroll 8
+  for (int i = 0; i < TILE_ROWS; i++) {
+    row[i] = a + (i < rows ? i : rows - 1) * a_row; /* rows that are not there repeat the last one */
+    for (int v = 0; v < vectors; v++) sum[i][v] = vr_load(start + v * VR);
+  }
+  for (int64_t k = 0; k < depth; k++, b += TILE_COLUMNS) {
+    vr bv[TILE_VECTORS];
+    for (int v = 0; v < vectors; v++) bv[v] = vr_load(b + v * VR);
+#pragma GCC unroll 8
+    for (int i = 0; i < TILE_ROWS; i++) {
+      const vr av = vr_set1(row[i][k]);
+      for (int v = 0; v < vectors; v++) sum[i][v] = vr_fma(av, bv[v], sum[i][v]);
+    }
+  }
+#pragma GCC unroll 8
+  for (int i = 0; i < TILE_ROWS; i++) {
+    if (i >= rows) continue;
+    for (int v = 0; v < vectors; v++) {
+      real *const to = c + i * ldc + v * VR;
+      __builtin_prefetch(to + 2 * TILE_ROWS * ldc, 1, 2);
+      store_some(to, sum[i][v], columns - v * VR);
+    }
+  }
+}
+
+/* All of a pixel's outputs before the next pixels', so that C is written from its beginning to its end. */
+static void product_rows_run(int64_t rows, int64_t columns, int64_t depth, const void *a_, int64_t a_row,
+                             const void *b_, void *c_, int64_t ldc, const void *start_, pnn_ahead *ahead) {
+  for (int64_t i = 0; i < rows; i += TILE_ROWS) {
+    const real *const a = (const real *)a_ + i * a_row, *start = start_, *b = b_;
+    real *const c = (real *)c_ + i * ldc;
+    const int64_t pixels = rows - i < TILE_ROWS ? rows - i : TILE_ROWS;
+    for (int64_t j = 0; j < columns; j += TILE_COLUMNS, b += depth * TILE_COLUMNS, pnn_ahead_step(ahead)) {
+      const int64_t n = columns - j;
+      if (pixels == TILE_ROWS && n >= TILE_COLUMNS)
+        rows_tile(TILE_VECTORS, TILE_ROWS, TILE_COLUMNS, depth, a, a_row, b, c + j, ldc, start + j);
+      else if (n > VR)
+        rows_tile(TILE_VECTORS, pixels, n, depth, a, a_row, b, c + j, ldc, start + j);
+      else
+        rows_tile(1, pixels, n, depth, a, a_row, b, c + j, ldc, start + j);
     }
   }
 }
@@ -1322,6 +1411,7 @@ const pnn_kernels PNN_KERNEL_NAME(pnn_kernels) = {
     .store = {[PNN_FLOAT64] = store_real, [PNN_FLOAT32] = store_float},
 #endif
     .product = product,
+    .product_run = product_run,
     .dot = dot,
     .sum = sum_rows,
     .respond = {PNN_ACTIVATION_LIST(RESPOND_ENTRY)},
@@ -1357,6 +1447,7 @@ const pnn_kernels PNN_KERNEL_NAME(pnn_kernels) = {
     .product_pairs_respond_grad = {CHEAP_ACTIVATIONS(PRODUCT_PAIRS_RESPOND_GRAD_ENTRY)},
 #endif
     .product_rows = product_rows,
+    .product_rows_run = product_rows_run,
     .pack_gradient = pack_gradient,
     .sum_columns = sum_columns,
     .respond_rows = {PNN_ACTIVATION_LIST(RESPOND_ROWS_ENTRY)},

@@ -86,6 +86,11 @@ typedef struct pnn_kernels {
   void (*product)(int64_t depth, const void *a, const void *b, int64_t ldb, void *c, int64_t ldc, const void *start,
                   pnn_ahead *ahead);
 
+  /* `product` of one tile of outputs with `columns` columns, any number, for few maps: C[rows][columns] = start + A * B
+   * with rows <= tile_rows. b is readable to the last tile's end; nothing behind C's columns is touched. */
+  void (*product_run)(int64_t depth, int64_t rows, int64_t columns, const void *a, const void *b, int64_t ldb, void *c,
+                      int64_t ldc, const void *start, pnn_ahead *ahead);
+
   /* out[i*ldo + j] += sum over columns of a[i][.] * b[j][.] in PNN_LANES partial sums, each a chain of fused
    * multiply-adds, for i < rows and j < width. columns is a multiple of PNN_LANES; dot_rows rows of a and dot_columns
    * rows of b are read. */
@@ -199,6 +204,10 @@ typedef struct pnn_kernels {
   void (*product_rows)(pnn_product_mode mode, int64_t rows, int64_t columns, int64_t depth, const void *a,
                        int64_t a_row, int64_t a_step, const void *b, int64_t ldb, void *c, int64_t ldc,
                        const void *start, pnn_ahead *ahead);
+  /* product_rows from `start` for any number of rows and columns, for few maps: b holds the tiles of columns one after
+   * the other, [depth][tile_columns] each, and start whole tiles. */
+  void (*product_rows_run)(int64_t rows, int64_t columns, int64_t depth, const void *a, int64_t a_row, const void *b,
+                           void *c, int64_t ldc, const void *start, pnn_ahead *ahead);
   /* Tiles of tile_rows rows, `tile_step` reals apart: tile[i / tile_rows][p][i mod tile_rows] = src[p*step + i] for
    * i < rows; behind them 0. */
   void (*pack_gradient)(void *dst, int64_t tile_step, const void *src, int64_t step, int64_t pixels, int64_t rows);

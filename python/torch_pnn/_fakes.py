@@ -256,6 +256,14 @@ FAKES: dict[str, Callable[..., Any]] = {
 
 
 def register(library: torch.library.Library) -> None:
-    """Registers the shape functions of all operators that take tensors."""
+    """Registers the shape functions of all operators that take tensors, and that these take any memory layout.
+
+    Without the tag torch.compile hands an operator the strides that it saw while tracing: where it lays convolutions
+    out as channels_last, that copies every layer's input and gradient.
+    """
     for name, fake in FAKES.items():
         torch.library.register_fake(f"torch_pnn::{name}", fake, lib=library)
+        # The stable ABI defines operators with tags from 2.12 on only; torch.compile reads this list.
+        tags = getattr(torch.ops.torch_pnn, name).default.tags
+        if torch.Tag.flexible_layout not in tags:
+            tags.append(torch.Tag.flexible_layout)
