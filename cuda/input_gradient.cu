@@ -106,12 +106,11 @@ __global__ void __launch_bounds__(S::threads, S::blocks)
       __syncthreads();
       Tile<D, S::rows, S::columns, S::threads, ROWS_FASTEST, G, false> tile;
       tile.start([](int) { return R(0); });
-      Slot<STAGES> load_slot, product_slot;
+      Ring<STAGES> ring(H::stage_bytes);
       WeightTiles<D, DEPTH, S::rows, S::threads> weight(layer, group, 0, k0);
       const auto load = [&](int64_t step) {
         if (step < steps) {
-          char *const to = pipeline + load_slot.at * H::stage_bytes;
-          load_slot.next();
+          char *const to = pipeline + ring.of(STAGES - 1);
           weight.stage(layer, to, pitch_of<D>(ROWS_FASTEST, S::rows));
           weight.next_rows(layer);
           const auto place = [&](int j, int64_t *at) {
@@ -134,10 +133,9 @@ __global__ void __launch_bounds__(S::threads, S::blocks)
           __syncthreads();
         }
         load(step + STAGES - 1);
-        if (step < 0) continue;
-        const char *const from = pipeline + product_slot.at * H::stage_bytes;
-        tile.add_product(from, from + H::weight_bytes);
-        product_slot.next();
+        const char *const from = pipeline + ring.of(0);
+        if (step >= 0) tile.add_product(from, from + H::weight_bytes);
+        ring.next();
       }
       copy_wait<0>();
       __syncthreads();

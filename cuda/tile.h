@@ -14,6 +14,8 @@
 #ifndef PNN_CUDA_TILE_H
 #define PNN_CUDA_TILE_H
 
+#include <type_traits>
+
 #include "layer.h"
 
 namespace pnn_cuda {
@@ -247,27 +249,35 @@ PNN_DEVICE int clamp_bytes(int64_t elements, int size) {
 }
 
 /* Tiles of the weight, [row][column], asynchronously, zero beyond the group's. A thread keeps its place in the row and
- * goes down the rows; where it reads from moves on from tile to tile, so that nothing is multiplied on the way. */
-template <class D, int ROWS, int COLUMNS, int THREADS>
+ * goes down the rows; where it reads from moves on from tile to tile, so that nothing is multiplied on the way. WHOLE:
+ * the group's maps are whole sixteens, so no 16 bytes end inside it. */
+template <class D, int ROWS, int COLUMNS, int THREADS, bool WHOLE = false>
 struct WeightTiles {
   static constexpr int SIZE = static_cast<int>(sizeof(D)), CHUNKS = COLUMNS * SIZE / 16, STEP = THREADS / CHUNKS;
   static_assert(THREADS % CHUNKS == 0 && ROWS % STEP == 0, "whole rows");
+  using Count = std::conditional_t<WHOLE, int, int64_t>;
   const char *from;
-  int64_t rows, columns; /* left from this thread's own */
+  Count rows, columns; /* left from this thread's own */
 
   /* The first tile's rows start at t0 of the group, its columns at k0. */
   PNN_DEVICE WeightTiles(const Layer &layer, int64_t group, int64_t t0, int64_t k0) {
     const int first = static_cast<int>(threadIdx.x) / CHUNKS;
     const int64_t k = k0 + static_cast<int>(threadIdx.x) % CHUNKS * (16 / SIZE);
     from = layer.weight + ((group * layer.group_outputs + t0 + first) * layer.weight_step + k) * SIZE;
-    rows = layer.group_outputs - t0 - first;
-    columns = layer.group_maps - k;
+    const int64_t rows_left = layer.group_outputs - t0 - first;
+    rows = static_cast<Count>(WHOLE && rows_left > ROWS ? ROWS : rows_left);
+    columns = static_cast<Count>(layer.group_maps - k);
   }
   PNN_DEVICE void stage(const Layer &layer, char *to, int pitch) const {
-    const int bytes = clamp_bytes(columns, SIZE);
     const int64_t step = STEP * layer.weight_step * SIZE;
     const char *at = from;
     to += static_cast<int>(threadIdx.x) / CHUNKS * pitch + static_cast<int>(threadIdx.x) % CHUNKS * 16;
+    if constexpr (WHOLE) {
+#pragma unroll
+      for (int r = 0; r < ROWS; r += STEP, at += step) copy_async16_or_zero(to + r * pitch, at, r < rows && columns > 0);
+      return;
+    }
+    const int bytes = clamp_bytes(columns, SIZE);
 #pragma unroll
     for (int r = 0; r < ROWS; r += STEP, at += step) {
       const int valid = r < rows ? bytes : 0;
@@ -284,11 +294,22 @@ struct WeightTiles {
   }
 };
 
-/* The place of a step in a ring of STAGES. */
+/* Where the steps' tiles lie in a ring of STAGES, in bytes: of(i) is that of the step that is i ahead. A loop begins
+ * STAGES - 1 steps before the first. */
 template <int STAGES>
-struct Slot {
-  int at = 0;
-  PNN_DEVICE void next() { at = at + 1 == STAGES ? 0 : at + 1; }
+struct Ring {
+  int at[STAGES];
+  PNN_DEVICE explicit Ring(int bytes) {
+#pragma unroll
+    for (int i = 0; i < STAGES; i++) at[i] = (i + 1) % STAGES * bytes;
+  }
+  PNN_DEVICE int of(int ahead) const { return at[ahead % STAGES]; }
+  PNN_DEVICE void next() {
+    const int first = at[0];
+#pragma unroll
+    for (int i = 0; i + 1 < STAGES; i++) at[i] = at[i + 1];
+    at[STAGES - 1] = first;
+  }
 };
 
 /* Channels [c0, c0 + count) below `end` of columns [0, COLUMNS) of a view into shared memory, count <= CHANNELS:
@@ -353,6 +374,11 @@ PNN_DEVICE void stage_view(const View &v, int staging, int64_t c0, int count, in
 }
 
 /* Eight reals, rounded to D, to 16-byte aligned shared memory. */
+PNN_DEVICE void store_zero_run(void *to, int size) {
+#pragma unroll
+  for (int i = 0; i < 8 * size; i += 16)
+    store_shared(reinterpret_cast<words4 *>(static_cast<char *>(to) + i), words4{{0, 0, 0, 0}});
+}
 PNN_DEVICE void store_run(bfloat16 *to, const float v[8]) {
   words4 w;
 #pragma unroll
@@ -394,6 +420,29 @@ PNN_DEVICE void store_run(double *to, const double v[8]) {
     }
     store_shared(reinterpret_cast<words4 *>(to) + h, w);
   }
+}
+
+/* store_run of the eight numbers' relu. Which zero is stored means nothing to the tensor cores' sums; float32's chains
+ * of fused multiply-adds keep the CPU's. */
+template <class D>
+PNN_DEVICE void store_run_relu(D *to, const float v[8]) {
+  if constexpr (sizeof(D) == 2) {
+    words4 w;
+#pragma unroll
+    for (int i = 0; i < 4; i++) w.w[i] = round_pair_relu(D{}, v[2 * i], v[2 * i + 1]);
+    store_shared(reinterpret_cast<words4 *>(to), w);
+  } else {
+    float relu[8];
+#pragma unroll
+    for (int i = 0; i < 8; i++) relu[i] = v[i] < 0 ? 0.0f : v[i];
+    store_run(to, relu);
+  }
+}
+PNN_DEVICE void store_run_relu(tf32 *to, const float v[8]) {
+  float relu[8];
+#pragma unroll
+  for (int i = 0; i < 8; i++) relu[i] = relu_any_zero(v[i]);
+  store_run(to, relu);
 }
 
 /* 16 bytes of reals from shared memory, rounded to D, to 16-byte aligned device memory. */
