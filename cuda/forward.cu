@@ -133,88 +133,51 @@ struct AnyOperand {
   }
 };
 
-/* Of plain layers (response.h). A thread keeps its pixels, or its channels of a step, in all steps. Beyond the group's
- * channels or the columns are zeros. */
+/* Of plain layers (response.h). */
 template <class D, class S, bool PIXELS>
 struct PlainOperand {
   static constexpr int SIZE = static_cast<int>(sizeof(D)), V = 16 / SIZE, DEPTH = Depth<D>::value;
-  /* Of x's tile: [channel][pixel], or [pixel][channel]. */
-  static constexpr int LINES = PIXELS ? DEPTH : S::columns, LINE = PIXELS ? S::columns : DEPTH;
-  static constexpr int CHUNKS = LINE / V, STEP = S::threads / CHUNKS, COUNT = LINES / STEP, PITCH = LINE * SIZE + 16;
-  static_assert(S::threads % CHUNKS == 0 && LINES % STEP == 0, "whole lines");
+  static constexpr int PITCH = (PIXELS ? S::columns : DEPTH) * SIZE + 16; /* of x's tile */
   static constexpr int MAPS = DEPTH * S::columns >= S::threads * 16 ? 16 : RUN;
   static_assert(S::columns * DEPTH <= S::threads * MAPS, "one item for a thread");
   const Layer &layer;
-  const char *from[PIXELS ? 1 : COUNT];
-  int64_t step; /* bytes from channel to channel */
-  int channels, last, lines, to;
+  StepTiles<D, S::columns, S::threads, PIXELS> tiles;
   int j, first_map;
   uint32_t row = 0, column = 0, block;
   PhiloxKeys keys;
 
-  PNN_DEVICE PlainOperand(const Layer &layer_, const Column *table, int columns, int64_t group) : layer(layer_) {
-    const int thread = static_cast<int>(threadIdx.x), line = thread / CHUNKS, place = thread % CHUNKS * V;
-    step = (PIXELS ? layer.input.channel : 1) * SIZE;
-    last = static_cast<int>(layer.group_channels) - (PIXELS ? line : place);
-    lines = columns - line; /* of pixels, with channels in a row */
-    to = line * PITCH + place * SIZE;
-    channels = DEPTH >> layer.masks_shift;
-    if (channels < (PIXELS ? 1 : V)) channels = PIXELS ? 1 : V;
-    const char *const first = layer.input.data + group * layer.group_channels * step;
-    if constexpr (PIXELS) {
-      from[0] = first + (place < columns ? table[place].input * SIZE : 0) + line * step;
-      channels = place < columns ? channels - line : 0;
-    } else {
-#pragma unroll
-      for (int i = 0; i < COUNT; i++) {
-        const int at = line + i * STEP;
-        from[i] = first + (at < columns ? table[at].input + place : 0) * SIZE;
-      }
-      if (place >= channels) last = 0;
-    }
-    channels = keep(channels);
-    last = keep(last);
-    lines = keep(lines);
-    to = keep(to);
-#pragma unroll
-    for (const char *&pointer : from) pointer = keep(pointer);
-    j = thread % S::columns;
-    first_map = thread / S::columns * MAPS;
+  /* The channels that a step takes, whole vectors where they are contiguous. */
+  static PNN_DEVICE int channels(const Layer &layer) {
+    const int count = DEPTH >> layer.masks_shift, least = PIXELS ? 1 : V;
+    return count < least ? least : count;
+  }
+  PNN_DEVICE PlainOperand(const Layer &layer_, const Column *table, int columns, int64_t group)
+      : layer(layer_),
+        tiles(layer_.input, group * layer_.group_channels, layer_.group_channels, channels(layer_), columns, PITCH,
+              [&](int at) { return table[at].input; }) {
+    j = static_cast<int>(threadIdx.x) % S::columns;
+    first_map = static_cast<int>(threadIdx.x) / S::columns * MAPS;
     if (j < columns) row = table[j].pixel.row, column = table[j].pixel.column;
     block = static_cast<uint32_t>(group * layer.group_maps / 16) + static_cast<uint32_t>(first_map / 16);
     keys = philox_keys(seed_read(layer));
   }
   /* The first channel that is staged of a step. */
-  PNN_DEVICE int first_channel(int at) const {
-    const int c = at * DEPTH >> layer.masks_shift;
+  PNN_DEVICE int first_channel(int step) const {
+    const int c = step * DEPTH >> layer.masks_shift;
     return PIXELS ? c : c & -V;
   }
-  PNN_DEVICE void load(int at, char *tile) const {
-    const int c0 = first_channel(at), left = last - c0;
-    const int64_t offset = static_cast<int64_t>(static_cast<uint32_t>(c0)) * step;
-    if constexpr (PIXELS) {
-      const int count = left < channels ? left : channels;
-      const char *here = from[0] + offset;
-#pragma unroll
-      for (int i = 0; i < COUNT; i++, here += STEP * step)
-        copy_async16_or_zero(tile + to + i * STEP * PITCH, here, i * STEP < count);
-    } else {
-#pragma unroll
-      for (int i = 0; i < COUNT; i++)
-        copy_async16_or_zero(tile + to + i * STEP * PITCH, from[i] + offset, left > 0 && i * STEP < lines);
-    }
-  }
-  PNN_DEVICE void make(int at, const char *tile, char *operand) const {
+  PNN_DEVICE void load(int step, char *tile) const { tiles.load(first_channel(step), tile); }
+  PNN_DEVICE void make(int step, const char *tile, char *operand) const {
     D *const to = reinterpret_cast<D *>(operand + j * pitch_of<D>(DEPTH_FASTEST, 0)) + first_map;
-    const int k = at * DEPTH + first_map;
+    const int k = step * DEPTH + first_map;
     if (k >= static_cast<int>(layer.group_maps)) {
 #pragma unroll
       for (int i = 0; i < MAPS; i += RUN) store_zero_run(to + i, SIZE);
       return;
     }
     const int offset = PIXELS ? (first_map >> layer.masks_shift) * PITCH + j * SIZE
-                              : ((k >> layer.masks_shift) - first_channel(at)) * SIZE + j * PITCH;
-    plain_response<D, MAPS, PIXELS ? PITCH : SIZE>(layer, keys, block + static_cast<uint32_t>(at * DEPTH / 16),
+                              : ((k >> layer.masks_shift) - first_channel(step)) * SIZE + j * PITCH;
+    plain_response<D, MAPS, PIXELS ? PITCH : SIZE>(layer, keys, block + static_cast<uint32_t>(step * DEPTH / 16),
                                                    first_map % 16 != 0, row, column, tile + offset, to);
   }
 };
@@ -247,11 +210,15 @@ __global__ void __launch_bounds__(S::threads, S::blocks)
     table[thread] = {place_in(layer.input, p), place_in(layer.output, p), pixel_make(layer, p)};
   }
   Tile<D, S::rows, S::columns, S::threads, DEPTH_FASTEST, DEPTH_FASTEST> tile;
+  const int64_t output_first = group * layer.group_outputs + t0;
+  const int rows =
+      layer.group_outputs - t0 < S::rows ? static_cast<int>(layer.group_outputs - t0) : static_cast<int>(S::rows);
+  const R *const start = static_cast<const R *>(PLAIN ? nullptr : layer.start); /* of normalisation */
+  const D *const bias = reinterpret_cast<const D *>(layer.bias) + output_first * layer.bias_step;
   tile.start([&](int row) {
-    const int64_t t = group * layer.group_outputs + t0 + row;
-    if (t0 + row >= layer.group_outputs) return R(0);
-    if (layer.start) return static_cast<const R *>(layer.start)[t];
-    return layer.bias ? widen(reinterpret_cast<const D *>(layer.bias)[t * layer.bias_step]) : R(0);
+    if (row >= rows) return R(0);
+    if (start) return start[output_first + row];
+    return layer.bias ? widen(bias[row * layer.bias_step]) : R(0);
   });
   __syncthreads();
 
@@ -286,14 +253,12 @@ __global__ void __launch_bounds__(S::threads, S::blocks)
   R *const sums = reinterpret_cast<R *>(pipeline);
   const bool outputs_fastest =
       layer.output_staging == STAGE_ELEMENTS ? layer.output_channels_fastest : layer.output_staging == STAGE_CHANNELS;
-  tile.each([&](int row, int column, R value) {
-    sums[outputs_fastest ? column * H::pitch_outputs + row : row * H::pitch_pixels + column] = value;
-  });
+  if (outputs_fastest)
+    tile.each([&](int row, int column, R value) { sums[column * H::pitch_outputs + row] = value; });
+  else
+    tile.each([&](int row, int column, R value) { sums[row * H::pitch_pixels + column] = value; });
   __syncthreads();
-  const int rows =
-      layer.group_outputs - t0 < S::rows ? static_cast<int>(layer.group_outputs - t0) : static_cast<int>(S::rows);
   D *const output = reinterpret_cast<D *>(layer.output.data);
-  const int64_t output_first = group * layer.group_outputs + t0;
   constexpr int RUN_OUT = Depth<D>::vector;
   if (layer.output_staging == STAGE_PIXELS) {
     /* A thread keeps its pixels and goes through the outputs, 16 bytes at a time. */

@@ -41,10 +41,10 @@ struct alignas(16) words4 {
 #if defined(__CUDACC__)
 
 /* The address is made once, behind the compiler's back: it would make it again, in four instructions, at each use. */
-#define PNN_SHARED_MEMORY(name)                                               \
-  extern __shared__ __align__(128) unsigned char name##_[];                   \
+#define PNN_SHARED_MEMORY(name)                                                       \
+  extern __shared__ __align__(128) unsigned char name##_[];                           \
   uint32_t name##_address = static_cast<uint32_t>(__cvta_generic_to_shared(name##_)); \
-  asm volatile("" : "+r"(name##_address));                                    \
+  asm volatile("" : "+r"(name##_address));                                            \
   char *const name = static_cast<char *>(__cvta_shared_to_generic(name##_address))
 
 PNN_DEVICE uint32_t shared_address(const void *p) { return static_cast<uint32_t>(__cvta_generic_to_shared(p)); }
@@ -56,11 +56,10 @@ PNN_DEVICE void copy_async16(void *to, const void *from, int valid) {
 }
 /* All 16 bytes, or zeros where !there: the address is not looked at then. */
 PNN_DEVICE void copy_async16_or_zero(void *to, const void *from, bool there) {
-  asm volatile(
-      "{ .reg .pred away; setp.eq.u32 away, %2, 0; cp.async.cg.shared.global [%0], [%1], 16, away; }" ::"r"(
-          shared_address(to)),
-      "l"(from), "r"(static_cast<uint32_t>(there))
-      : "memory");
+  asm volatile("{ .reg .pred away; setp.eq.u32 away, %2, 0; cp.async.cg.shared.global [%0], [%1], 16, away; }" ::"r"(
+                   shared_address(to)),
+               "l"(from), "r"(static_cast<uint32_t>(there))
+               : "memory");
 }
 PNN_DEVICE void copy_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 template <int PENDING>
@@ -269,7 +268,8 @@ inline uint32_t to_tf32(float x) {
 inline float relu_any_zero(float x) { return x < 0 ? 0.0f : x; }
 template <class T>
 uint32_t round_pair_relu(T type, float low, float high) {
-  return static_cast<uint32_t>(round_to(type, relu_any_zero(high)).bits) << 16 | round_to(type, relu_any_zero(low)).bits;
+  return static_cast<uint32_t>(round_to(type, relu_any_zero(high)).bits) << 16 |
+         round_to(type, relu_any_zero(low)).bits;
 }
 inline uint32_t permute(uint32_t a, uint32_t b, uint32_t selector) {
   const uint64_t bytes = static_cast<uint64_t>(b) << 32 | a;

@@ -354,21 +354,24 @@ PNN_DEVICE void respond(const Layer &layer, int64_t k, int count, R u[RUN]) {
 enum Way { ANY_WAY, PLAIN_PIXELS, PLAIN_CHANNELS };
 
 template <class D>
+bool is_plain(const Layer &layer) {
+  return sizeof(D) < 8 && layer.noise == PNN_NOISE_UNIFORM && !layer.shared && layer.group_maps % 16 == 0 &&
+         layer.group_maps < INT32_MAX - 128 && layer.group_outputs < INT32_MAX - 128 &&
+         layer.activation == PNN_ACTIVATION_RELU && !layer.mean && !layer.input_float && layer.masks_shift >= 0;
+}
+template <class D>
 Way way_of(const Layer &layer) {
-  if (sizeof(D) == 8 || layer.noise != PNN_NOISE_UNIFORM || layer.shared || layer.group_maps % 16 ||
-      layer.group_maps > INT32_MAX - 128 || layer.activation != PNN_ACTIVATION_RELU || layer.mean || layer.input_float ||
-      layer.masks_shift < 0)
-    return ANY_WAY;
+  if (!is_plain<D>(layer)) return ANY_WAY;
   if (layer.input_staging == STAGE_PIXELS) return PLAIN_PIXELS;
   return layer.input_staging == STAGE_CHANNELS && layer.group_channels % Depth<D>::vector == 0 ? PLAIN_CHANNELS
-                                                                                              : ANY_WAY;
+                                                                                               : ANY_WAY;
 }
 
-/* x of MAPS maps with MASKS to a channel; channels are STEP bytes apart. */
-template <class D, int MAPS, int STEP, int MASKS>
-PNN_DEVICE void plain_input(const char *x, float v[MAPS]) {
+/* x of MAPS maps with MASKS to a channel; channels are `step` bytes apart, side by side with VECTOR. */
+template <class D, int MAPS, int MASKS, bool VECTOR, class Step>
+PNN_DEVICE void plain_input(const char *x, Step step, float v[MAPS]) {
   constexpr int SIZE = static_cast<int>(sizeof(D)), V = 16 / SIZE;
-  if constexpr (STEP == SIZE && MASKS == 1) {
+  if constexpr (VECTOR && MASKS == 1) {
 #pragma unroll
     for (int i = 0; i < MAPS; i += V) {
       const words4 vector = load_shared(reinterpret_cast<const words4 *>(x) + i / V);
@@ -377,40 +380,46 @@ PNN_DEVICE void plain_input(const char *x, float v[MAPS]) {
     }
   } else {
 #pragma unroll
-    for (int i = 0; i < MAPS; i += MASKS) {
-      const char *at = x + i / MASKS * STEP;
-      const float value = static_cast<float>(widen(*reinterpret_cast<const D *>(at)));
-      note_load(at, SIZE);
+    for (int i = 0; i < MAPS; i += MASKS, x += step) {
+      const float value = static_cast<float>(widen(*reinterpret_cast<const D *>(x)));
+      if (sizeof(Step) == 4) note_load(x, SIZE); /* of shared memory */
 #pragma unroll
       for (int e = 0; e < MASKS && e < MAPS; e++) v[i + e] = value;
     }
   }
 }
 
+/* The perturbed input of MAPS maps of a pixel of a plain layer; `words` are the generator's of their sixteen, from
+ * their own on. */
+template <class D, int MAPS, bool VECTOR, class Step>
+PNN_DEVICE void plain_perturbed(const Layer &layer, const uint32_t *words, const char *x, Step step, float u[MAPS]) {
+  const int shift = layer.masks_shift;
+  if (shift == 0)
+    plain_input<D, MAPS, 1, VECTOR>(x, step, u);
+  else if (shift == 1)
+    plain_input<D, MAPS, 2, VECTOR>(x, step, u);
+  else if (shift == 2)
+    plain_input<D, MAPS, 4, VECTOR>(x, step, u);
+  else if (shift == 3)
+    plain_input<D, MAPS, 8, VECTOR>(x, step, u);
+  else
+    plain_input<D, MAPS, 16, VECTOR>(x, step, u);
+#pragma unroll
+  for (int e = 0; e < MAPS; e++) u[e] = u[e] + layer.level_float * lattice_in(words[e / 4], e % 4);
+}
+
 /* MAPS maps of one pixel to shared memory as D: those of the sixteen with number `block`, of which `upper` says that
- * they are the second eight; x is their first channel's place in shared memory. */
+ * they are the second eight; x is their first channel's place in shared memory, STEP bytes before the next. */
 template <class D, int MAPS, int STEP>
 PNN_DEVICE void plain_response(const Layer &layer, const PhiloxKeys &keys, uint32_t block, bool upper, uint32_t row,
                                uint32_t column, const char *x, D *to) {
   uint32_t words[4] = {column, row, block, 0};
   philox(words, keys);
   if (upper) words[0] = words[2], words[1] = words[3];
-  float v[MAPS];
-  const int shift = layer.masks_shift;
-  if (shift == 0)
-    plain_input<D, MAPS, STEP, 1>(x, v);
-  else if (shift == 1)
-    plain_input<D, MAPS, STEP, 2>(x, v);
-  else if (shift == 2)
-    plain_input<D, MAPS, STEP, 4>(x, v);
-  else if (shift == 3)
-    plain_input<D, MAPS, STEP, 8>(x, v);
-  else
-    plain_input<D, MAPS, STEP, 16>(x, v);
+  float u[MAPS];
+  plain_perturbed<D, MAPS, STEP == static_cast<int>(sizeof(D))>(layer, words, x, STEP, u);
 #pragma unroll
-  for (int e = 0; e < MAPS; e++) v[e] = v[e] + layer.level_float * lattice_in(words[e / 4], e % 4);
-#pragma unroll
-  for (int i = 0; i < MAPS; i += RUN) store_run_relu(to + i, v + i);
+  for (int i = 0; i < MAPS; i += RUN) store_run_relu(to + i, u + i);
 }
 
 PNN_DEVICE uint64_t seed_read(const Layer &layer) { return layer.seed ? static_cast<uint64_t>(*layer.seed) : 0; }

@@ -264,8 +264,7 @@ struct WeightTiles {
     const int first = static_cast<int>(threadIdx.x) / CHUNKS;
     const int64_t k = k0 + static_cast<int>(threadIdx.x) % CHUNKS * (16 / SIZE);
     from = layer.weight + ((group * layer.group_outputs + t0 + first) * layer.weight_step + k) * SIZE;
-    const int64_t rows_left = layer.group_outputs - t0 - first;
-    rows = static_cast<Count>(WHOLE && rows_left > ROWS ? ROWS : rows_left);
+    rows = static_cast<Count>(layer.group_outputs - t0 - first);
     columns = static_cast<Count>(layer.group_maps - k);
   }
   PNN_DEVICE void stage(const Layer &layer, char *to, int pitch) const {
@@ -274,7 +273,8 @@ struct WeightTiles {
     to += static_cast<int>(threadIdx.x) / CHUNKS * pitch + static_cast<int>(threadIdx.x) % CHUNKS * 16;
     if constexpr (WHOLE) {
 #pragma unroll
-      for (int r = 0; r < ROWS; r += STEP, at += step) copy_async16_or_zero(to + r * pitch, at, r < rows && columns > 0);
+      for (int r = 0; r < ROWS; r += STEP, at += step)
+        copy_async16_or_zero(to + r * pitch, at, r < rows && columns > 0);
       return;
     }
     const int bytes = clamp_bytes(columns, SIZE);
@@ -309,6 +309,54 @@ struct Ring {
 #pragma unroll
     for (int i = 0; i + 1 < STAGES; i++) at[i] = at[i + 1];
     at[STAGES - 1] = first;
+  }
+};
+
+/* A tile of COLUMNS columns' channels, as many as one step of depth takes, [channel][column] with PIXELS, else
+ * [column][channel], asynchronously, zeros beyond them. A thread keeps its columns, or its channels of a step, and
+ * where they lie: all 16 bytes that it copies are of one group and one image. */
+template <class D, int COLUMNS, int THREADS, bool PIXELS>
+struct StepTiles {
+  static constexpr int SIZE = static_cast<int>(sizeof(D)), V = 16 / SIZE, DEPTH = Depth<D>::value;
+  static constexpr int LINES = PIXELS ? DEPTH : COLUMNS, LINE = PIXELS ? COLUMNS : DEPTH;
+  static constexpr int CHUNKS = LINE / V, STEP = THREADS / CHUNKS, COUNT = LINES / STEP;
+  static_assert(THREADS % CHUNKS == 0 && LINES % STEP == 0, "whole lines");
+  const char *from[PIXELS ? 1 : COUNT];
+  int64_t step; /* bytes from channel to channel */
+  int most, last, columns, to, pitch;
+
+  /* at(column): where a column stands in the view; `first`: the group's first channel, of `channels`; `most` of them
+   * are of one step. */
+  template <class At>
+  PNN_DEVICE StepTiles(const View &view, int64_t first, int64_t channels, int most_, int columns_, int pitch_, At at)
+      : pitch(pitch_) {
+    const int line = static_cast<int>(threadIdx.x) / CHUNKS, place = static_cast<int>(threadIdx.x) % CHUNKS * V;
+    step = (PIXELS ? view.channel : 1) * SIZE;
+    const char *const data = view.data + (first + (PIXELS ? line : place)) * step;
+#pragma unroll
+    for (int i = 0; i < (PIXELS ? 1 : COUNT); i++) {
+      const int column = PIXELS ? place : line + i * STEP;
+      from[i] = keep(data + (column < columns_ ? at(column) : 0) * SIZE);
+    }
+    last = static_cast<int>(channels) - (PIXELS ? line : place);
+    if (!PIXELS && place >= most_) last = 0;
+    most = keep(PIXELS && place < columns_ ? most_ - line : 0);
+    last = keep(last);
+    columns = keep(columns_ - line);
+    to = keep(line * pitch + place * SIZE);
+  }
+  /* The channels from c0 on. */
+  PNN_DEVICE void load(int c0, char *tile) const {
+    const int left = last - c0, count = left < most ? left : most;
+    const int64_t offset = static_cast<int64_t>(static_cast<uint32_t>(c0)) * step;
+    const char *here = from[0] + offset;
+#pragma unroll
+    for (int i = 0; i < COUNT; i++) {
+      if (!PIXELS && i > 0) here = from[i] + offset;
+      copy_async16_or_zero(tile + to + i * STEP * pitch, here,
+                           PIXELS ? i * STEP < count : left > 0 && i * STEP < columns);
+      if (PIXELS) here += STEP * step;
+    }
   }
 };
 

@@ -52,16 +52,11 @@ struct Part {
   int64_t k0, maps; /* of the group; as many as there are, a tile's at most */
   int64_t q_begin, q_end;
   int64_t channel_first, map_first; /* the group's */
-
-  PNN_DEVICE int pixels_of(int64_t step, int depth) const {
-    const int64_t left = q_end - q_begin - step * depth;
-    return left < depth ? static_cast<int>(left) : depth;
-  }
 };
 
 /* How a thread makes its part of the operand, runs of eight maps of one pixel, the same maps in every step: x of a
- * step's pixels comes to shared memory by load(table, pixels, tile) and becomes the operand by make(table, pixels, tile,
- * operand). Of layers of any kind: */
+ * step's pixels comes to shared memory by load(table, pixels, tile) and becomes the operand by make(table, pixels,
+ * tile, operand). Of layers of any kind: */
 template <class D, class S>
 struct AnyOperand {
   using R = typename RealOf<D>::type;
@@ -139,59 +134,117 @@ struct AnyOperand {
   }
 };
 
-/* Of plain layers (response.h). A thread keeps its channels, or its place among a step's pixels. */
+/* ROWS channels (or outputs) of a step's pixels to shared memory, asynchronously, zeros beyond them: [row][pixel] with
+ * PIXELS, else [pixel][row]. A thread keeps its rows, or its place among the pixels, and where they lie. */
+template <class D, int ROWS, int THREADS, bool PIXELS>
+struct PlainTiles {
+  static constexpr int SIZE = static_cast<int>(sizeof(D)), V = 16 / SIZE, DEPTH = Depth<D>::value;
+  static constexpr int LINES = PIXELS ? ROWS : DEPTH, LINE = PIXELS ? DEPTH : ROWS;
+  static constexpr int CHUNKS = LINE / V, STEP = THREADS / CHUNKS, COUNT = LINES / STEP;
+  static_assert(THREADS % CHUNKS == 0 && LINES % STEP == 0, "whole lines");
+  const char *from;
+  int64_t step; /* bytes from channel to channel */
+  int rows, pixel, to, pitch;
+
+  /* The rows start at channel `first` of the view; `count` of them are there. */
+  PNN_DEVICE PlainTiles(const View &view, int64_t first, int count, int pitch_) : pitch(pitch_) {
+    const int line = static_cast<int>(threadIdx.x) / CHUNKS, place = static_cast<int>(threadIdx.x) % CHUNKS * V;
+    step = (PIXELS ? view.channel : 1) * SIZE;
+    from = keep(view.data + (first + (PIXELS ? line : place)) * step);
+    rows = keep(count - (PIXELS ? line : place));
+    pixel = PIXELS ? place : line;
+    to = keep(line * pitch + place * SIZE);
+  }
+  /* at(pixel): where a pixel of the step, one of `pixels`, stands in the view. */
+  template <class At>
+  PNN_DEVICE void load(At at, int pixels, char *tile) const {
+    const char *here = from + at(pixel) * SIZE;
+#pragma unroll
+    for (int i = 0; i < COUNT; i++) {
+      if (!PIXELS && i > 0) here = from + at(pixel + i * STEP) * SIZE;
+      copy_async16_or_zero(tile + to + i * STEP * pitch, here,
+                           PIXELS ? pixel < pixels && i * STEP < rows : pixel + i * STEP < pixels && 0 < rows);
+      if (PIXELS) here += STEP * step;
+    }
+  }
+};
+
+/* Of plain layers (response.h). */
 template <class D, class S, bool PIXELS>
 struct PlainOperand {
   static constexpr int SIZE = static_cast<int>(sizeof(D)), V = 16 / SIZE, DEPTH = Depth<D>::value;
-  /* Of x's tile: [channel][pixel], or [pixel][channel]. */
-  static constexpr int LINES = PIXELS ? S::columns : DEPTH, LINE = PIXELS ? DEPTH : S::columns;
-  static constexpr int CHUNKS = LINE / V, STEP = S::threads / CHUNKS, COUNT = LINES / STEP, PITCH = LINE * SIZE + 16;
-  static_assert(S::threads % CHUNKS == 0 && LINES % STEP == 0, "whole lines");
+  static constexpr int PITCH = (PIXELS ? DEPTH : S::columns) * SIZE + 16; /* of x's tile */
   static constexpr int MAPS = DEPTH * S::columns >= S::threads * 16 ? 16 : RUN;
   static_assert(S::columns * DEPTH <= S::threads * MAPS, "one item for a thread");
   const Layer &layer;
-  const char *from;
-  int64_t step; /* bytes from channel to channel */
-  int channels, line, place, to;
+  PlainTiles<D, S::columns, S::threads, PIXELS> tiles;
   int maps, j, first_map, offset;
   uint32_t block;
   PhiloxKeys keys;
 
-  PNN_DEVICE PlainOperand(const Layer &layer_, const Part &part) : layer(layer_) {
-    const int thread = static_cast<int>(threadIdx.x), shift = layer.masks_shift;
-    line = thread / CHUNKS;
-    place = thread % CHUNKS * V;
-    step = (PIXELS ? layer.input.channel : 1) * SIZE;
+  /* The first channel that is staged, of the group, and how many. */
+  static PNN_DEVICE int first_channel(const Layer &layer, const Part &part) {
+    const int c = static_cast<int>(part.k0) >> layer.masks_shift;
+    return PIXELS ? c : c & -V;
+  }
+  static PNN_DEVICE int channels(const Layer &layer, const Part &part) {
+    const int last = static_cast<int>(part.k0 + part.maps - 1) >> layer.masks_shift;
+    return part.maps > 0 ? last + 1 - first_channel(layer, part) : 0;
+  }
+  PNN_DEVICE PlainOperand(const Layer &layer_, const Part &part)
+      : layer(layer_),
+        tiles(layer_.input, part.channel_first + first_channel(layer_, part), channels(layer_, part), PITCH) {
     maps = static_cast<int>(part.maps);
-    const int k0 = static_cast<int>(part.k0), c0 = PIXELS ? k0 >> shift : (k0 >> shift) & -V;
-    const int own = PIXELS ? line : place; /* of the channels */
-    channels = keep((maps > 0 ? ((k0 + maps - 1) >> shift) + 1 - c0 : 0) - own);
-    from = keep(layer.input.data + (part.channel_first + c0 + own) * step);
-    to = keep(line * PITCH + place * SIZE);
-    j = thread % DEPTH;
-    first_map = thread / DEPTH * MAPS;
-    const int c = ((k0 + first_map) >> shift) - c0;
+    j = static_cast<int>(threadIdx.x) % DEPTH;
+    first_map = static_cast<int>(threadIdx.x) / DEPTH * MAPS;
+    const int k = static_cast<int>(part.k0) + first_map, c = (k >> layer.masks_shift) - first_channel(layer, part);
     offset = keep(PIXELS ? c * PITCH + j * SIZE : j * PITCH + c * SIZE);
-    block = static_cast<uint32_t>((part.map_first + k0 + first_map) / 16);
+    block = static_cast<uint32_t>((part.map_first + k) / 16);
     keys = philox_keys(seed_read(layer));
   }
   PNN_DEVICE void load(const Column *table, int pixels, char *tile) const {
-#pragma unroll
-    for (int i = 0; i < COUNT; i++) {
-      const int pixel = PIXELS ? place : line + i * STEP;
-      const char *const at = from + table[pixel].input * SIZE + (PIXELS ? i * STEP * step : 0);
-      copy_async16_or_zero(tile + to + i * STEP * PITCH, at, pixel < pixels && (PIXELS ? i * STEP : 0) < channels);
-    }
+    tiles.load([&](int pixel) { return table[pixel].input; }, pixels, tile);
   }
   PNN_DEVICE void make(const Column *table, int pixels, const char *tile, char *operand) const {
-    D *const to_operand = reinterpret_cast<D *>(operand + j * pitch_of<D>(ROWS_FASTEST, S::columns)) + first_map;
+    D *const to = reinterpret_cast<D *>(operand + j * pitch_of<D>(ROWS_FASTEST, S::columns)) + first_map;
     if (j >= pixels || first_map >= maps) {
 #pragma unroll
-      for (int i = 0; i < MAPS; i += RUN) store_zero_run(to_operand + i, SIZE);
+      for (int i = 0; i < MAPS; i += RUN) store_zero_run(to + i, SIZE);
       return;
     }
     plain_response<D, MAPS, PIXELS ? PITCH : SIZE>(layer, keys, block, first_map % 16 != 0, table[j].pixel.row,
-                                                   table[j].pixel.column, tile + offset, to_operand);
+                                                   table[j].pixel.column, tile + offset, to);
+  }
+};
+
+/* g of a step's pixels, in layers of any kind and in plain ones. */
+template <class D, class S, Fastest G>
+struct AnyGradient {
+  const Layer &layer;
+  int64_t t0, output_first;
+  PNN_DEVICE AnyGradient(const Layer &layer_, int64_t group, int64_t t0_)
+      : layer(layer_), t0(t0_), output_first(group * layer_.group_outputs) {}
+  PNN_DEVICE void load(const Column *table, int pixels, char *tile) const {
+    const int order = G == ROWS_FASTEST                           ? STAGE_CHANNELS
+                      : layer.grad_output_staging == STAGE_PIXELS ? STAGE_PIXELS
+                                                                  : STAGE_ELEMENTS;
+    const auto place = [&](int pixel, int64_t *at) {
+      *at = pixel < pixels ? table[pixel].grad_output : 0;
+      return pixel < pixels;
+    };
+    stage_view<sizeof(D), S::rows, Depth<D>::value, S::threads>(
+        layer.grad_output, order, t0, S::rows, layer.group_outputs, output_first, tile, pitch_of<D>(G, S::rows), place);
+  }
+};
+template <class D, class S, Fastest G>
+struct PlainGradient {
+  PlainTiles<D, S::rows, S::threads, G == DEPTH_FASTEST> tiles;
+  PNN_DEVICE PlainGradient(const Layer &layer, int64_t group, int64_t t0)
+      : tiles(layer.grad_output, group * layer.group_outputs + t0,
+              layer.group_outputs - t0 < S::rows ? static_cast<int>(layer.group_outputs - t0) : S::rows,
+              pitch_of<D>(G, S::rows)) {}
+  PNN_DEVICE void load(const Column *table, int pixels, char *tile) const {
+    tiles.load([&](int pixel) { return table[pixel].grad_output; }, pixels, tile);
   }
 };
 
@@ -202,10 +255,12 @@ __global__ void __launch_bounds__(S::threads, S::blocks)
   using R = typename H::R;
   constexpr bool PLAIN = WAY != ANY_WAY;
   using Operand = std::conditional_t<PLAIN, PlainOperand<D, S, WAY == PLAIN_PIXELS>, AnyOperand<D, S>>;
+  using Gradient = std::conditional_t<PLAIN, PlainGradient<D, S, G>, AnyGradient<D, S, G>>;
+  using Step = std::conditional_t<PLAIN, int, int64_t>;
   constexpr int DEPTH = H::DEPTH;
   PNN_SHARED_MEMORY(memory);
-  const int stage_bytes =
-      H::table_bytes + H::gradient_bytes + H::input_bytes(!PLAIN && layer.input_float ? 4 : static_cast<int>(sizeof(D)));
+  const int stage_bytes = H::table_bytes + H::gradient_bytes +
+                          H::input_bytes(!PLAIN && layer.input_float ? 4 : static_cast<int>(sizeof(D)));
   char *const operands = memory + STAGES * stage_bytes;
   const int thread = static_cast<int>(threadIdx.x);
 
@@ -219,38 +274,35 @@ __global__ void __launch_bounds__(S::threads, S::blocks)
   part.k0 = k0;
   part.maps = layer.group_maps - k0 < S::columns ? layer.group_maps - k0 : S::columns;
   part.q_begin = split * layer.split_columns;
-  part.q_end =
-      part.q_begin + layer.split_columns < layer.columns ? part.q_begin + layer.split_columns : layer.columns;
+  part.q_end = part.q_begin + layer.split_columns < layer.columns ? part.q_begin + layer.split_columns : layer.columns;
   part.channel_first = group * layer.group_channels;
   part.map_first = group * layer.group_maps;
   const bool products = layer.products != nullptr, totals = layer.totals != nullptr && map_tile == 0;
-  const int64_t steps = part.q_begin < part.q_end ? (part.q_end - part.q_begin + DEPTH - 1) / DEPTH : 0;
+  const Step pixels = static_cast<Step>(part.q_begin < part.q_end ? part.q_end - part.q_begin : 0);
+  const Step steps = (pixels + (DEPTH - 1)) / DEPTH;
+  /* A step's pixels. */
+  const auto pixels_of = [&](Step step) {
+    const Step left = pixels - step * DEPTH;
+    return left < DEPTH ? static_cast<int>(left) : DEPTH;
+  };
 
   Operand operand(layer, part);
+  const Gradient gradient(layer, group, t0);
   /* Of each stage: where its pixels stand, g, x. */
   Ring<STAGES> ring(stage_bytes);
   const auto table_at = [&](int ahead) { return reinterpret_cast<Column *>(memory + ring.of(ahead)); };
   /* Where a step's pixels stand: made once, one step before the step is loaded. */
-  const auto look_up = [&](int64_t step, int ahead) {
-    if (step >= steps || thread >= part.pixels_of(step, DEPTH)) return;
+  const auto look_up = [&](Step step, int ahead) {
+    if (step >= steps || thread >= pixels_of(step)) return;
     const Place p = place_make(layer, part.q_begin + step * DEPTH + thread);
     table_at(ahead)[thread] = {place_in(layer.input, p), place_in(layer.grad_output, p), pixel_make(layer, p)};
   };
-  const auto load = [&](int64_t step) {
+  const auto load = [&](Step step) {
     if (step < steps) {
       const Column *const table = table_at(STAGES - 1);
       char *const to = memory + ring.of(STAGES - 1) + H::table_bytes;
-      const int pixels = part.pixels_of(step, DEPTH);
-      const int order = G == ROWS_FASTEST                           ? STAGE_CHANNELS
-                        : layer.grad_output_staging == STAGE_PIXELS ? STAGE_PIXELS
-                                                                    : STAGE_ELEMENTS;
-      stage_view<sizeof(D), S::rows, DEPTH, S::threads>(layer.grad_output, order, t0, S::rows, layer.group_outputs,
-                                                        output_first, to, pitch_of<D>(G, S::rows),
-                                                        [&](int pixel, int64_t *at) {
-                                                          *at = pixel < pixels ? table[pixel].grad_output : 0;
-                                                          return pixel < pixels;
-                                                        });
-      if (products) operand.load(table, pixels, to + H::gradient_bytes);
+      gradient.load(table, pixels_of(step), to);
+      if (products) operand.load(table, pixels_of(step), to + H::gradient_bytes);
     }
     copy_commit();
   };
@@ -262,7 +314,7 @@ __global__ void __launch_bounds__(S::threads, S::blocks)
   look_up(0, STAGES - 1);
   __syncthreads();
 #pragma unroll 1
-  for (int64_t step = 1 - STAGES; step < steps; step++) {
+  for (Step step = 1 - STAGES; step < steps; step++) {
     if (step >= -1) {
       copy_wait<STAGES - 3>();
       __syncthreads();
@@ -270,17 +322,16 @@ __global__ void __launch_bounds__(S::threads, S::blocks)
     load(step + STAGES - 1);
     look_up(step + STAGES, 0);
     if (products && step >= -1 && step + 1 < steps)
-      operand.make(table_at(1), part.pixels_of(step + 1, DEPTH),
-                   memory + ring.of(1) + H::table_bytes + H::gradient_bytes, operands + (H::operand_bytes - now));
+      operand.make(table_at(1), pixels_of(step + 1), memory + ring.of(1) + H::table_bytes + H::gradient_bytes,
+                   operands + (H::operand_bytes - now));
     if (step >= 0) {
-      const char *const gradient = memory + ring.of(0) + H::table_bytes;
-      if (products) tile.add_product(gradient, operands + now);
+      const char *const g = memory + ring.of(0) + H::table_bytes;
+      if (products) tile.add_product(g, operands + now);
       if (totals && thread < S::rows) {
 #pragma unroll
         for (int j = 0; j < DEPTH; j++) {
-          const char *at = G == DEPTH_FASTEST
-                               ? gradient + thread * pitch_of<D>(G, S::rows) + j * static_cast<int>(sizeof(D))
-                               : gradient + j * pitch_of<D>(G, S::rows) + thread * static_cast<int>(sizeof(D));
+          const char *at = G == DEPTH_FASTEST ? g + thread * pitch_of<D>(G, S::rows) + j * static_cast<int>(sizeof(D))
+                                              : g + j * pitch_of<D>(G, S::rows) + thread * static_cast<int>(sizeof(D));
           total += widen(*reinterpret_cast<const D *>(at));
         }
       }
@@ -321,7 +372,10 @@ Status launch(const Layer &layer, Stream stream) {
 
 template <class D, class S, Fastest G>
 Status choose_way(const Layer &layer, Stream stream) {
-  const Way way = way_of<D>(layer);
+  /* g's copies must be whole runs of 16 bytes too. */
+  const bool whole =
+      G == DEPTH_FASTEST ? layer.grad_output_staging == STAGE_PIXELS : layer.group_outputs % Depth<D>::vector == 0;
+  const Way way = whole && layer.split_columns < INT32_MAX - 128 ? way_of<D>(layer) : ANY_WAY;
   if constexpr (sizeof(D) < 8) {
     if (way == PLAIN_PIXELS) return launch<D, S, G, PLAIN_PIXELS>(layer, stream);
     if (way == PLAIN_CHANNELS) return launch<D, S, G, PLAIN_CHANNELS>(layer, stream);
