@@ -133,16 +133,17 @@ struct AnyOperand {
   }
 };
 
-/* Of plain layers (response.h). */
+/* Of plain layers (response.h): sixteen maps of a pixel, in every step or, where a step has fewer items than there are
+ * threads, in turns. */
 template <class D, class S, bool PIXELS>
 struct PlainOperand {
   static constexpr int SIZE = static_cast<int>(sizeof(D)), V = 16 / SIZE, DEPTH = Depth<D>::value;
   static constexpr int PITCH = (PIXELS ? S::columns : DEPTH) * SIZE + 16; /* of x's tile */
-  static constexpr int MAPS = DEPTH * S::columns >= S::threads * 16 ? 16 : RUN;
-  static_assert(S::columns * DEPTH <= S::threads * MAPS, "one item for a thread");
+  static constexpr int SIXTEENS = DEPTH / SIXTEEN, TURNS = S::threads / (S::columns * SIXTEENS);
+  static_assert(S::columns * SIXTEENS * TURNS == S::threads, "every thread has its turn");
   const Layer &layer;
   StepTiles<D, S::columns, S::threads, PIXELS> tiles;
-  int j, first_map;
+  int j, first_map, turn;
   uint32_t row = 0, column = 0, block;
   PhiloxKeys keys;
 
@@ -156,7 +157,8 @@ struct PlainOperand {
         tiles(layer_.input, group * layer_.group_channels, layer_.group_channels, channels(layer_), columns, PITCH,
               [&](int at) { return table[at].input; }) {
     j = static_cast<int>(threadIdx.x) % S::columns;
-    first_map = static_cast<int>(threadIdx.x) / S::columns * MAPS;
+    first_map = static_cast<int>(threadIdx.x) / S::columns % SIXTEENS * SIXTEEN;
+    turn = static_cast<int>(threadIdx.x) / (S::columns * SIXTEENS);
     if (j < columns) row = table[j].pixel.row, column = table[j].pixel.column;
     block = static_cast<uint32_t>(group * layer.group_maps / 16) + static_cast<uint32_t>(first_map / 16);
     keys = philox_keys(seed_read(layer));
@@ -168,17 +170,17 @@ struct PlainOperand {
   }
   PNN_DEVICE void load(int step, char *tile) const { tiles.load(first_channel(step), tile); }
   PNN_DEVICE void make(int step, const char *tile, char *operand) const {
+    if (step % TURNS != turn) return;
     D *const to = reinterpret_cast<D *>(operand + j * pitch_of<D>(DEPTH_FASTEST, 0)) + first_map;
     const int k = step * DEPTH + first_map;
     if (k >= static_cast<int>(layer.group_maps)) {
-#pragma unroll
-      for (int i = 0; i < MAPS; i += RUN) store_zero_run(to + i, SIZE);
+      store_zeros(to);
       return;
     }
     const int offset = PIXELS ? (first_map >> layer.masks_shift) * PITCH + j * SIZE
                               : ((k >> layer.masks_shift) - first_channel(step)) * SIZE + j * PITCH;
-    plain_response<D, MAPS, PIXELS ? PITCH : SIZE>(layer, keys, block + static_cast<uint32_t>(step * DEPTH / 16),
-                                                   first_map % 16 != 0, row, column, tile + offset, to);
+    plain_response<D, PIXELS ? PITCH : SIZE>(layer, keys, block + static_cast<uint32_t>(step * DEPTH / 16), row, column,
+                                             tile + offset, to);
   }
 };
 

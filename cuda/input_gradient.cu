@@ -63,14 +63,13 @@ PNN_DEVICE void plain_gradient(const Layer &layer, const PhiloxKeys &keys, int64
   const uint32_t row = column.pixel.row, across = column.pixel.column;
   const uint32_t block = static_cast<uint32_t>(group * layer.group_maps / 16) + k / 16;
 #pragma unroll 1
-  for (int run = 0; run < SHARE && run < count; run += 16) {
-    uint32_t words[4] = {across, row, block + static_cast<uint32_t>(run / 16), 0};
-    philox(words, keys);
-    float u[16];
+  for (int run = 0; run < SHARE && run < count; run += SIXTEEN) {
+    float u[SIXTEEN];
     const int64_t c = static_cast<int64_t>((k + static_cast<uint32_t>(run)) >> layer.masks_shift);
-    plain_perturbed<D, 16, false>(layer, words, x + c * step, step, u);
+    plain_perturbed<D, false>(layer, keys, block + static_cast<uint32_t>(run / SIXTEEN), row, across, x + c * step,
+                              step, u);
 #pragma unroll
-    for (int e = 0; e < 16; e++) {
+    for (int e = 0; e < SIXTEEN; e++) {
       float *const at = d + (run + e) * PITCH;
       note_load(at, sizeof(float));
       *at = u[e] <= 0 ? 0.0f : *at;

@@ -367,59 +367,59 @@ Way way_of(const Layer &layer) {
                                                                                                : ANY_WAY;
 }
 
-/* x of MAPS maps with MASKS to a channel; channels are `step` bytes apart, side by side with VECTOR. */
-template <class D, int MAPS, int MASKS, bool VECTOR, class Step>
-PNN_DEVICE void plain_input(const char *x, Step step, float v[MAPS]) {
+constexpr int SIXTEEN = 16; /* maps of a pixel that a thread of a plain layer makes at a time: a Philox call's */
+
+/* x of sixteen maps with MASKS to a channel; channels are `step` bytes apart, side by side with VECTOR. */
+template <class D, int MASKS, bool VECTOR, class Step>
+PNN_DEVICE void plain_input(const char *x, Step step, float v[SIXTEEN]) {
   constexpr int SIZE = static_cast<int>(sizeof(D)), V = 16 / SIZE;
   if constexpr (VECTOR && MASKS == 1) {
 #pragma unroll
-    for (int i = 0; i < MAPS; i += V) {
+    for (int i = 0; i < SIXTEEN; i += V) {
       const words4 vector = load_shared(reinterpret_cast<const words4 *>(x) + i / V);
 #pragma unroll
       for (int e = 0; e < V; e++) v[i + e] = static_cast<float>(widen(element_in(D{}, vector, e)));
     }
   } else {
 #pragma unroll
-    for (int i = 0; i < MAPS; i += MASKS, x += step) {
+    for (int i = 0; i < SIXTEEN; i += MASKS, x += step) {
       const float value = static_cast<float>(widen(*reinterpret_cast<const D *>(x)));
       if (sizeof(Step) == 4) note_load(x, SIZE); /* of shared memory */
 #pragma unroll
-      for (int e = 0; e < MASKS && e < MAPS; e++) v[i + e] = value;
+      for (int e = 0; e < MASKS; e++) v[i + e] = value;
     }
   }
 }
 
-/* The perturbed input of MAPS maps of a pixel of a plain layer; `words` are the generator's of their sixteen, from
- * their own on. */
-template <class D, int MAPS, bool VECTOR, class Step>
-PNN_DEVICE void plain_perturbed(const Layer &layer, const uint32_t *words, const char *x, Step step, float u[MAPS]) {
-  const int shift = layer.masks_shift;
-  if (shift == 0)
-    plain_input<D, MAPS, 1, VECTOR>(x, step, u);
-  else if (shift == 1)
-    plain_input<D, MAPS, 2, VECTOR>(x, step, u);
-  else if (shift == 2)
-    plain_input<D, MAPS, 4, VECTOR>(x, step, u);
-  else if (shift == 3)
-    plain_input<D, MAPS, 8, VECTOR>(x, step, u);
-  else
-    plain_input<D, MAPS, 16, VECTOR>(x, step, u);
-#pragma unroll
-  for (int e = 0; e < MAPS; e++) u[e] = u[e] + layer.level_float * lattice_in(words[e / 4], e % 4);
-}
-
-/* MAPS maps of one pixel to shared memory as D: those of the sixteen with number `block`, of which `upper` says that
- * they are the second eight; x is their first channel's place in shared memory, STEP bytes before the next. */
-template <class D, int MAPS, int STEP>
-PNN_DEVICE void plain_response(const Layer &layer, const PhiloxKeys &keys, uint32_t block, bool upper, uint32_t row,
-                               uint32_t column, const char *x, D *to) {
+/* The perturbed input of the sixteen maps with number `block`, of one pixel; x is their first channel's. */
+template <class D, bool VECTOR, class Step>
+PNN_DEVICE void plain_perturbed(const Layer &layer, const PhiloxKeys &keys, uint32_t block, uint32_t row,
+                                uint32_t column, const char *x, Step step, float u[SIXTEEN]) {
   uint32_t words[4] = {column, row, block, 0};
   philox(words, keys);
-  if (upper) words[0] = words[2], words[1] = words[3];
-  float u[MAPS];
-  plain_perturbed<D, MAPS, STEP == static_cast<int>(sizeof(D))>(layer, words, x, STEP, u);
+  const int shift = layer.masks_shift;
+  if (shift == 0)
+    plain_input<D, 1, VECTOR>(x, step, u);
+  else if (shift == 1)
+    plain_input<D, 2, VECTOR>(x, step, u);
+  else if (shift == 2)
+    plain_input<D, 4, VECTOR>(x, step, u);
+  else if (shift == 3)
+    plain_input<D, 8, VECTOR>(x, step, u);
+  else
+    plain_input<D, 16, VECTOR>(x, step, u);
 #pragma unroll
-  for (int i = 0; i < MAPS; i += RUN) store_run_relu(to + i, u + i);
+  for (int e = 0; e < SIXTEEN; e++) u[e] = u[e] + layer.level_float * lattice_in(words[e / 4], e % 4);
+}
+
+/* Their response to shared memory as D; x is there too, its channels STEP bytes apart. */
+template <class D, int STEP>
+PNN_DEVICE void plain_response(const Layer &layer, const PhiloxKeys &keys, uint32_t block, uint32_t row,
+                               uint32_t column, const char *x, D *to) {
+  float u[SIXTEEN];
+  plain_perturbed<D, STEP == static_cast<int>(sizeof(D))>(layer, keys, block, row, column, x, STEP, u);
+  store_run_relu(to, u);
+  store_run_relu(to + RUN, u + RUN);
 }
 
 PNN_DEVICE uint64_t seed_read(const Layer &layer) { return layer.seed ? static_cast<uint64_t>(*layer.seed) : 0; }

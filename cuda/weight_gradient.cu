@@ -55,7 +55,7 @@ struct Part {
 };
 
 /* How a thread makes its part of the operand, runs of eight maps of one pixel, the same maps in every step: x of a
- * step's pixels comes to shared memory by load(table, pixels, tile) and becomes the operand by make(table, pixels,
+ * step's pixels comes to shared memory by load(table, pixels, tile) and becomes the operand by make(step, table, pixels,
  * tile, operand). Of layers of any kind: */
 template <class D, class S>
 struct AnyOperand {
@@ -99,7 +99,7 @@ struct AnyOperand {
       stage_view<4, S::columns, DEPTH, S::threads>(layer.input, staging, c0, channels, layer.group_channels,
                                                    part.channel_first, tile, pitch, place);
   }
-  PNN_DEVICE void make(const Column *table, int pixels, const char *tile, char *operand) const {
+  PNN_DEVICE void make(int64_t, const Column *table, int pixels, const char *tile, char *operand) const {
     if (first_run >= S::columns) return;
     D *const to = reinterpret_cast<D *>(operand + j * pitch_of<D>(ROWS_FASTEST, S::columns));
     const Column &column = table[j];
@@ -169,16 +169,17 @@ struct PlainTiles {
   }
 };
 
-/* Of plain layers (response.h). */
+/* Of plain layers (response.h): sixteen maps of a pixel, in every step or, where a step has fewer items than there are
+ * threads, in turns. */
 template <class D, class S, bool PIXELS>
 struct PlainOperand {
   static constexpr int SIZE = static_cast<int>(sizeof(D)), V = 16 / SIZE, DEPTH = Depth<D>::value;
   static constexpr int PITCH = (PIXELS ? DEPTH : S::columns) * SIZE + 16; /* of x's tile */
-  static constexpr int MAPS = DEPTH * S::columns >= S::threads * 16 ? 16 : RUN;
-  static_assert(S::columns * DEPTH <= S::threads * MAPS, "one item for a thread");
+  static constexpr int SIXTEENS = S::columns / SIXTEEN, TURNS = S::threads / (DEPTH * SIXTEENS);
+  static_assert(DEPTH * SIXTEENS * TURNS == S::threads, "every thread has its turn");
   const Layer &layer;
   PlainTiles<D, S::columns, S::threads, PIXELS> tiles;
-  int maps, j, first_map, offset;
+  int maps, j, first_map, turn, offset;
   uint32_t block;
   PhiloxKeys keys;
 
@@ -196,7 +197,8 @@ struct PlainOperand {
         tiles(layer_.input, part.channel_first + first_channel(layer_, part), channels(layer_, part), PITCH) {
     maps = static_cast<int>(part.maps);
     j = static_cast<int>(threadIdx.x) % DEPTH;
-    first_map = static_cast<int>(threadIdx.x) / DEPTH * MAPS;
+    first_map = static_cast<int>(threadIdx.x) / DEPTH % SIXTEENS * SIXTEEN;
+    turn = static_cast<int>(threadIdx.x) / (DEPTH * SIXTEENS);
     const int k = static_cast<int>(part.k0) + first_map, c = (k >> layer.masks_shift) - first_channel(layer, part);
     offset = keep(PIXELS ? c * PITCH + j * SIZE : j * PITCH + c * SIZE);
     block = static_cast<uint32_t>((part.map_first + k) / 16);
@@ -205,15 +207,15 @@ struct PlainOperand {
   PNN_DEVICE void load(const Column *table, int pixels, char *tile) const {
     tiles.load([&](int pixel) { return table[pixel].input; }, pixels, tile);
   }
-  PNN_DEVICE void make(const Column *table, int pixels, const char *tile, char *operand) const {
+  PNN_DEVICE void make(int step, const Column *table, int pixels, const char *tile, char *operand) const {
+    if (step % TURNS != turn) return;
     D *const to = reinterpret_cast<D *>(operand + j * pitch_of<D>(ROWS_FASTEST, S::columns)) + first_map;
     if (j >= pixels || first_map >= maps) {
-#pragma unroll
-      for (int i = 0; i < MAPS; i += RUN) store_zero_run(to + i, SIZE);
+      store_zeros(to);
       return;
     }
-    plain_response<D, MAPS, PIXELS ? PITCH : SIZE>(layer, keys, block, first_map % 16 != 0, table[j].pixel.row,
-                                                   table[j].pixel.column, tile + offset, to);
+    plain_response<D, PIXELS ? PITCH : SIZE>(layer, keys, block, table[j].pixel.row, table[j].pixel.column,
+                                             tile + offset, to);
   }
 };
 
@@ -322,7 +324,7 @@ __global__ void __launch_bounds__(S::threads, S::blocks)
     load(step + STAGES - 1);
     look_up(step + STAGES, 0);
     if (products && step >= -1 && step + 1 < steps)
-      operand.make(table_at(1), pixels_of(step + 1), memory + ring.of(1) + H::table_bytes + H::gradient_bytes,
+      operand.make(step + 1, table_at(1), pixels_of(step + 1), memory + ring.of(1) + H::table_bytes + H::gradient_bytes,
                    operands + (H::operand_bytes - now));
     if (step >= 0) {
       const char *const g = memory + ring.of(0) + H::table_bytes;

@@ -86,6 +86,11 @@ def short_name(mangled: str) -> str:
         order = re.search(r"FastestE(\d)E", arguments)
         if order:
             parts.append("rows" if order[1] == "1" else "depth")
+        way = re.search(r"3WayE(\d)E", arguments)
+        if way:
+            parts += [[], ["pixels"], ["channels"]][int(way[1])]
+        if "ELb1E" in arguments:
+            parts.append("plain")
     return " ".join(parts)
 
 
@@ -202,7 +207,7 @@ def check(
             failures.append(f"{where}: {', '.join(doubles)}, double precision")
         needed = set() if words[0] == "moments" else {"LDGSTS"}
         if words[0] != "moments" and words[1] in ("bfloat16", "float16", "tf32"):
-            needed |= {"HMMA"} if words[1] == "tf32" and words[-1] == "rows" else {"HMMA", "LDSM"}
+            needed |= {"HMMA"} if words[1] == "tf32" and "rows" in words else {"HMMA", "LDSM"}
         failures += [f"{where}: no {op}" for op in sorted(needed) if not operations[op]]
         if kernel in shapes and fitting[kernel, architecture] == 0:
             failures.append(f"{where}: a block needs more than a multiprocessor has")
