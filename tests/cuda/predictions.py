@@ -11,7 +11,7 @@ say where they come from. Nothing here needs a GPU, PyTorch or CUDA.
 Example:
     >>> p = predict((32, 64, 56, 64, 1), "bfloat16", "forward")
     >>> p.bytes, p.flops, p.bound
-    (25698304, 822083584, 'instructions')
+    (25698304, 822083584, 'memory')
 """
 
 from __future__ import annotations
@@ -88,9 +88,10 @@ INSTRUCTIONS_A_SECOND = MULTIPROCESSORS * 4 * CLOCK * 0.9 * 32  # of single thre
 WAVEFRONTS_A_SECOND = MULTIPROCESSORS * CLOCK
 # A thread's instructions, counted along the shortest way through the machine code for sm_90 that does the work, for the
 # 256-value lattice from a seed, relu and contiguous tensors. Plain layers (cuda/response.h), (large, small tile):
-# one step of depth, FFMA not counted: copies, sixteen maps of a pixel (eight in float32), the product;
-FORWARD_STEP = {"float32": (232, 217), "tf32": (298, 247), "bfloat16": (265, 246), "float16": (265, 246)}
-WEIGHT_STEP = {"float32": (240, 223), "tf32": (316, 264), "bfloat16": (268, 248), "float16": (268, 248)}
+# one step of depth, FFMA not counted: copies, the product, and a thread's share of the operand (16-bit types: sixteen
+# maps of a pixel; float32: sixteen in every second step, of which this is the mean);
+FORWARD_STEP = {"float32": (207, 192), "tf32": (272, 221), "bfloat16": (267, 248), "float16": (267, 248)}
+WEIGHT_STEP = {"float32": (212, 196), "tf32": (288, 236), "bfloat16": (270, 250), "float16": (270, 250)}
 INPUT_STEP = {"float32": (116, 99), "tf32": (231, 166), "bfloat16": (100, 80), "float16": (100, 80)}
 # what the weight gradient does for a pixel of a step, to look it up, and for an output's share of dbias;
 LOOK_UP, TOTAL = 110, 3
@@ -99,7 +100,7 @@ LOOK_UP, TOTAL = 110, 3
 INPUT_MAP = {"float32": 14.8, "tf32": 14.8, "bfloat16": 15.9, "float16": 15.9}
 INPUT_STORE = {"float32": (4.0, 2.3), "tf32": (4.0, 2.3), "bfloat16": (2.6, 1.9), "float16": (2.6, 1.9)}
 # Before and behind the steps: places, keys, bias, sums into shared memory, stores;
-TILE, INPUT_TILE = (707, 509), (425, 395)
+TILE, INPUT_TILE = (707, 510), (425, 395)
 # Other layers: one step without the operand, what a thread makes of the operand in it; the last, element by element
 # where no runs of 16 bytes can be had, is estimated.
 ANY_STEP = {"float32": (264, 248), "tf32": (288, 236), "bfloat16": (233, 214), "float16": (233, 214)}
@@ -210,6 +211,7 @@ def kernels(case: Case, dtype: str, direction: str, layout: str = "contiguous", 
         input_step, input_map = INPUT_STEP[dtype], INPUT_MAP[dtype]
     depth = 64 // size
     flops = 2.0 * maps * columns * outputs
+    reads = depth / 32 / min(masks, 16)  # wavefronts that read x for one line of a step's operand
     small = [Kernel(2 * weight, 2 * weight)]  # one of those that handle channels, outputs or weights
     if direction == "forward":
         shape = tiles(outputs, columns)
@@ -219,7 +221,7 @@ def kernels(case: Case, dtype: str, direction: str, layout: str = "contiguous", 
             x * shape.row_tiles + y + weight * shape.column_tiles,
             flops,
             shape.threads * (shape.blocks * TILE[shape.small] + steps * forward_step[shape.small]),
-            steps * step_wavefronts(dtype, shape) + outputs * columns * 4 * 2 / 128,
+            steps * (step_wavefronts(dtype, shape) + shape.columns * reads) + outputs * columns * 4 * 2 / 128,
             shape.blocks,
         )
         if not norm:
@@ -252,7 +254,7 @@ def kernels(case: Case, dtype: str, direction: str, layout: str = "contiguous", 
             shape.threads * (shape.blocks * splits * TILE[shape.small] + steps * weight_step[shape.small])
             + steps * depth * LOOK_UP
             + columns * outputs * TOTAL,
-            steps * step_wavefronts(dtype, shape),
+            steps * (step_wavefronts(dtype, shape) + shape.columns * reads),
             shape.blocks * splits,
         )
         join = [Kernel(0 if parts < CACHE_SIZE else parts, parts)] if splits > 1 else []
