@@ -92,6 +92,9 @@ WAVEFRONTS_A_SECOND = MULTIPROCESSORS * CLOCK
 # maps of a pixel; float32: sixteen in every second step, of which this is the mean);
 FORWARD_STEP = {"float32": (207, 192), "tf32": (272, 221), "bfloat16": (267, 248), "float16": (267, 248)}
 WEIGHT_STEP = {"float32": (212, 196), "tf32": (288, 236), "bfloat16": (270, 250), "float16": (270, 250)}
+# fewer of them with sixteen masks or more, where one number of x is read for all sixteen maps;
+FEWER_LOADS = {"float32": -2, "tf32": -2, "bfloat16": 9, "float16": 9}
+# the input gradient's step: copies and the product;
 INPUT_STEP = {"float32": (116, 99), "tf32": (231, 166), "bfloat16": (100, 80), "float16": (100, 80)}
 # what the weight gradient does for a pixel of a step, to look it up, and for an output's share of dbias;
 LOOK_UP, TOTAL = 110, 3
@@ -207,7 +210,9 @@ def kernels(case: Case, dtype: str, direction: str, layout: str = "contiguous", 
         forward_step = weight_step = (ANY_STEP[dtype][0] + make, ANY_STEP[dtype][1] + make)
         input_step, input_map = ANY_INPUT_STEP, float(ANY_INPUT_MAP)
     else:
-        forward_step, weight_step = FORWARD_STEP[dtype], WEIGHT_STEP[dtype]
+        fewer = FEWER_LOADS[dtype] if masks >= 16 else 0
+        forward_step = (FORWARD_STEP[dtype][0] - fewer, FORWARD_STEP[dtype][1] - fewer)
+        weight_step = (WEIGHT_STEP[dtype][0] - fewer, WEIGHT_STEP[dtype][1] - fewer)
         input_step, input_map = INPUT_STEP[dtype], INPUT_MAP[dtype]
     depth = 64 // size
     flops = 2.0 * maps * columns * outputs
