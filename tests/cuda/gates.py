@@ -38,6 +38,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 TABLE = Path(__file__).with_name("kernels.txt")
+WIDTH = 44  # of a kernel's name in the tables
 TILED = ("forward", "input_gradient", "weight_gradient", "moments")
 DOUBLE = re.compile(r"^D(FMA|ADD|MUL|SETP|MNMX|MMA)$")
 COUNTED = (("all", None), ("HMMA", {"HMMA"}), ("FMA", {"FFMA", "DFMA"}), ("LDSM", {"LDSM"}), ("LDGSTS", {"LDGSTS"}))
@@ -239,17 +240,17 @@ def tables(
     """The lines of kernels.txt: what the tiled kernels take, then what they consist of."""
     architectures = sorted({architecture for _, architecture in code})
     lines = [f"# nvcc {compiler}; registers a thread, blocks a multiprocessor"]
-    lines.append("kernel".ljust(36) + "threads  shared" + "".join(f"sm_{a}".rjust(11) for a in architectures))
-    lines.append(" " * 51 + "".join("reg blocks".rjust(11) for _ in architectures))
+    lines.append("kernel".ljust(WIDTH) + "threads  shared" + "".join(f"sm_{a}".rjust(11) for a in architectures))
+    lines.append(" " * (WIDTH + 15) + "".join("reg blocks".rjust(11) for _ in architectures))
     for kernel, (threads, shared) in shapes.items():
         cells = [f"{resources[kernel, a].registers:>5} {fitting[kernel, a]:>5}" for a in architectures]
-        lines.append(f"{kernel:<36}{threads:>7} {shared:>7}" + "".join(cells))
+        lines.append(f"{kernel:<{WIDTH}}{threads:>7} {shared:>7}" + "".join(cells))
     lines += ["", "# instructions"]
     head = "".join(name.rjust(7) for name, _ in COUNTED)
-    lines.append("kernel".ljust(36) + "".join(f"sm_{a}".rjust(len(head)) for a in architectures))
-    lines.append(" " * 36 + head * len(architectures))
+    lines.append("kernel".ljust(WIDTH) + "".join(f"sm_{a}".rjust(len(head)) for a in architectures))
+    lines.append(" " * WIDTH + head * len(architectures))
     for kernel in shapes:
-        row = f"{kernel:<36}"
+        row = f"{kernel:<{WIDTH}}"
         for architecture in architectures:
             operations = code[kernel, architecture]
             for _, names in COUNTED:
@@ -273,7 +274,7 @@ def compare(written: Sequence[str], lines: Sequence[str]) -> tuple[list[str], st
 def by_row(lines: Sequence[str]) -> dict[tuple[bool, str], str]:
     """The lines of both tables by table and kernel."""
     second = next((number for number, line in enumerate(lines) if number and line.startswith("#")), len(lines))
-    return {(number >= second, line[:36].strip()): line for number, line in enumerate(lines)}
+    return {(number >= second, line[:WIDTH].strip()): line for number, line in enumerate(lines)}
 
 
 def main() -> int:
