@@ -38,7 +38,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 TABLE = Path(__file__).with_name("kernels.txt")
-WIDTH = 44  # of a kernel's name in the tables
+WIDTH = 48  # of a kernel's name in the tables
 TILED = ("forward", "input_gradient", "weight_gradient", "moments")
 DOUBLE = re.compile(r"^D(FMA|ADD|MUL|SETP|MNMX|MMA)$")
 COUNTED = (("all", None), ("HMMA", {"HMMA"}), ("FMA", {"FFMA", "DFMA"}), ("LDSM", {"LDSM"}), ("LDGSTS", {"LDGSTS"}))
