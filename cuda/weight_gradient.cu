@@ -55,8 +55,8 @@ struct Part {
 };
 
 /* How a thread makes its part of the operand, runs of eight maps of one pixel, the same maps in every step: x of a
- * step's pixels comes to shared memory by load(table, pixels, tile) and becomes the operand by make(step, table, pixels,
- * tile, operand). Of layers of any kind: */
+ * step's pixels comes to shared memory by load(table, pixels, tile) and becomes the operand by make(step, table,
+ * pixels, tile, operand). Of layers of any kind: */
 template <class D, class S>
 struct AnyOperand {
   using R = typename RealOf<D>::type;
