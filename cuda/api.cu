@@ -20,6 +20,13 @@ View view_of(const pnn_view &v) { return {v.data, v.batch, v.channel, v.row, v.c
 
 bool multiple(int64_t step, int64_t of) { return step % of == 0; }
 
+/* log2 of a power of two; -1 for other numbers. */
+int shift_of(int64_t n) {
+  int shift = 0;
+  while (shift < 62 && (int64_t{1} << shift) < n) shift++;
+  return (int64_t{1} << shift) == n ? shift : -1;
+}
+
 /* Whether the pixels, or the channels, of a tensor lie in aligned runs of 16 bytes that no group or image ends inside.
  */
 int staging_of(const pnn_problem &p, const pnn_view &v, int64_t channels, int64_t group_channels) {
@@ -54,6 +61,7 @@ Layer layer_of(const pnn_problem &p) {
   l.by_width = divider_make(p.out_width);
   l.by_masks = divider_make(p.masks);
   l.masks_reciprocal = p.masks <= 32 ? 65536 / static_cast<uint32_t>(p.masks) + 1 : 0;
+  l.masks_shift = shift_of(p.masks);
   l.input = view_of(p.input);
   l.mask = view_of(p.mask);
   l.output = view_of(p.output);

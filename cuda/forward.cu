@@ -11,6 +11,8 @@
  * between the same two barriers in which this step's is multiplied, so that the arithmetic of one hides behind the
  * other. Tensors whose pixels or channels do not lie in aligned runs of 16 bytes skip the first arrow.
  */
+#include <string>
+
 #include "kernels.h"
 #include "response.h"
 #include "tile.h"
@@ -48,110 +50,60 @@ struct Shape {
   }
 };
 
+/* How a thread makes its part of the operand, RUNS runs of eight maps of one pixel: x of a step's maps comes to shared
+ * memory by load(step, tile) and becomes the operand by make(step, tile, to). Of layers of any kind: */
 template <class D, class S>
-__global__ void __launch_bounds__(S::threads, S::blocks)
-    forward_kernel(const __grid_constant__ Layer layer, int64_t first_tile, const __grid_constant__ Divider by_rows,
-                   const __grid_constant__ Divider by_columns) {
-  using H = Shape<D, S>;
-  using R = typename H::R;
-  constexpr int DEPTH = H::DEPTH, STAGES = H::STAGES;
-  PNN_SHARED_MEMORY(memory);
-  Column *const table = reinterpret_cast<Column *>(memory);
-  char *const pipeline = memory + H::table_bytes;
-  const int input_size = layer.input_float ? 4 : static_cast<int>(sizeof(D));
-  const int stage_bytes = H::weight_bytes + H::input_bytes(input_size);
-  char *const operands = pipeline + STAGES * stage_bytes;
-  const int thread = static_cast<int>(threadIdx.x);
-
-  int64_t row_tile, column_tile;
-  const int64_t group = divide(by_columns, divide(by_rows, first_tile + blockIdx.x, &row_tile), &column_tile);
-  const int64_t t0 = row_tile * S::rows, q0 = column_tile * S::columns;
-  const int columns = layer.columns - q0 < S::columns ? static_cast<int>(layer.columns - q0) : S::columns;
-  const uint64_t seed = seed_read(layer);
-  const int64_t channel_first = group * layer.group_channels, map_first = group * layer.group_maps;
-
-  if (thread < columns) {
-    const Place p = place_make(layer, q0 + thread);
-    table[thread] = {place_in(layer.input, p), place_in(layer.output, p), pixel_make(layer, p)};
-  }
-  Tile<D, S::rows, S::columns, S::threads, DEPTH_FASTEST, DEPTH_FASTEST> tile;
-  tile.start([&](int row) {
-    const int64_t t = group * layer.group_outputs + t0 + row;
-    if (t0 + row >= layer.group_outputs) return R(0);
-    if (layer.start) return static_cast<const R *>(layer.start)[t];
-    return layer.bias ? widen(reinterpret_cast<const D *>(layer.bias)[t * layer.bias_step]) : R(0);
-  });
-  __syncthreads();
-
-  const int64_t steps = (layer.group_maps + DEPTH - 1) / DEPTH;
-  const int staging = layer.input_staging;
-  const int V = 16 / input_size, pitch = (staging == STAGE_PIXELS ? S::columns : DEPTH) * input_size + 16;
-  /* The first channel of a step that starts at `map`; a whole vector's where channels are contiguous. */
-  const auto first_channel = [&](const Map &map) {
-    return staging == STAGE_CHANNELS ? map.c & -static_cast<int64_t>(V) : map.c;
-  };
-  /* Of the next step of each kind: its first map, its place in the ring. */
-  Map loaded = {0, 0}, transformed = {0, 0};
-  Slot<STAGES> load_slot, transform_slot, product_slot;
-  WeightTiles<D, S::rows, DEPTH, S::threads> weight(layer, group, t0, 0);
-  const auto load = [&](int64_t step) {
-    if (step < steps) {
-      char *const to = pipeline + load_slot.at * stage_bytes;
-      load_slot.next();
-      weight.stage(layer, to, pitch_of<D>(DEPTH_FASTEST, 0));
-      weight.next_columns();
-      const int64_t c0 = first_channel(loaded);
-      map_advance(layer, &loaded, DEPTH);
-      if (staging != STAGE_ELEMENTS) {
-        /* Up to the channel that the next step starts with, the last of the group at most. */
-        const int64_t end = loaded.m ? loaded.c + 1 : loaded.c;
-        const int count = staging == STAGE_CHANNELS || end - c0 > DEPTH ? DEPTH : static_cast<int>(end - c0);
-        const auto offset = [&](int j, int64_t *at) {
-          *at = j < columns ? table[j].input : 0;
-          return j < columns;
-        };
-        char *const raw = to + H::weight_bytes;
-        if (input_size == static_cast<int>(sizeof(D)))
-          stage_view<sizeof(D), DEPTH, S::columns, S::threads>(layer.input, staging, c0, count, layer.group_channels,
-                                                               channel_first, raw, pitch, offset);
-        else
-          stage_view<4, DEPTH, S::columns, S::threads>(layer.input, staging, c0, count, layer.group_channels,
-                                                       channel_first, raw, pitch, offset);
-      }
-    }
-    copy_commit();
-  };
-  /* A thread makes RUNS runs of maps of one pixel. */
-  constexpr int RUNS = DEPTH / RUN >= 4 ? 2 : 1;
+struct AnyOperand {
+  using R = typename RealOf<D>::type;
+  static constexpr int DEPTH = Depth<D>::value, RUNS = DEPTH / RUN >= 4 ? 2 : 1;
   static_assert(S::columns * (DEPTH / RUN / RUNS) <= S::threads, "one item for a thread");
-  const int j = thread % S::columns, first_run = thread / S::columns * (RUN * RUNS);
-  constexpr int SIZE = static_cast<int>(sizeof(D)), PITCH = S::columns * SIZE + 16;
-  const bool plain = staging != STAGE_ELEMENTS && plain_layer<D>(layer);
-  const R zeros[RUN] = {};
-  const auto transform = [&](int64_t step) {
-    const char *const raw = pipeline + transform_slot.at * stage_bytes + H::weight_bytes;
-    transform_slot.next();
-    D *const to = reinterpret_cast<D *>(operands + (step & 1) * H::operand_bytes + j * pitch_of<D>(DEPTH_FASTEST, 0));
-    const int64_t c0 = first_channel(transformed);
-    Map map = transformed;
-    map_advance(layer, &transformed, DEPTH);
+  const Layer &layer;
+  const Column *table;
+  int columns, staging, input_size, V, pitch, j, first_run;
+  int64_t channel_first, map_first;
+  uint64_t seed;
+  Map loaded = {0, 0}, made = {0, 0}; /* the first map of the next step of each kind */
+
+  PNN_DEVICE AnyOperand(const Layer &layer_, const Column *table_, int columns_, int64_t group)
+      : layer(layer_), table(table_), columns(columns_), staging(layer_.input_staging) {
+    input_size = layer.input_float ? 4 : static_cast<int>(sizeof(D));
+    V = 16 / input_size;
+    pitch = (staging == STAGE_PIXELS ? S::columns : DEPTH) * input_size + 16;
+    j = static_cast<int>(threadIdx.x) % S::columns;
+    first_run = static_cast<int>(threadIdx.x) / S::columns * (RUN * RUNS);
+    channel_first = group * layer.group_channels;
+    map_first = group * layer.group_maps;
+    seed = seed_read(layer);
+  }
+  /* The first channel of a step that starts at `map`; a whole vector's where channels are contiguous. */
+  PNN_DEVICE int64_t first_channel(const Map &map) const {
+    return staging == STAGE_CHANNELS ? map.c & -static_cast<int64_t>(V) : map.c;
+  }
+  PNN_DEVICE void load(int64_t, char *tile) {
+    const int64_t c0 = first_channel(loaded);
+    map_advance(layer, &loaded, DEPTH);
+    if (staging == STAGE_ELEMENTS) return;
+    /* Up to the channel that the next step starts with, the last of the group at most. */
+    const int64_t end = loaded.m ? loaded.c + 1 : loaded.c;
+    const int count = staging == STAGE_CHANNELS || end - c0 > DEPTH ? DEPTH : static_cast<int>(end - c0);
+    const auto offset = [&](int column, int64_t *at) {
+      *at = column < columns ? table[column].input : 0;
+      return column < columns;
+    };
+    if (input_size == static_cast<int>(sizeof(D)))
+      stage_view<sizeof(D), DEPTH, S::columns, S::threads>(layer.input, staging, c0, count, layer.group_channels,
+                                                           channel_first, tile, pitch, offset);
+    else
+      stage_view<4, DEPTH, S::columns, S::threads>(layer.input, staging, c0, count, layer.group_channels, channel_first,
+                                                   tile, pitch, offset);
+  }
+  PNN_DEVICE void make(int64_t step, const char *tile, char *operand) {
+    D *const to = reinterpret_cast<D *>(operand + j * pitch_of<D>(DEPTH_FASTEST, 0));
+    const int64_t c0 = first_channel(made);
+    Map map = made;
+    map_advance(layer, &made, DEPTH);
     if (first_run >= DEPTH) return;
     map_advance(layer, &map, first_run);
-    if constexpr (sizeof(D) < 8) {
-      if (plain) {
-        if (j >= columns || step * DEPTH + first_run >= layer.group_maps) {
-#pragma unroll
-          for (int run = 0; run < RUN * RUNS; run += RUN) store_run(to + first_run + run, zeros);
-          return;
-        }
-        const bool pixels = staging == STAGE_PIXELS;
-        const int first =
-            static_cast<int>(map.c - c0) * (pixels ? PITCH : SIZE) + j * (pixels ? SIZE : DEPTH * SIZE + 16);
-        plain_response<D, RUN * RUNS, PITCH>(layer, seed, map_first + step * DEPTH + first_run, table[j].pixel.row,
-                                             table[j].pixel.column, raw + first, pixels, to + first_run);
-        return;
-      }
-    }
     Generated last = nothing_generated();
 #pragma unroll 1
     for (int run = first_run; run < first_run + RUN * RUNS; run += RUN) {
@@ -167,7 +119,7 @@ __global__ void __launch_bounds__(S::threads, S::blocks)
           const int step_bytes = staging == STAGE_PIXELS ? pitch : input_size;
           const int first =
               static_cast<int>(map.c - c0) * step_bytes + j * (staging == STAGE_PIXELS ? input_size : pitch);
-          const Source<int> x = {raw + first, step_bytes};
+          const Source<int> x = {tile + first, step_bytes};
           perturbed<D>(layer, seed, x, map_first + k, {channel_first + map.c, map.m}, count, column.pixel, &last, u);
         }
         respond(layer, map_first + k, count, u);
@@ -178,21 +130,124 @@ __global__ void __launch_bounds__(S::threads, S::blocks)
       store_run(to + run, u);
       map_advance(layer, &map, RUN);
     }
-  };
+  }
+};
 
+/* Of plain layers (response.h): sixteen maps of a pixel, in every step or, where a step has fewer items than there are
+ * threads, in turns. */
+template <class D, class S, bool PIXELS>
+struct PlainOperand {
+  static constexpr int SIZE = static_cast<int>(sizeof(D)), V = 16 / SIZE, DEPTH = Depth<D>::value;
+  static constexpr int PITCH = (PIXELS ? S::columns : DEPTH) * SIZE + 16; /* of x's tile */
+  static constexpr int SIXTEENS = DEPTH / SIXTEEN, TURNS = S::threads / (S::columns * SIXTEENS);
+  static_assert(S::columns * SIXTEENS * TURNS == S::threads, "every thread has its turn");
+  const Layer &layer;
+  StepTiles<D, S::columns, S::threads, PIXELS> tiles;
+  int j, first_map, turn;
+  uint32_t row = 0, column = 0, block;
+  PhiloxKeys keys;
+
+  /* The channels that a step takes, whole vectors where they are contiguous. */
+  static PNN_DEVICE int channels(const Layer &layer) {
+    const int count = DEPTH >> layer.masks_shift, least = PIXELS ? 1 : V;
+    return count < least ? least : count;
+  }
+  PNN_DEVICE PlainOperand(const Layer &layer_, const Column *table, int columns, int64_t group)
+      : layer(layer_),
+        tiles(layer_.input, group * layer_.group_channels, layer_.group_channels, channels(layer_), columns, PITCH,
+              [&](int at) { return table[at].input; }) {
+    j = static_cast<int>(threadIdx.x) % S::columns;
+    first_map = static_cast<int>(threadIdx.x) / S::columns % SIXTEENS * SIXTEEN;
+    turn = static_cast<int>(threadIdx.x) / (S::columns * SIXTEENS);
+    if (j < columns) row = table[j].pixel.row, column = table[j].pixel.column;
+    block = static_cast<uint32_t>(group * layer.group_maps / 16) + static_cast<uint32_t>(first_map / 16);
+    keys = philox_keys(seed_read(layer));
+  }
+  /* The first channel that is staged of a step. */
+  PNN_DEVICE int first_channel(int step) const {
+    const int c = step * DEPTH >> layer.masks_shift;
+    return PIXELS ? c : c & -V;
+  }
+  PNN_DEVICE void load(int step, char *tile) const { tiles.load(first_channel(step), tile); }
+  PNN_DEVICE void make(int step, const char *tile, char *operand) const {
+    if (step % TURNS != turn) return;
+    D *const to = reinterpret_cast<D *>(operand + j * pitch_of<D>(DEPTH_FASTEST, 0)) + first_map;
+    const int k = step * DEPTH + first_map;
+    if (k >= static_cast<int>(layer.group_maps)) {
+      store_zeros(to);
+      return;
+    }
+    const int offset = PIXELS ? (first_map >> layer.masks_shift) * PITCH + j * SIZE
+                              : ((k >> layer.masks_shift) - first_channel(step)) * SIZE + j * PITCH;
+    plain_response<D, PIXELS ? PITCH : SIZE>(layer, keys, block + static_cast<uint32_t>(step * DEPTH / 16), row, column,
+                                             tile + offset, to);
+  }
+};
+
+template <class D, class S, Way WAY>
+__global__ void __launch_bounds__(S::threads, S::blocks)
+    forward_kernel(const __grid_constant__ Layer layer, int64_t first_tile, const __grid_constant__ Divider by_rows,
+                   const __grid_constant__ Divider by_columns) {
+  using H = Shape<D, S>;
+  using R = typename H::R;
+  constexpr bool PLAIN = WAY != ANY_WAY;
+  using Operand = std::conditional_t<PLAIN, PlainOperand<D, S, WAY == PLAIN_PIXELS>, AnyOperand<D, S>>;
+  using Step = std::conditional_t<PLAIN, int, int64_t>;
+  constexpr int DEPTH = H::DEPTH, STAGES = H::STAGES;
+  PNN_SHARED_MEMORY(memory);
+  Column *const table = reinterpret_cast<Column *>(memory);
+  char *const pipeline = memory + H::table_bytes;
+  const int stage_bytes =
+      H::weight_bytes + H::input_bytes(!PLAIN && layer.input_float ? 4 : static_cast<int>(sizeof(D)));
+  char *const operands = pipeline + STAGES * stage_bytes;
+  const int thread = static_cast<int>(threadIdx.x);
+
+  int64_t row_tile, column_tile;
+  const int64_t group = divide(by_columns, divide(by_rows, first_tile + blockIdx.x, &row_tile), &column_tile);
+  const int64_t t0 = row_tile * S::rows, q0 = column_tile * S::columns;
+  const int columns = layer.columns - q0 < S::columns ? static_cast<int>(layer.columns - q0) : S::columns;
+
+  if (thread < columns) {
+    const Place p = place_make(layer, q0 + thread);
+    table[thread] = {place_in(layer.input, p), place_in(layer.output, p), pixel_make(layer, p)};
+  }
+  Tile<D, S::rows, S::columns, S::threads, DEPTH_FASTEST, DEPTH_FASTEST> tile;
+  const int64_t output_first = group * layer.group_outputs + t0;
+  const int rows =
+      layer.group_outputs - t0 < S::rows ? static_cast<int>(layer.group_outputs - t0) : static_cast<int>(S::rows);
+  const R *const start = static_cast<const R *>(PLAIN ? nullptr : layer.start); /* of normalisation */
+  const D *const bias = reinterpret_cast<const D *>(layer.bias) + output_first * layer.bias_step;
+  tile.start([&](int row) {
+    if (row >= rows) return R(0);
+    if (start) return start[output_first + row];
+    return layer.bias ? widen(bias[row * layer.bias_step]) : R(0);
+  });
+  __syncthreads();
+
+  const Step steps = static_cast<Step>((layer.group_maps + DEPTH - 1) / DEPTH);
+  Ring<STAGES> ring(stage_bytes);
+  WeightTiles<D, S::rows, DEPTH, S::threads, PLAIN> weight(layer, group, t0, 0);
+  Operand operand(layer, table, columns, group);
+  int now = 0;
   /* The steps before 0 only fill the pipeline; so that each part of the body stands in the code once. */
 #pragma unroll 1
-  for (int64_t step = 1 - STAGES; step < steps; step++) {
+  for (Step step = 1 - STAGES; step < steps; step++) {
     if (step >= -1) {
       copy_wait<STAGES - 3>(); /* the next step's x and this step's V are there */
       __syncthreads();
     }
-    load(step + STAGES - 1);
-    if (step >= -1 && step + 1 < steps) transform(step + 1);
-    if (step >= 0) {
-      tile.add_product(pipeline + product_slot.at * stage_bytes, operands + (step & 1) * H::operand_bytes);
-      product_slot.next();
+    if (step + STAGES - 1 < steps) {
+      char *const to = pipeline + ring.of(STAGES - 1);
+      weight.stage(layer, to, pitch_of<D>(DEPTH_FASTEST, 0));
+      weight.next_columns();
+      operand.load(step + STAGES - 1, to + H::weight_bytes);
     }
+    copy_commit();
+    if (step >= -1 && step + 1 < steps)
+      operand.make(step + 1, pipeline + ring.of(1) + H::weight_bytes, operands + (H::operand_bytes - now));
+    if (step >= 0) tile.add_product(pipeline + ring.of(0), operands + now);
+    ring.next();
+    now = H::operand_bytes - now; /* of the two operands the one that is multiplied */
   }
   copy_wait<0>();
   __syncthreads();
@@ -200,14 +255,12 @@ __global__ void __launch_bounds__(S::threads, S::blocks)
   R *const sums = reinterpret_cast<R *>(pipeline);
   const bool outputs_fastest =
       layer.output_staging == STAGE_ELEMENTS ? layer.output_channels_fastest : layer.output_staging == STAGE_CHANNELS;
-  tile.each([&](int row, int column, R value) {
-    sums[outputs_fastest ? column * H::pitch_outputs + row : row * H::pitch_pixels + column] = value;
-  });
+  if (outputs_fastest)
+    tile.each([&](int row, int column, R value) { sums[column * H::pitch_outputs + row] = value; });
+  else
+    tile.each([&](int row, int column, R value) { sums[row * H::pitch_pixels + column] = value; });
   __syncthreads();
-  const int rows =
-      layer.group_outputs - t0 < S::rows ? static_cast<int>(layer.group_outputs - t0) : static_cast<int>(S::rows);
   D *const output = reinterpret_cast<D *>(layer.output.data);
-  const int64_t output_first = group * layer.group_outputs + t0;
   constexpr int RUN_OUT = Depth<D>::vector;
   if (layer.output_staging == STAGE_PIXELS) {
     /* A thread keeps its pixels and goes through the outputs, 16 bytes at a time. */
@@ -240,7 +293,7 @@ __global__ void __launch_bounds__(S::threads, S::blocks)
   }
 }
 
-template <class D, class S>
+template <class D, class S, Way WAY>
 Status launch(const Layer &layer, Stream stream) {
   const int64_t rows = ceil_div(layer.group_outputs, S::rows), columns = ceil_div(layer.columns, S::columns);
   const int64_t tiles = rows * columns * layer.groups;
@@ -248,24 +301,36 @@ Status launch(const Layer &layer, Stream stream) {
   Status status = STATUS_OK;
   for (int64_t first = 0; first < tiles && status == STATUS_OK; first += GRID_MOST) {
     const int64_t blocks = tiles - first < GRID_MOST ? tiles - first : GRID_MOST;
-    const auto kernel = forward_kernel<D, S>;
+    const auto kernel = forward_kernel<D, S, WAY>;
     PNN_LAUNCH(status, kernel, blocks, S::threads, shared, stream, layer, first, divider_make(rows),
                divider_make(columns));
   }
   return status;
 }
 
+template <class D, class S>
+Status choose_way(const Layer &layer, Stream stream) {
+  const Way way = way_of<D>(layer);
+  if constexpr (sizeof(D) < 8) {
+    if (way == PLAIN_PIXELS) return launch<D, S, PLAIN_PIXELS>(layer, stream);
+    if (way == PLAIN_CHANNELS) return launch<D, S, PLAIN_CHANNELS>(layer, stream);
+  }
+  return launch<D, S, ANY_WAY>(layer, stream);
+}
+
 template <class D>
 Status choose(const Layer &layer, Stream stream) {
   const int64_t large = ceil_div(layer.group_outputs, Large<D>::rows) * ceil_div(layer.columns, Large<D>::columns);
   if (!layer.input_float && layer.group_outputs > Small::rows && large * layer.groups >= ENOUGH_BLOCKS)
-    return launch<D, Large<D>>(layer, stream);
-  return launch<D, Small>(layer, stream);
+    return choose_way<D, Large<D>>(layer, stream);
+  return choose_way<D, Small>(layer, stream);
 }
 
 template <class D, class S>
-void list(Visit visit, const char *name) {
-  visit(name, S::threads, Shape<D, S>::bytes(static_cast<int>(sizeof(D))));
+void list(Visit visit, const std::string &name) {
+  constexpr int size = static_cast<int>(sizeof(D));
+  for (const char *way : {"", " pixels", " channels"})
+    if (size < 8 || !*way) visit((name + way).c_str(), S::threads, Shape<D, S>::bytes(size));
 }
 
 }  // namespace
@@ -286,7 +351,7 @@ Status run_forward(const Layer &layer, int product, Stream stream) {
   switch (product) {
     case PRODUCT_TF32: return choose<tf32>(layer, stream);
     case PNN_FLOAT32: return choose<float>(layer, stream);
-    case PNN_FLOAT64: return launch<double, Small>(layer, stream);
+    case PNN_FLOAT64: return choose_way<double, Small>(layer, stream);
     case PNN_BFLOAT16: return choose<bfloat16>(layer, stream);
     default: return choose<float16>(layer, stream);
   }

@@ -54,7 +54,62 @@ struct Shape {
   static constexpr int mask_bytes = bytes + sums_bytes;
 };
 
+/* From da to d in plain layers (response.h), for SHARE maps of a pixel from k on, `count` of which are there. */
+template <class D, int SHARE, int PITCH>
+PNN_DEVICE void plain_gradient(const Layer &layer, const PhiloxKeys &keys, int64_t group, uint32_t k, int count,
+                               const Column &column, float *d) {
+  const int64_t size = static_cast<int64_t>(sizeof(D)), step = layer.input.channel * size;
+  const char *const x = layer.input.data + column.input * size + group * layer.group_channels * step;
+  const uint32_t row = column.pixel.row, across = column.pixel.column;
+  const uint32_t block = static_cast<uint32_t>(group * layer.group_maps / 16) + k / 16;
+#pragma unroll 1
+  for (int run = 0; run < SHARE && run < count; run += SIXTEEN) {
+    float u[SIXTEEN];
+    const int64_t c = static_cast<int64_t>((k + static_cast<uint32_t>(run)) >> layer.masks_shift);
+    plain_perturbed<D, false>(layer, keys, block + static_cast<uint32_t>(run / SIXTEEN), row, across, x + c * step,
+                              step, u);
+#pragma unroll
+    for (int e = 0; e < SIXTEEN; e++) {
+      float *const at = d + (run + e) * PITCH;
+      note_load(at, sizeof(float));
+      *at = u[e] <= 0 ? 0.0f : *at;
+    }
+  }
+}
+
+/* g of a step's outputs, in layers of any kind and in plain ones. */
 template <class D, class S, Fastest G>
+struct AnyGradient {
+  const Layer &layer;
+  const Column *table;
+  int columns;
+  int64_t output_first;
+  PNN_DEVICE AnyGradient(const Layer &layer_, const Column *table_, int columns_, int64_t group)
+      : layer(layer_), table(table_), columns(columns_), output_first(group * layer_.group_outputs) {}
+  PNN_DEVICE void load(int64_t step, char *tile) const {
+    const int staging = G == DEPTH_FASTEST                          ? STAGE_CHANNELS
+                        : layer.grad_output_staging == STAGE_PIXELS ? STAGE_PIXELS
+                                                                    : STAGE_ELEMENTS;
+    const auto place = [&](int j, int64_t *at) {
+      *at = j < columns ? table[j].grad_output : 0;
+      return j < columns;
+    };
+    stage_view<sizeof(D), Depth<D>::value, S::columns, S::threads>(layer.grad_output, staging, step * Depth<D>::value,
+                                                                   Depth<D>::value, layer.group_outputs, output_first,
+                                                                   tile, pitch_of<D>(G, S::columns), place);
+  }
+};
+template <class D, class S, Fastest G>
+struct PlainGradient {
+  StepTiles<D, S::columns, S::threads, G == ROWS_FASTEST> tiles;
+  PNN_DEVICE PlainGradient(const Layer &layer, const Column *table, int columns, int64_t group)
+      : tiles(layer.grad_output, group * layer.group_outputs, layer.group_outputs, Depth<D>::value, columns,
+              pitch_of<D>(G, S::columns), [&](int at) { return table[at].grad_output; }) {}
+  PNN_DEVICE void load(int step, char *tile) const { tiles.load(step * Depth<D>::value, tile); }
+};
+
+/* PLAIN: the input's gradient of a plain layer, with g in runs of 16 bytes. */
+template <class D, class S, Fastest G, bool PLAIN>
 __global__ void __launch_bounds__(S::threads, S::blocks)
     input_gradient_kernel(const __grid_constant__ Layer layer, const __grid_constant__ Grid grid) {
   using H = Shape<D, S, G>;
@@ -66,14 +121,15 @@ __global__ void __launch_bounds__(S::threads, S::blocks)
   R *const sums = reinterpret_cast<R *>(pipeline);
   R *const mask_sums = reinterpret_cast<R *>(memory + H::bytes);
   const int thread = static_cast<int>(threadIdx.x);
-  const bool masks = grid.channels == 0;
+  const bool masks = !PLAIN && grid.channels == 0;
   const uint64_t seed = seed_read(layer);
+  const PhiloxKeys keys = PLAIN ? philox_keys(seed) : PhiloxKeys{};
   const R *const offset = static_cast<const R *>(layer.offset), *const slope = static_cast<const R *>(layer.slope);
 
   int64_t map_tile, column_tile;
   const int64_t group =
       divide(grid.by_columns, divide(grid.by_maps, grid.first_tile + blockIdx.x, &map_tile), &column_tile);
-  const int64_t map_first = group * layer.group_maps, output_first = group * layer.group_outputs;
+  [[maybe_unused]] const int64_t map_first = group * layer.group_maps; /* not of plain layers */
   int64_t k_begin, k_end;
   if (masks) {
     k_begin = map_tile * S::rows;
@@ -84,7 +140,8 @@ __global__ void __launch_bounds__(S::threads, S::blocks)
   }
   if (k_end > layer.group_maps) k_end = layer.group_maps;
   const int64_t k_aligned = k_begin & -static_cast<int64_t>(RUN);
-  const int64_t steps = (layer.group_outputs + DEPTH - 1) / DEPTH;
+  using Step = std::conditional_t<PLAIN, int, int64_t>;
+  const Step steps = static_cast<Step>((layer.group_outputs + DEPTH - 1) / DEPTH);
   if (masks)
     for (int i = thread; i < S::rows * H::pitch; i += S::threads) mask_sums[i] = 0;
 
@@ -106,38 +163,29 @@ __global__ void __launch_bounds__(S::threads, S::blocks)
       __syncthreads();
       Tile<D, S::rows, S::columns, S::threads, ROWS_FASTEST, G, false> tile;
       tile.start([](int) { return R(0); });
-      Slot<STAGES> load_slot, product_slot;
-      WeightTiles<D, DEPTH, S::rows, S::threads> weight(layer, group, 0, k0);
-      const auto load = [&](int64_t step) {
+      Ring<STAGES> ring(H::stage_bytes);
+      WeightTiles<D, DEPTH, S::rows, S::threads, PLAIN> weight(layer, group, 0, k0);
+      const std::conditional_t<PLAIN, PlainGradient<D, S, G>, AnyGradient<D, S, G>> gradient(layer, table, columns,
+                                                                                             group);
+      const auto load = [&](Step step) {
         if (step < steps) {
-          char *const to = pipeline + load_slot.at * H::stage_bytes;
-          load_slot.next();
+          char *const to = pipeline + ring.of(STAGES - 1);
           weight.stage(layer, to, pitch_of<D>(ROWS_FASTEST, S::rows));
           weight.next_rows(layer);
-          const auto place = [&](int j, int64_t *at) {
-            *at = j < columns ? table[j].grad_output : 0;
-            return j < columns;
-          };
-          const int staging = G == DEPTH_FASTEST                          ? STAGE_CHANNELS
-                              : layer.grad_output_staging == STAGE_PIXELS ? STAGE_PIXELS
-                                                                          : STAGE_ELEMENTS;
-          stage_view<sizeof(D), DEPTH, S::columns, S::threads>(layer.grad_output, staging, step * DEPTH, DEPTH,
-                                                               layer.group_outputs, output_first, to + H::weight_bytes,
-                                                               pitch_of<D>(G, S::columns), place);
+          gradient.load(step, to + H::weight_bytes);
         }
         copy_commit();
       };
 #pragma unroll 1
-      for (int64_t step = 1 - STAGES; step < steps; step++) {
+      for (Step step = 1 - STAGES; step < steps; step++) {
         if (step >= 0) {
           copy_wait<STAGES - 2>();
           __syncthreads();
         }
         load(step + STAGES - 1);
-        if (step < 0) continue;
-        const char *const from = pipeline + product_slot.at * H::stage_bytes;
-        tile.add_product(from, from + H::weight_bytes);
-        product_slot.next();
+        const char *const from = pipeline + ring.of(0);
+        if (step >= 0) tile.add_product(from, from + H::weight_bytes);
+        ring.next();
       }
       copy_wait<0>();
       __syncthreads();
@@ -148,43 +196,50 @@ __global__ void __launch_bounds__(S::threads, S::blocks)
        */
       constexpr int SHARE = S::rows / (S::threads / S::columns);
       const int j = thread % S::columns, first_run = thread / S::columns * SHARE;
-      Map map = map_make(layer, map_first + k0 + first_run);
-      Generated last = nothing_generated();
+      if constexpr (PLAIN) {
+        if (j < columns && k0 + first_run < k_end)
+          plain_gradient<D, SHARE, H::pitch>(layer, keys, group, static_cast<uint32_t>(k0 + first_run),
+                                             static_cast<int>(k_end - k0 - first_run), table[j],
+                                             sums + first_run * H::pitch + j);
+      } else {
+        Map map = map_make(layer, map_first + k0 + first_run);
+        Generated last = nothing_generated();
 #pragma unroll 1
-      for (int run = first_run; run < first_run + SHARE && j < columns; run += RUN, map_advance(layer, &map, RUN)) {
-        const int64_t k = k0 + run, left_maps = k_end - k;
-        const int count = left_maps < RUN ? static_cast<int>(left_maps) : RUN;
-        if (count <= 0) break;
-        R u[RUN], d[RUN];
-        const Column &column = table[j];
-        const Source<int64_t> x = source_in<D>(layer, column.input, map.c);
-        perturbed<D>(layer, seed, x, map_first + k, map, count, column.pixel, &last, u);
+        for (int run = first_run; run < first_run + SHARE && j < columns; run += RUN, map_advance(layer, &map, RUN)) {
+          const int64_t k = k0 + run, left_maps = k_end - k;
+          const int count = left_maps < RUN ? static_cast<int>(left_maps) : RUN;
+          if (count <= 0) break;
+          R u[RUN], d[RUN];
+          const Column &column = table[j];
+          const Source<int64_t> x = source_in<D>(layer, column.input, map.c);
+          perturbed<D>(layer, seed, x, map_first + k, map, count, column.pixel, &last, u);
 #pragma unroll
-        for (int e = 0; e < RUN; e++) {
-          d[e] = sums[(run + e) * H::pitch + j];
-          note_load(&sums[(run + e) * H::pitch + j], sizeof(R));
-        }
-        if (slope) {
-          R c[RUN];
-#pragma unroll
-          for (int e = 0; e < RUN; e++) c[e] = u[e];
-          respond(layer, map_first + k, count, c);
-          if constexpr (sizeof(D) == 2) {
-#pragma unroll
-            for (int e = 0; e < RUN; e++) c[e] = widen(round_to(D{}, c[e]));
+          for (int e = 0; e < RUN; e++) {
+            d[e] = sums[(run + e) * H::pitch + j];
+            note_load(&sums[(run + e) * H::pitch + j], sizeof(R));
           }
+          if (slope) {
+            R c[RUN];
 #pragma unroll
-          for (int e = 0; e < RUN; e++)
-            if (e < count) d[e] = fma_(slope[map_first + k + e], c[e], d[e] + offset[map_first + k + e]);
-        }
-        activate_gradient_run(layer.activation, u, d);
-        if (masks) {
+            for (int e = 0; e < RUN; e++) c[e] = u[e];
+            respond(layer, map_first + k, count, c);
+            if constexpr (sizeof(D) == 2) {
 #pragma unroll
-          for (int e = 0; e < RUN; e++)
-            if (e < count) mask_sums[(run + e) * H::pitch + j] += d[e];
-        } else {
+              for (int e = 0; e < RUN; e++) c[e] = widen(round_to(D{}, c[e]));
+            }
 #pragma unroll
-          for (int e = 0; e < RUN; e++) sums[(run + e) * H::pitch + j] = d[e];
+            for (int e = 0; e < RUN; e++)
+              if (e < count) d[e] = fma_(slope[map_first + k + e], c[e], d[e] + offset[map_first + k + e]);
+          }
+          activate_gradient_run(layer.activation, u, d);
+          if (masks) {
+#pragma unroll
+            for (int e = 0; e < RUN; e++)
+              if (e < count) mask_sums[(run + e) * H::pitch + j] += d[e];
+          } else {
+#pragma unroll
+            for (int e = 0; e < RUN; e++) sums[(run + e) * H::pitch + j] = d[e];
+          }
         }
       }
       if (masks) continue;
@@ -205,9 +260,17 @@ __global__ void __launch_bounds__(S::threads, S::blocks)
                 (group * layer.group_channels + map_tile * grid.channels + thread / CHUNKS) * channel;
         for (int c = thread / CHUNKS; c < here; c += STEP, to += STEP * channel) {
           R *const sum = sums + (first + c * masks_of) * H::pitch + pixel;
-          for (int m = 1; m < masks_of; m++)
+          if (masks_of > 1) {
+            R total[V];
 #pragma unroll
-            for (int e = 0; e < V; e++) sum[e] += sum[m * H::pitch + e];
+            for (int e = 0; e < V; e++) total[e] = sum[e];
+#pragma unroll 1
+            for (int m = 1; m < masks_of; m++)
+#pragma unroll
+              for (int e = 0; e < V; e++) total[e] += sum[m * H::pitch + e];
+#pragma unroll
+            for (int e = 0; e < V; e++) sum[e] = total[e];
+          }
           store_vector(to, sum);
         }
         continue;
@@ -266,7 +329,7 @@ __global__ void __launch_bounds__(S::threads, S::blocks)
   }
 }
 
-template <class D, class S, Fastest G>
+template <class D, class S, Fastest G, bool PLAIN>
 Status launch(const Layer &layer, bool masks, Stream stream) {
   Grid grid;
   /* Whole channels, with room for a tile that begins up to seven maps early. */
@@ -283,16 +346,27 @@ Status launch(const Layer &layer, bool masks, Stream stream) {
   Status status = STATUS_OK;
   for (grid.first_tile = 0; grid.first_tile < tiles && status == STATUS_OK; grid.first_tile += GRID_MOST) {
     const int64_t blocks = tiles - grid.first_tile < GRID_MOST ? tiles - grid.first_tile : GRID_MOST;
-    const auto kernel = input_gradient_kernel<D, S, G>;
+    const auto kernel = input_gradient_kernel<D, S, G, PLAIN>;
     PNN_LAUNCH(status, kernel, blocks, S::threads, shared, stream, layer, grid);
   }
   return status;
 }
 
+template <class D, class S, Fastest G>
+Status choose_way(const Layer &layer, bool masks, Stream stream) {
+  if constexpr (sizeof(D) < 8) {
+    /* g's copies must be whole runs of 16 bytes. */
+    const bool whole =
+        G == ROWS_FASTEST ? layer.grad_output_staging == STAGE_PIXELS : layer.group_outputs % Depth<D>::vector == 0;
+    if (is_plain<D>(layer) && whole && !masks) return launch<D, S, G, true>(layer, masks, stream);
+  }
+  return launch<D, S, G, false>(layer, masks, stream);
+}
+
 template <class D, class S>
 Status choose_order(const Layer &layer, bool masks, Stream stream) {
-  if (layer.grad_output_staging == STAGE_CHANNELS) return launch<D, S, DEPTH_FASTEST>(layer, masks, stream);
-  return launch<D, S, ROWS_FASTEST>(layer, masks, stream);
+  if (layer.grad_output_staging == STAGE_CHANNELS) return choose_way<D, S, DEPTH_FASTEST>(layer, masks, stream);
+  return choose_way<D, S, ROWS_FASTEST>(layer, masks, stream);
 }
 
 template <class D>
@@ -303,14 +377,13 @@ Status choose(const Layer &layer, bool masks, Stream stream) {
   return choose_order<D, Small>(layer, masks, stream);
 }
 
-template <class D, class S, Fastest G>
-void list_one(Visit visit, const std::string &name) {
-  visit((name + (G == DEPTH_FASTEST ? " depth" : " rows")).c_str(), S::threads, Shape<D, S, G>::bytes);
-}
 template <class D, class S>
-void list(Visit visit, const char *name) {
-  list_one<D, S, DEPTH_FASTEST>(visit, name);
-  list_one<D, S, ROWS_FASTEST>(visit, name);
+void list(Visit visit, const std::string &name) {
+  for (const char *way : {"", " plain"}) {
+    if (sizeof(D) == 8 && *way) break;
+    visit((name + " depth" + way).c_str(), S::threads, Shape<D, S, DEPTH_FASTEST>::bytes);
+    visit((name + " rows" + way).c_str(), S::threads, Shape<D, S, ROWS_FASTEST>::bytes);
+  }
 }
 
 }  // namespace

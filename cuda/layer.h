@@ -61,6 +61,7 @@ struct Layer {
   int64_t stride_row, stride_column;
   Divider by_pixels, by_width, by_masks;
   uint32_t masks_reciprocal; /* 65536 / masks + 1, for up to 32 masks; else 0 */
+  int masks_shift;           /* masks = 1 << masks_shift, or -1 */
 
   View input, mask, output, grad_output, grad_input, grad_mask;
   int input_staging, grad_output_staging, output_staging, grad_input_staging;

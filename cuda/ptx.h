@@ -40,15 +40,25 @@ struct alignas(16) words4 {
 
 #if defined(__CUDACC__)
 
-#define PNN_SHARED_MEMORY(name)                             \
-  extern __shared__ __align__(128) unsigned char name##_[]; \
-  char *const name = reinterpret_cast<char *>(name##_)
+/* The address is made once, behind the compiler's back: it would make it again, in four instructions, at each use. */
+#define PNN_SHARED_MEMORY(name)                                                       \
+  extern __shared__ __align__(128) unsigned char name##_[];                           \
+  uint32_t name##_address = static_cast<uint32_t>(__cvta_generic_to_shared(name##_)); \
+  asm volatile("" : "+r"(name##_address));                                            \
+  char *const name = static_cast<char *>(__cvta_shared_to_generic(name##_address))
 
 PNN_DEVICE uint32_t shared_address(const void *p) { return static_cast<uint32_t>(__cvta_generic_to_shared(p)); }
 
 /* 16 bytes from global to shared memory, of which the first `valid` are read and the rest become zero. */
 PNN_DEVICE void copy_async16(void *to, const void *from, int valid) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(to)), "l"(from), "r"(valid)
+               : "memory");
+}
+/* All 16 bytes, or zeros where !there: the address is not looked at then. */
+PNN_DEVICE void copy_async16_or_zero(void *to, const void *from, bool there) {
+  asm volatile("{ .reg .pred away; setp.eq.u32 away, %2, 0; cp.async.cg.shared.global [%0], [%1], 16, away; }" ::"r"(
+                   shared_address(to)),
+               "l"(from), "r"(static_cast<uint32_t>(there))
                : "memory");
 }
 PNN_DEVICE void copy_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
@@ -102,6 +112,36 @@ PNN_DEVICE uint32_t to_tf32(float x) {
   return r;
 }
 
+/* max(x, 0), NaN for NaN; of the two zeros either. One instruction, where `x < 0 ? 0 : x` is two. */
+PNN_DEVICE float relu_any_zero(float x) {
+  float r;
+  asm("max.NaN.f32 %0, %1, 0f00000000;" : "=f"(r) : "f"(x));
+  return r;
+}
+/* relu_any_zero of two numbers, rounded to a pair of 16-bit ones, in one instruction. */
+PNN_DEVICE uint32_t round_pair_relu(bfloat16, float low, float high) {
+  uint32_t r;
+  asm("cvt.rn.relu.bf16x2.f32 %0, %1, %2;" : "=r"(r) : "f"(high), "f"(low));
+  return r;
+}
+PNN_DEVICE uint32_t round_pair_relu(float16, float low, float high) {
+  uint32_t r;
+  asm("cvt.rn.relu.f16x2.f32 %0, %1, %2;" : "=r"(r) : "f"(high), "f"(low));
+  return r;
+}
+/* Of the eight bytes of a (0 to 3) and b (4 to 7), the four that the selector's digits name. */
+PNN_DEVICE uint32_t permute(uint32_t a, uint32_t b, uint32_t selector) { return __byte_perm(a, b, selector); }
+/* x, of which the compiler forgets where it comes from: what it could make again in a loop stays in a register. */
+PNN_DEVICE uint32_t keep(uint32_t x) {
+  asm volatile("" : "+r"(x));
+  return x;
+}
+PNN_DEVICE int keep(int x) { return static_cast<int>(keep(static_cast<uint32_t>(x))); }
+PNN_DEVICE const char *keep(const char *x) {
+  asm volatile("" : "+l"(x));
+  return x;
+}
+
 PNN_DEVICE float fma_(float a, float b, float c) { return __fmaf_rn(a, b, c); }
 PNN_DEVICE double fma_(double a, double b, double c) { return __fma_rn(a, b, c); }
 PNN_DEVICE uint32_t bits_of(float x) { return __float_as_uint(x); }
@@ -145,6 +185,9 @@ PNN_DEVICE void note_store(void *, int) {}
 #define PNN_SHARED_MEMORY(name) char *const name = cuda_on_host::block->shared
 
 inline void copy_async16(void *to, const void *from, int valid) { cuda_on_host::copy_async(to, from, 16, valid); }
+inline void copy_async16_or_zero(void *to, const void *from, bool there) {
+  cuda_on_host::copy_async(to, from, 16, there ? 16 : 0);
+}
 inline void copy_commit() { cuda_on_host::copy_commit(); }
 template <int PENDING>
 void copy_wait() {
@@ -220,6 +263,23 @@ inline uint32_t to_tf32(float x) {
   const uint32_t bits = bits_of(x);
   if (x != x) return 0x7fffffffu;
   return (bits & 0x7f800000u) == 0x7f800000u ? bits : (bits + 0x1000u) & 0xffffe000u;
+}
+
+inline float relu_any_zero(float x) { return x < 0 ? 0.0f : x; }
+template <class T>
+uint32_t round_pair_relu(T type, float low, float high) {
+  return static_cast<uint32_t>(round_to(type, relu_any_zero(high)).bits) << 16 |
+         round_to(type, relu_any_zero(low)).bits;
+}
+inline uint32_t permute(uint32_t a, uint32_t b, uint32_t selector) {
+  const uint64_t bytes = static_cast<uint64_t>(b) << 32 | a;
+  uint32_t r = 0;
+  for (int i = 0; i < 4; i++) r |= static_cast<uint32_t>(bytes >> (selector >> (4 * i) & 7) * 8 & 0xff) << (8 * i);
+  return r;
+}
+template <class T>
+T keep(T x) {
+  return x;
 }
 
 inline float element_of(bfloat16, uint32_t word, int half) { return float_of(half ? word & 0xffff0000u : word << 16); }

@@ -17,23 +17,51 @@ namespace pnn_cuda {
 constexpr int RUN = 8; /* maps that a thread makes at a time */
 
 /* Philox4x32-10 of the counter w, in place (Salmon et al., SC 2011). */
+PNN_DEVICE void philox_round(uint32_t w[4], uint32_t k0, uint32_t k1) {
+  const uint64_t a = uint64_t{0xD2511F53u} * w[0], b = uint64_t{0xCD9E8D57u} * w[2];
+  w[0] = static_cast<uint32_t>(b >> 32) ^ w[1] ^ k0;
+  w[1] = static_cast<uint32_t>(b);
+  w[2] = static_cast<uint32_t>(a >> 32) ^ w[3] ^ k1;
+  w[3] = static_cast<uint32_t>(a);
+}
 PNN_DEVICE void philox(uint32_t w[4], uint64_t seed) {
   uint32_t k0 = static_cast<uint32_t>(seed), k1 = static_cast<uint32_t>(seed >> 32);
 #pragma unroll
   for (int round = 0; round < 10; round++) {
-    const uint32_t a = 0xD2511F53u, b = 0xCD9E8D57u;
-    const uint32_t high_a = multiply_high(a, w[0]), low_a = a * w[0], high_b = multiply_high(b, w[2]), low_b = b * w[2];
-    w[0] = high_b ^ w[1] ^ k0;
-    w[1] = low_b;
-    w[2] = high_a ^ w[3] ^ k1;
-    w[3] = low_a;
+    philox_round(w, k0, k1);
     k0 += 0x9E3779B9u;
     k1 += 0xBB67AE85u;
   }
 }
 
-/* (2u - 255) / 256 for a byte, exactly: 2^15 + (2u + 1) / 256 by its bits, then one subtraction. */
-PNN_DEVICE float lattice(uint32_t byte) { return float_of(0x47000001u | byte << 1) - 32769.0f; }
+/* The rounds' keys, for a thread that has registers to keep them in: 18 additions less to a call. */
+struct PhiloxKeys {
+  uint32_t of[10][2];
+};
+PNN_DEVICE PhiloxKeys philox_keys(uint64_t seed) {
+  PhiloxKeys keys;
+  uint32_t k0 = static_cast<uint32_t>(seed), k1 = static_cast<uint32_t>(seed >> 32);
+#pragma unroll
+  for (int round = 0; round < 10; round++) {
+    keys.of[round][0] = keep(k0);
+    keys.of[round][1] = keep(k1);
+    k0 += 0x9E3779B9u;
+    k1 += 0xBB67AE85u;
+  }
+  return keys;
+}
+PNN_DEVICE void philox(uint32_t w[4], const PhiloxKeys &keys) {
+#pragma unroll
+  for (int round = 0; round < 10; round++) philox_round(w, keys.of[round][0], keys.of[round][1]);
+}
+
+/* (2u - 255) / 256 for a byte, exactly: 256 + (2u + 1) / 256 by its bits, of which u is the second byte, then one
+ * subtraction. */
+PNN_DEVICE float lattice(uint32_t byte) { return float_of(0x43800080u | byte << 8) - 257.0f; }
+/* The same of byte i of a word. */
+PNN_DEVICE float lattice_in(uint32_t word, int i) {
+  return float_of(permute(word, 0x43800080u, 0x7604u | static_cast<uint32_t>(i) << 4)) - 257.0f;
+}
 
 PNN_DEVICE uint32_t byte_sum(uint32_t a, uint32_t b) {
   const uint32_t pairs = (a & 0xff00ffu) + (a >> 8 & 0xff00ffu) + (b & 0xff00ffu) + (b >> 8 & 0xff00ffu);
@@ -130,7 +158,7 @@ PNN_DEVICE void noise_make(const Layer &layer, uint64_t seed, int64_t k, Map map
     const bool upper = k % 16 != 0;
     const uint32_t low = upper ? last->words[2] : last->words[0], high = upper ? last->words[3] : last->words[1];
 #pragma unroll
-    for (int e = 0; e < RUN; e++) n[e] = level * static_cast<R>(lattice((e < 4 ? low : high) >> (e % 4 * 8) & 0xff));
+    for (int e = 0; e < RUN; e++) n[e] = level * static_cast<R>(lattice_in(e < 4 ? low : high, e % 4));
     return;
   }
   if (layer.noise == PNN_NOISE_TENSOR && layer.masks == 1) {
@@ -320,57 +348,78 @@ PNN_DEVICE void respond(const Layer &layer, int64_t k, int count, R u[RUN]) {
     if (e >= count) u[e] = 0;
 }
 
-/* Most layers have the 256-value lattice from a seed, relu, and maps in whole sixteens: their operands are made without
- * a branch, a bound or a register that moves, which halves the instructions. The bits are those of the way above. */
+/* Most layers have the 256-value lattice from a seed, relu, maps in whole sixteens, one mask or a power of two to a
+ * channel, and x in runs of 16 bytes: they have kernels of their own, in which operands are made without a branch, a
+ * bound or a register that moves. The bits are those of the way above. */
+enum Way { ANY_WAY, PLAIN_PIXELS, PLAIN_CHANNELS };
+
 template <class D>
-PNN_DEVICE bool plain_layer(const Layer &layer) {
-  const bool masks_fit =
-      layer.masks % 16 == 0 || layer.masks == 1 || layer.masks == 2 || layer.masks == 4 || layer.masks == 8;
+bool is_plain(const Layer &layer) {
   return sizeof(D) < 8 && layer.noise == PNN_NOISE_UNIFORM && !layer.shared && layer.group_maps % 16 == 0 &&
-         layer.activation == PNN_ACTIVATION_RELU && !layer.mean && !layer.input_float && masks_fit;
+         layer.group_maps < INT32_MAX - 128 && layer.group_outputs < INT32_MAX - 128 &&
+         layer.activation == PNN_ACTIVATION_RELU && !layer.mean && !layer.input_float && layer.masks_shift >= 0;
+}
+template <class D>
+Way way_of(const Layer &layer) {
+  if (!is_plain<D>(layer)) return ANY_WAY;
+  if (layer.input_staging == STAGE_PIXELS) return PLAIN_PIXELS;
+  return layer.input_staging == STAGE_CHANNELS && layer.group_channels % Depth<D>::vector == 0 ? PLAIN_CHANNELS
+                                                                                               : ANY_WAY;
 }
 
-/* MAPS maps from k on, of one pixel, to shared memory as D; x is their channels' place in shared memory, whose steps
- * are PITCH bytes where pixels are contiguous (`pixels`), else one element. */
-template <class D, int MAPS, int PITCH>
-PNN_DEVICE void plain_response(const Layer &layer, uint64_t seed, int64_t k, uint32_t row, uint32_t column,
-                               const char *x, bool pixels, D *to) {
-  uint32_t words[4] = {column, row, static_cast<uint32_t>(k / 16), 0};
-  philox(words, seed);
-  if (MAPS == 8 && k % 16 != 0) words[0] = words[2], words[1] = words[3];
+constexpr int SIXTEEN = 16; /* maps of a pixel that a thread of a plain layer makes at a time: a Philox call's */
+
+/* x of sixteen maps with MASKS to a channel; channels are `step` bytes apart, side by side with VECTOR. */
+template <class D, int MASKS, bool VECTOR, class Step>
+PNN_DEVICE void plain_input(const char *x, Step step, float v[SIXTEEN]) {
   constexpr int SIZE = static_cast<int>(sizeof(D)), V = 16 / SIZE;
-  float v[MAPS];
-  if (layer.masks == 1 && pixels) {
+  if constexpr (VECTOR && MASKS == 1) {
 #pragma unroll
-    for (int e = 0; e < MAPS; e++) {
-      v[e] = static_cast<float>(widen(*reinterpret_cast<const D *>(x + e * PITCH)));
-      note_load(x + e * PITCH, SIZE);
-    }
-  } else if (layer.masks == 1) {
-#pragma unroll
-    for (int i = 0; i < MAPS; i += V) {
+    for (int i = 0; i < SIXTEEN; i += V) {
       const words4 vector = load_shared(reinterpret_cast<const words4 *>(x) + i / V);
 #pragma unroll
       for (int e = 0; e < V; e++) v[i + e] = static_cast<float>(widen(element_in(D{}, vector, e)));
     }
   } else {
-    /* Maps to a channel: a power of two, or so many that all are of one channel. */
-    const int shift = layer.masks % 16 == 0 ? 4 : layer.masks == 8 ? 3 : layer.masks == 4 ? 2 : 1;
-    const int step = pixels ? PITCH : SIZE;
 #pragma unroll
-    for (int e = 0; e < MAPS; e++) {
-      const char *at = x + (e >> shift) * step;
-      v[e] = static_cast<float>(widen(*reinterpret_cast<const D *>(at)));
-      note_load(at, SIZE);
+    for (int i = 0; i < SIXTEEN; i += MASKS, x += step) {
+      const float value = static_cast<float>(widen(*reinterpret_cast<const D *>(x)));
+      if (sizeof(Step) == 4) note_load(x, SIZE); /* of shared memory */
+#pragma unroll
+      for (int e = 0; e < MASKS; e++) v[i + e] = value;
     }
   }
+}
+
+/* The perturbed input of the sixteen maps with number `block`, of one pixel; x is their first channel's. */
+template <class D, bool VECTOR, class Step>
+PNN_DEVICE void plain_perturbed(const Layer &layer, const PhiloxKeys &keys, uint32_t block, uint32_t row,
+                                uint32_t column, const char *x, Step step, float u[SIXTEEN]) {
+  uint32_t words[4] = {column, row, block, 0};
+  philox(words, keys);
+  const int shift = layer.masks_shift;
+  if (shift == 0)
+    plain_input<D, 1, VECTOR>(x, step, u);
+  else if (shift == 1)
+    plain_input<D, 2, VECTOR>(x, step, u);
+  else if (shift == 2)
+    plain_input<D, 4, VECTOR>(x, step, u);
+  else if (shift == 3)
+    plain_input<D, 8, VECTOR>(x, step, u);
+  else
+    plain_input<D, 16, VECTOR>(x, step, u);
 #pragma unroll
-  for (int e = 0; e < MAPS; e++) {
-    const float u = v[e] + layer.level_float * lattice(words[e / 4] >> (e % 4 * 8) & 0xff);
-    v[e] = u < 0 ? 0.0f : u;
-  }
-#pragma unroll
-  for (int i = 0; i < MAPS; i += RUN) store_run(to + i, v + i);
+  for (int e = 0; e < SIXTEEN; e++) u[e] = u[e] + layer.level_float * lattice_in(words[e / 4], e % 4);
+}
+
+/* Their response to shared memory as D; x is there too, its channels STEP bytes apart. */
+template <class D, int STEP>
+PNN_DEVICE void plain_response(const Layer &layer, const PhiloxKeys &keys, uint32_t block, uint32_t row,
+                               uint32_t column, const char *x, D *to) {
+  float u[SIXTEEN];
+  plain_perturbed<D, STEP == static_cast<int>(sizeof(D))>(layer, keys, block, row, column, x, STEP, u);
+  store_run_relu(to, u);
+  store_run_relu(to + RUN, u + RUN);
 }
 
 PNN_DEVICE uint64_t seed_read(const Layer &layer) { return layer.seed ? static_cast<uint64_t>(*layer.seed) : 0; }

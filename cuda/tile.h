@@ -14,6 +14,8 @@
 #ifndef PNN_CUDA_TILE_H
 #define PNN_CUDA_TILE_H
 
+#include <type_traits>
+
 #include "layer.h"
 
 namespace pnn_cuda {
@@ -247,27 +249,35 @@ PNN_DEVICE int clamp_bytes(int64_t elements, int size) {
 }
 
 /* Tiles of the weight, [row][column], asynchronously, zero beyond the group's. A thread keeps its place in the row and
- * goes down the rows; where it reads from moves on from tile to tile, so that nothing is multiplied on the way. */
-template <class D, int ROWS, int COLUMNS, int THREADS>
+ * goes down the rows; where it reads from moves on from tile to tile, so that nothing is multiplied on the way. WHOLE:
+ * the group's maps are whole sixteens, so no 16 bytes end inside it. */
+template <class D, int ROWS, int COLUMNS, int THREADS, bool WHOLE = false>
 struct WeightTiles {
   static constexpr int SIZE = static_cast<int>(sizeof(D)), CHUNKS = COLUMNS * SIZE / 16, STEP = THREADS / CHUNKS;
   static_assert(THREADS % CHUNKS == 0 && ROWS % STEP == 0, "whole rows");
+  using Count = std::conditional_t<WHOLE, int, int64_t>;
   const char *from;
-  int64_t rows, columns; /* left from this thread's own */
+  Count rows, columns; /* left from this thread's own */
 
   /* The first tile's rows start at t0 of the group, its columns at k0. */
   PNN_DEVICE WeightTiles(const Layer &layer, int64_t group, int64_t t0, int64_t k0) {
     const int first = static_cast<int>(threadIdx.x) / CHUNKS;
     const int64_t k = k0 + static_cast<int>(threadIdx.x) % CHUNKS * (16 / SIZE);
     from = layer.weight + ((group * layer.group_outputs + t0 + first) * layer.weight_step + k) * SIZE;
-    rows = layer.group_outputs - t0 - first;
-    columns = layer.group_maps - k;
+    rows = static_cast<Count>(layer.group_outputs - t0 - first);
+    columns = static_cast<Count>(layer.group_maps - k);
   }
   PNN_DEVICE void stage(const Layer &layer, char *to, int pitch) const {
-    const int bytes = clamp_bytes(columns, SIZE);
     const int64_t step = STEP * layer.weight_step * SIZE;
     const char *at = from;
     to += static_cast<int>(threadIdx.x) / CHUNKS * pitch + static_cast<int>(threadIdx.x) % CHUNKS * 16;
+    if constexpr (WHOLE) {
+#pragma unroll
+      for (int r = 0; r < ROWS; r += STEP, at += step)
+        copy_async16_or_zero(to + r * pitch, at, r < rows && columns > 0);
+      return;
+    }
+    const int bytes = clamp_bytes(columns, SIZE);
 #pragma unroll
     for (int r = 0; r < ROWS; r += STEP, at += step) {
       const int valid = r < rows ? bytes : 0;
@@ -284,11 +294,70 @@ struct WeightTiles {
   }
 };
 
-/* The place of a step in a ring of STAGES. */
+/* Where the steps' tiles lie in a ring of STAGES, in bytes: of(i) is that of the step that is i ahead. A loop begins
+ * STAGES - 1 steps before the first. */
 template <int STAGES>
-struct Slot {
-  int at = 0;
-  PNN_DEVICE void next() { at = at + 1 == STAGES ? 0 : at + 1; }
+struct Ring {
+  int at[STAGES];
+  PNN_DEVICE explicit Ring(int bytes) {
+#pragma unroll
+    for (int i = 0; i < STAGES; i++) at[i] = (i + 1) % STAGES * bytes;
+  }
+  PNN_DEVICE int of(int ahead) const { return at[ahead % STAGES]; }
+  PNN_DEVICE void next() {
+    const int first = at[0];
+#pragma unroll
+    for (int i = 0; i + 1 < STAGES; i++) at[i] = at[i + 1];
+    at[STAGES - 1] = first;
+  }
+};
+
+/* A tile of COLUMNS columns' channels, as many as one step of depth takes, [channel][column] with PIXELS, else
+ * [column][channel], asynchronously, zeros beyond them. A thread keeps its columns, or its channels of a step, and
+ * where they lie: all 16 bytes that it copies are of one group and one image. */
+template <class D, int COLUMNS, int THREADS, bool PIXELS>
+struct StepTiles {
+  static constexpr int SIZE = static_cast<int>(sizeof(D)), V = 16 / SIZE, DEPTH = Depth<D>::value;
+  static constexpr int LINES = PIXELS ? DEPTH : COLUMNS, LINE = PIXELS ? COLUMNS : DEPTH;
+  static constexpr int CHUNKS = LINE / V, STEP = THREADS / CHUNKS, COUNT = LINES / STEP;
+  static_assert(THREADS % CHUNKS == 0 && LINES % STEP == 0, "whole lines");
+  const char *from[PIXELS ? 1 : COUNT];
+  int64_t step; /* bytes from channel to channel */
+  int most, last, columns, to, pitch;
+
+  /* at(column): where a column stands in the view; `first`: the group's first channel, of `channels`; `most` of them
+   * are of one step. */
+  template <class At>
+  PNN_DEVICE StepTiles(const View &view, int64_t first, int64_t channels, int most_, int columns_, int pitch_, At at)
+      : pitch(pitch_) {
+    const int line = static_cast<int>(threadIdx.x) / CHUNKS, place = static_cast<int>(threadIdx.x) % CHUNKS * V;
+    step = (PIXELS ? view.channel : 1) * SIZE;
+    const char *const data = view.data + (first + (PIXELS ? line : place)) * step;
+#pragma unroll
+    for (int i = 0; i < (PIXELS ? 1 : COUNT); i++) {
+      const int column = PIXELS ? place : line + i * STEP;
+      from[i] = keep(data + (column < columns_ ? at(column) : 0) * SIZE);
+    }
+    last = static_cast<int>(channels) - (PIXELS ? line : place);
+    if (!PIXELS && place >= most_) last = 0;
+    most = keep(PIXELS && place < columns_ ? most_ - line : 0);
+    last = keep(last);
+    columns = keep(columns_ - line);
+    to = keep(line * pitch + place * SIZE);
+  }
+  /* The channels from c0 on. */
+  PNN_DEVICE void load(int c0, char *tile) const {
+    const int left = last - c0, count = left < most ? left : most;
+    const int64_t offset = static_cast<int64_t>(static_cast<uint32_t>(c0)) * step;
+    const char *here = from[0] + offset;
+#pragma unroll
+    for (int i = 0; i < COUNT; i++) {
+      if (!PIXELS && i > 0) here = from[i] + offset;
+      copy_async16_or_zero(tile + to + i * STEP * pitch, here,
+                           PIXELS ? i * STEP < count : left > 0 && i * STEP < columns);
+      if (PIXELS) here += STEP * step;
+    }
+  }
 };
 
 /* Channels [c0, c0 + count) below `end` of columns [0, COLUMNS) of a view into shared memory, count <= CHANNELS:
@@ -353,6 +422,13 @@ PNN_DEVICE void stage_view(const View &v, int staging, int64_t c0, int count, in
 }
 
 /* Eight reals, rounded to D, to 16-byte aligned shared memory. */
+/* Sixteen zeros of D. */
+template <class D>
+PNN_DEVICE void store_zeros(D *to) {
+#pragma unroll
+  for (int i = 0; i < static_cast<int>(sizeof(D)); i++)
+    store_shared(reinterpret_cast<words4 *>(to) + i, words4{{0, 0, 0, 0}});
+}
 PNN_DEVICE void store_run(bfloat16 *to, const float v[8]) {
   words4 w;
 #pragma unroll
@@ -394,6 +470,29 @@ PNN_DEVICE void store_run(double *to, const double v[8]) {
     }
     store_shared(reinterpret_cast<words4 *>(to) + h, w);
   }
+}
+
+/* store_run of the eight numbers' relu. Which zero is stored means nothing to the tensor cores' sums; float32's chains
+ * of fused multiply-adds keep the CPU's. */
+template <class D>
+PNN_DEVICE void store_run_relu(D *to, const float v[8]) {
+  if constexpr (sizeof(D) == 2) {
+    words4 w;
+#pragma unroll
+    for (int i = 0; i < 4; i++) w.w[i] = round_pair_relu(D{}, v[2 * i], v[2 * i + 1]);
+    store_shared(reinterpret_cast<words4 *>(to), w);
+  } else {
+    float relu[8];
+#pragma unroll
+    for (int i = 0; i < 8; i++) relu[i] = v[i] < 0 ? 0.0f : v[i];
+    store_run(to, relu);
+  }
+}
+PNN_DEVICE void store_run_relu(tf32 *to, const float v[8]) {
+  float relu[8];
+#pragma unroll
+  for (int i = 0; i < 8; i++) relu[i] = relu_any_zero(v[i]);
+  store_run(to, relu);
 }
 
 /* 16 bytes of reals from shared memory, rounded to D, to 16-byte aligned device memory. */

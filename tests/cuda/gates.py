@@ -38,6 +38,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 TABLE = Path(__file__).with_name("kernels.txt")
+WIDTH = 48  # of a kernel's name in the tables
 TILED = ("forward", "input_gradient", "weight_gradient", "moments")
 DOUBLE = re.compile(r"^D(FMA|ADD|MUL|SETP|MNMX|MMA)$")
 COUNTED = (("all", None), ("HMMA", {"HMMA"}), ("FMA", {"FFMA", "DFMA"}), ("LDSM", {"LDSM"}), ("LDGSTS", {"LDGSTS"}))
@@ -86,6 +87,11 @@ def short_name(mangled: str) -> str:
         order = re.search(r"FastestE(\d)E", arguments)
         if order:
             parts.append("rows" if order[1] == "1" else "depth")
+        way = re.search(r"3WayE(\d)E", arguments)
+        if way:
+            parts += [[], ["pixels"], ["channels"]][int(way[1])]
+        if "ELb1E" in arguments:
+            parts.append("plain")
     return " ".join(parts)
 
 
@@ -202,7 +208,7 @@ def check(
             failures.append(f"{where}: {', '.join(doubles)}, double precision")
         needed = set() if words[0] == "moments" else {"LDGSTS"}
         if words[0] != "moments" and words[1] in ("bfloat16", "float16", "tf32"):
-            needed |= {"HMMA"} if words[1] == "tf32" and words[-1] == "rows" else {"HMMA", "LDSM"}
+            needed |= {"HMMA"} if words[1] == "tf32" and "rows" in words else {"HMMA", "LDSM"}
         failures += [f"{where}: no {op}" for op in sorted(needed) if not operations[op]]
         if kernel in shapes and fitting[kernel, architecture] == 0:
             failures.append(f"{where}: a block needs more than a multiprocessor has")
@@ -234,17 +240,17 @@ def tables(
     """The lines of kernels.txt: what the tiled kernels take, then what they consist of."""
     architectures = sorted({architecture for _, architecture in code})
     lines = [f"# nvcc {compiler}; registers a thread, blocks a multiprocessor"]
-    lines.append("kernel".ljust(36) + "threads  shared" + "".join(f"sm_{a}".rjust(11) for a in architectures))
-    lines.append(" " * 51 + "".join("reg blocks".rjust(11) for _ in architectures))
+    lines.append("kernel".ljust(WIDTH) + "threads  shared" + "".join(f"sm_{a}".rjust(11) for a in architectures))
+    lines.append(" " * (WIDTH + 15) + "".join("reg blocks".rjust(11) for _ in architectures))
     for kernel, (threads, shared) in shapes.items():
         cells = [f"{resources[kernel, a].registers:>5} {fitting[kernel, a]:>5}" for a in architectures]
-        lines.append(f"{kernel:<36}{threads:>7} {shared:>7}" + "".join(cells))
+        lines.append(f"{kernel:<{WIDTH}}{threads:>7} {shared:>7}" + "".join(cells))
     lines += ["", "# instructions"]
     head = "".join(name.rjust(7) for name, _ in COUNTED)
-    lines.append("kernel".ljust(36) + "".join(f"sm_{a}".rjust(len(head)) for a in architectures))
-    lines.append(" " * 36 + head * len(architectures))
+    lines.append("kernel".ljust(WIDTH) + "".join(f"sm_{a}".rjust(len(head)) for a in architectures))
+    lines.append(" " * WIDTH + head * len(architectures))
     for kernel in shapes:
-        row = f"{kernel:<36}"
+        row = f"{kernel:<{WIDTH}}"
         for architecture in architectures:
             operations = code[kernel, architecture]
             for _, names in COUNTED:
@@ -268,7 +274,7 @@ def compare(written: Sequence[str], lines: Sequence[str]) -> tuple[list[str], st
 def by_row(lines: Sequence[str]) -> dict[tuple[bool, str], str]:
     """The lines of both tables by table and kernel."""
     second = next((number for number, line in enumerate(lines) if number and line.startswith("#")), len(lines))
-    return {(number >= second, line[:36].strip()): line for number, line in enumerate(lines)}
+    return {(number >= second, line[:WIDTH].strip()): line for number, line in enumerate(lines)}
 
 
 def main() -> int:

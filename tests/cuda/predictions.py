@@ -11,7 +11,7 @@ say where they come from. Nothing here needs a GPU, PyTorch or CUDA.
 Example:
     >>> p = predict((32, 64, 56, 64, 1), "bfloat16", "forward")
     >>> p.bytes, p.flops, p.bound
-    (25698304, 822083584, 'instructions')
+    (25698304, 822083584, 'memory')
 """
 
 from __future__ import annotations
@@ -87,19 +87,29 @@ SIZE = {"float32": 4, "tf32": 4, "bfloat16": 2, "float16": 2}
 INSTRUCTIONS_A_SECOND = MULTIPROCESSORS * 4 * CLOCK * 0.9 * 32  # of single threads
 WAVEFRONTS_A_SECOND = MULTIPROCESSORS * CLOCK
 # A thread's instructions, counted along the shortest way through the machine code for sm_90 that does the work, for the
-# 256-value lattice from a seed, relu and contiguous tensors:
-# one step of depth, loads and products, without the operand (FFMA not counted);
-STEP = {"float32": (264, 248), "tf32": (288, 236), "bfloat16": (233, 214), "float16": (233, 214)}  # (large, small tile)
-# what a thread makes of the operand in one step: sixteen maps of a pixel in 16-bit types, eight in float32;
-OPERAND = {"float32": 240, "tf32": 264, "bfloat16": 312, "float16": 312}
-OPERAND_MANY_MASKS = {"float32": 264, "tf32": 288, "bfloat16": 358, "float16": 358}
+# 256-value lattice from a seed, relu and contiguous tensors. Plain layers (cuda/response.h), (large, small tile):
+# one step of depth, FFMA not counted: copies, the product, and a thread's share of the operand (16-bit types: sixteen
+# maps of a pixel; float32: sixteen in every second step, of which this is the mean);
+FORWARD_STEP = {"float32": (207, 192), "tf32": (272, 221), "bfloat16": (267, 248), "float16": (267, 248)}
+WEIGHT_STEP = {"float32": (212, 196), "tf32": (288, 236), "bfloat16": (270, 250), "float16": (270, 250)}
+# fewer of them with sixteen masks or more, where one number of x is read for all sixteen maps;
+FEWER_LOADS = {"float32": -2, "tf32": -2, "bfloat16": 9, "float16": 9}
+# the input gradient's step: copies and the product;
+INPUT_STEP = {"float32": (116, 99), "tf32": (231, 166), "bfloat16": (100, 80), "float16": (100, 80)}
+# what the weight gradient does for a pixel of a step, to look it up, and for an output's share of dbias;
+LOOK_UP, TOTAL = 110, 3
+# what the input gradient does for a map of a pixel once the product is there, and for each number that it stores: with
+# one mask, and more with each further one.
+INPUT_MAP = {"float32": 14.8, "tf32": 14.8, "bfloat16": 15.9, "float16": 15.9}
+INPUT_STORE = {"float32": (4.0, 2.3), "tf32": (4.0, 2.3), "bfloat16": (2.6, 1.9), "float16": (2.6, 1.9)}
+# Before and behind the steps: places, keys, bias, sums into shared memory, stores;
+TILE, INPUT_TILE = (707, 510), (425, 395)
+# Other layers: one step without the operand, what a thread makes of the operand in it; the last, element by element
+# where no runs of 16 bytes can be had, is estimated.
+ANY_STEP = {"float32": (264, 248), "tf32": (288, 236), "bfloat16": (233, 214), "float16": (233, 214)}
 OPERAND_NORMALISED = {"float32": 300, "tf32": 320, "bfloat16": 516, "float16": 516}
-# and element by element, where no runs of 16 bytes can be had: estimated, not counted;
 OPERAND_BY_ELEMENTS = {"float32": 380, "tf32": 400, "bfloat16": 680, "float16": 680}
-# before and behind the steps: places, bias, sums into shared memory, stores;
-TILE = (680, 490)
-# the input gradient's step, what it does for a map of a pixel once the product is there, and for each number it stores;
-INPUT_STEP, INPUT_TILE, INPUT_MAP, INPUT_STORE = (176, 160), (443, 350), 30, 11
+ANY_INPUT_STEP, ANY_INPUT_MAP = (176, 160), 30
 # the moments' pass over one map of one pixel.
 MOMENTS = 44
 
@@ -195,17 +205,18 @@ def kernels(case: Case, dtype: str, direction: str, layout: str = "contiguous", 
     size, maps, columns = SIZE[dtype], channels * masks, batch * height * height
     x, y, weight = channels * columns * size, outputs * columns * size, outputs * maps * size
     elements = by_elements(case, dtype, layout)
-    make = (
-        OPERAND_BY_ELEMENTS
-        if elements
-        else OPERAND_NORMALISED
-        if norm
-        else OPERAND
-        if masks == 1
-        else OPERAND_MANY_MASKS
-    )[dtype]
+    if elements or norm:
+        make = (OPERAND_BY_ELEMENTS if elements else OPERAND_NORMALISED)[dtype]
+        forward_step = weight_step = (ANY_STEP[dtype][0] + make, ANY_STEP[dtype][1] + make)
+        input_step, input_map = ANY_INPUT_STEP, float(ANY_INPUT_MAP)
+    else:
+        fewer = FEWER_LOADS[dtype] if masks >= 16 else 0
+        forward_step = (FORWARD_STEP[dtype][0] - fewer, FORWARD_STEP[dtype][1] - fewer)
+        weight_step = (WEIGHT_STEP[dtype][0] - fewer, WEIGHT_STEP[dtype][1] - fewer)
+        input_step, input_map = INPUT_STEP[dtype], INPUT_MAP[dtype]
     depth = 64 // size
     flops = 2.0 * maps * columns * outputs
+    reads = depth / 32 / min(masks, 16)  # wavefronts that read x for one line of a step's operand
     small = [Kernel(2 * weight, 2 * weight)]  # one of those that handle channels, outputs or weights
     if direction == "forward":
         shape = tiles(outputs, columns)
@@ -214,8 +225,8 @@ def kernels(case: Case, dtype: str, direction: str, layout: str = "contiguous", 
             x + y + weight,
             x * shape.row_tiles + y + weight * shape.column_tiles,
             flops,
-            shape.threads * (shape.blocks * TILE[shape.small] + steps * (STEP[dtype][shape.small] + make)),
-            steps * step_wavefronts(dtype, shape) + outputs * columns * 4 * 2 / 128,
+            shape.threads * (shape.blocks * TILE[shape.small] + steps * forward_step[shape.small]),
+            steps * (step_wavefronts(dtype, shape) + shape.columns * reads) + outputs * columns * 4 * 2 / 128,
             shape.blocks,
         )
         if not norm:
@@ -245,8 +256,10 @@ def kernels(case: Case, dtype: str, direction: str, layout: str = "contiguous", 
             x + y + parts,
             x * row_tiles + y * column_tiles + parts,
             flops,
-            shape.threads * (shape.blocks * splits * TILE[shape.small] + steps * (STEP[dtype][shape.small] + make)),
-            steps * step_wavefronts(dtype, shape),
+            shape.threads * (shape.blocks * splits * TILE[shape.small] + steps * weight_step[shape.small])
+            + steps * depth * LOOK_UP
+            + columns * outputs * TOTAL,
+            steps * (step_wavefronts(dtype, shape) + shape.columns * reads),
             shape.blocks * splits,
         )
         join = [Kernel(0 if parts < CACHE_SIZE else parts, parts)] if splits > 1 else []
@@ -258,9 +271,9 @@ def kernels(case: Case, dtype: str, direction: str, layout: str = "contiguous", 
         y + 2 * x + weight,
         y * shape.row_tiles + 2 * x + weight * shape.column_tiles,
         flops,
-        shape.threads * (shape.blocks * INPUT_TILE[shape.small] + steps * INPUT_STEP[shape.small])
-        + maps * columns * INPUT_MAP
-        + channels * columns * INPUT_STORE,
+        shape.threads * (shape.blocks * INPUT_TILE[shape.small] + steps * input_step[shape.small])
+        + maps * columns * input_map
+        + channels * columns * (INPUT_STORE[dtype][0] + INPUT_STORE[dtype][1] * (masks - 1)),
         steps * step_wavefronts(dtype, shape) + maps * columns * 4 * 5 / 128,
         shape.blocks,
     )

@@ -94,6 +94,23 @@ def test_each_forbidden_or_missing_instruction_is_seen(old: str, new: str, messa
     assert failures(SASS.replace(old, new)) == [f"{PLACE}: {message}"]
 
 
+@pytest.mark.parametrize(
+    ("mangled", "name"),
+    [
+        ("7forward_kernelINS_4tf32ENS_5SmallELNS_3WayE0EEE", "forward tf32 Small"),
+        ("7forward_kernelINS_4tf32ENS_5SmallELNS_3WayE1EEE", "forward tf32 Small pixels"),
+        (
+            "15weight_gradient_kernelIfNS_5LargeIfEELNS_7FastestE1ELNS_3WayE2EEE",
+            "weight_gradient float Large rows channels",
+        ),
+        ("14input_gradient_kernelIfNS_5SmallELNS_7FastestE0ELb1EEE", "input_gradient float Small depth plain"),
+        ("14input_gradient_kernelIfNS_5SmallELNS_7FastestE0ELb0EEE", "input_gradient float Small depth"),
+    ],
+)
+def test_kernels_are_named_as_they_are_listed(mangled: str, name: str) -> None:
+    assert gates.short_name(mangled) == name
+
+
 def test_double_kernels_may_use_double_and_moments_need_no_tile() -> None:
     double = SASS.replace("INS_8bfloat16ENS_5LargeIS2_EEEE", "IdNS_5SmallEEE").replace("HMMA.16816", "DFMA")
     assert gates.check(
