@@ -265,5 +265,5 @@ def register(library: torch.library.Library) -> None:
         torch.library.register_fake(f"torch_pnn::{name}", fake, lib=library)
         # The stable ABI defines operators with tags from 2.12 on only; torch.compile reads this list.
         tags = getattr(torch.ops.torch_pnn, name).default.tags
-        if torch.Tag.flexible_layout not in tags:
+        if isinstance(tags, list) and torch.Tag.flexible_layout not in tags:
             tags.append(torch.Tag.flexible_layout)

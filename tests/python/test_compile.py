@@ -195,3 +195,9 @@ def test_inductor_keeps_channels_last_and_compiles_what_is_around():
     for name, parameter in model.named_parameters():
         found = compiled_model.get_parameter(name).grad
         torch.testing.assert_close(found, parameter.grad, atol=2e-4, rtol=2e-4, msg=lambda m, n=name: f"{n}: {m}")
+
+
+def test_compiled_code_may_lay_our_operators_tensors_out_as_it_likes():
+    # Without the tag Inductor copies every layer's input to the strides of the trace.
+    for name in ("perturb_conv2d", "perturb_norm_conv2d", "_perturb_conv2d_backward"):
+        assert torch.Tag.flexible_layout in getattr(torch.ops.torch_pnn, name).default.tags
