@@ -455,7 +455,7 @@ def tier_zoo(machine: Machine) -> tuple[Counts, str]:
 
 
 def tier_cuda(machine: Machine) -> tuple[Counts, str]:
-    """The CUDA half for every architecture: static gates on its machine code, and its CMake package; needs no GPU."""
+    """The CUDA half for every architecture: gates on its machine code, its steps counted, its CMake package; no GPU."""
     nvcc = find_nvcc()
     if nvcc is None:
         raise BuildError(NVCC_MISSING)
@@ -472,6 +472,7 @@ def tier_cuda(machine: Machine) -> tuple[Counts, str]:
     counts += machine.counting(
         [machine.python, "tests/cuda/gates.py", "--build", tree, "--nvcc", nvcc, "--kernels", kernels]
     )
+    counts += machine.counting([machine.python, "tests/cuda/steps.py", "--build", tree, "--nvcc", nvcc])
     return counts, "nvcc " + ".".join(map(str, version_of(str(nvcc), r"release (\d+)\.(\d+)")))
 
 

@@ -107,6 +107,12 @@ def run(tool: str, *arguments: str, given: str | None = None) -> str:
     return done.stdout
 
 
+def compiler(nvcc: str) -> str:
+    """The version of a compiler."""
+    version = re.search(r"release [\d.]+, V([\d.]+)", run(nvcc, "--version"))
+    return version[1] if version else "unknown"
+
+
 # ---- what cuobjdump prints ----
 
 
@@ -287,7 +293,6 @@ def main() -> int:
     parser.add_argument("--write", action="store_true", help="write the tables anew instead of comparing with them")
     options = parser.parse_args()
 
-    version = re.search(r"release [\d.]+, V([\d.]+)", run(options.nvcc, "--version"))
     shapes = {}
     for line in run(str(options.kernels)).splitlines():
         name, threads, shared = line.split("\t")
@@ -296,7 +301,7 @@ def main() -> int:
     fitting = occupancy(options.build / "tests/cuda_occupancy", resources, shapes)
     failures = check(code, resources, shapes, fitting)
     if all((kernel, a) in fitting for kernel in shapes for _, a in code):
-        lines = tables(version[1] if version else "unknown", code, resources, shapes, fitting)
+        lines = tables(compiler(options.nvcc), code, resources, shapes, fitting)
         print("\n".join(lines))
         if options.write:
             TABLE.write_text("\n".join(lines) + "\n", encoding="utf-8")

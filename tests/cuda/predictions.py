@@ -90,12 +90,12 @@ WAVEFRONTS_A_SECOND = MULTIPROCESSORS * CLOCK
 # 256-value lattice from a seed, relu and contiguous tensors. Plain layers (cuda/response.h), (large, small tile):
 # one step of depth, FFMA not counted: copies, the product, and a thread's share of the operand (16-bit types: sixteen
 # maps of a pixel; float32: sixteen in every second step, of which this is the mean);
-FORWARD_STEP = {"float32": (207, 192), "tf32": (272, 221), "bfloat16": (267, 248), "float16": (267, 248)}
-WEIGHT_STEP = {"float32": (212, 196), "tf32": (288, 236), "bfloat16": (270, 250), "float16": (270, 250)}
+FORWARD_STEP = {"float32": (208.5, 193.5), "tf32": (274, 223), "bfloat16": (269, 250), "float16": (269, 250)}
+WEIGHT_STEP = {"float32": (213.5, 197.5), "tf32": (290, 238), "bfloat16": (272, 252), "float16": (272, 252)}
 # fewer of them with sixteen masks or more, where one number of x is read for all sixteen maps;
 FEWER_LOADS = {"float32": -2, "tf32": -2, "bfloat16": 9, "float16": 9}
 # the input gradient's step: copies and the product;
-INPUT_STEP = {"float32": (116, 99), "tf32": (231, 166), "bfloat16": (100, 80), "float16": (100, 80)}
+INPUT_STEP = {"float32": (118, 101), "tf32": (233, 168), "bfloat16": (102, 82), "float16": (102, 82)}
 # what the weight gradient does for a pixel of a step, to look it up, and for an output's share of dbias;
 LOOK_UP, TOTAL = 110, 3
 # what the input gradient does for a map of a pixel once the product is there, and for each number that it stores: with

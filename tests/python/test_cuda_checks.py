@@ -27,6 +27,8 @@ def load(path: str) -> ModuleType:
 
 gates = load("tests/cuda/gates.py")
 coverage = load("tests/cuda/coverage.py")
+sys.path.insert(0, str(ROOT / "tests" / "cuda"))  # which steps.py imports from
+steps = load("tests/cuda/steps.py")
 
 FORWARD = (
     "_ZN8pnn_cuda43_GLOBAL__N__18e2d785_10_forward_cu_ba11fff314forward_kernelI"
@@ -241,3 +243,48 @@ def test_instances_and_objects_are_added_up() -> None:
     twice["files"][0]["lines"] += [{"line_number": 1, "count": 4}]  # type: ignore[index]
     total = coverage.add_up([twice, report({2: 1, 5: 0}), report({9: 0}, "csrc/b.h")], ROOT / "cuda")
     assert total == {ROOT / "cuda/a.h": {1: 4, 2: 4, 5: 0}}
+
+
+# A loop of one step: the barrier may be jumped over, and so may the operand (0x90), which is longer.
+LOOP = """
+                Function : _ZN8pnn_cuda1_14forward_kernelI
+        /*0000*/                   MOV R1, R2 ;
+        /*0010*/              @!P0 BRA 0x40 ;
+        /*0020*/                   BAR.SYNC.DEFER_BLOCKING 0x0 ;
+        /*0030*/                   LDGSTS.E.BYPASS.128 [R3], [R4.64] ;
+        /*0040*/              @!P1 BRA 0x90 ;
+{operand}
+        /*0090*/                   LDGDEPBAR ;
+{product}
+        /*0200*/               @P2 BRA 0x10 ;
+        /*0210*/                   EXIT ;
+"""
+OPERAND = """
+        /*0050*/                   PRMT R1, R2, 0x7634, R3 ;
+        /*0060*/                   STS.128 [R3], R4 ;
+        /*0070*/                   STS.128 [R3+0x10], R4 ;
+        /*0080*/                   MOV R1, R2 ;
+"""
+LOADS = "\n".join(f"        /*{0x50 + i:04x}*/                   LDS.U16 R{i}, [R3] ;" for i in range(1, 17))
+PRODUCT = "\n".join(
+    f"        /*{0x100 + 16 * i:04x}*/                   HMMA.16816.F32.BF16 R4, R4 ;" for i in range(8)
+)
+
+
+def step(operand: str = LOADS + OPERAND, product: str = PRODUCT, kernel: str = "forward") -> float | None:
+    code = steps.read_kernels(LOOP.format(operand=operand, product=product))["forward"]
+    return steps.count(code, kernel, "bfloat16")
+
+
+def test_the_shortest_way_that_does_the_work_is_counted() -> None:
+    # Two jumps over something, barrier and copy, 20 for the operand, LDGDEPBAR, the product, the jump back.
+    assert step() == 2 + 2 + 20 + 1 + 8 + 1
+    assert step(kernel="input_gradient") == 2 + 2 + 1 + 8 + 1  # makes no operand, so it may jump over it
+    with_more = PRODUCT + "\n        /*0190*/                   MOV R1, R2 ;"
+    assert step(product=with_more) == 35
+
+
+def test_a_step_that_does_not_do_the_work_is_not_counted() -> None:
+    assert step(operand=OPERAND) is None  # nothing is loaded
+    assert step(product="") is None  # nothing multiplies, so there is no loop
+    assert step(product=PRODUCT.splitlines()[0]) is None
