@@ -270,8 +270,8 @@ class PerturbConv2d(nn.Module):
         masks: M, masks per input channel.
         level: factor of the masks; 0 = no perturbation.
         noise: "uniform" (256 values in (-1, 1)), "normal" (standard deviation 1) or "waves" (the 256 values as triangle
-            waves; better than noise at equal cost on MNIST, docs/studies/first-results.md); None = no perturbation, the
-            control: same modules, same initial weights as "uniform" at this level.
+            waves; better than noise at equal cost on MNIST and CIFAR-10, docs/studies/first-results.md); None = no
+            perturbation, the control: same modules, same initial weights as "uniform" at this level.
         activation: identity, relu, leaky_relu, elu, selu, gelu, silu, tanh, sigmoid or hardtanh.
         seed: of the masks, an int in [-2**63, 2**64); None draws one.
         shared_masks: the same M masks for every channel.
