@@ -170,8 +170,11 @@ def test_of_two_files_the_newest_whole_one_counts(tmp_path):
     Checkpoint(path, {}).save({"number": 9})
     assert Checkpoint(path, {}).load() == {"number": 9}
     assert checkpoint.exists(path)
+    (tmp_path / ".run.left").write_bytes(b"")  # by a process that was killed while it wrote
+    (tmp_path / ".run2.other").write_bytes(b"")
     checkpoint.remove(path)
     assert not checkpoint.exists(path)
+    assert [entry.name for entry in tmp_path.iterdir()] == [".run2.other"]
 
 
 def test_killed_while_saving_the_one_before_is_left(tmp_path, monkeypatch):

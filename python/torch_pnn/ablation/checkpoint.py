@@ -12,6 +12,7 @@ such an end has left in pieces.
 from __future__ import annotations
 
 import contextlib
+import glob
 import hashlib
 import io
 import math
@@ -40,10 +41,10 @@ def exists(path: Path) -> bool:
 
 
 def remove(path: Path) -> None:
-    """Removes a checkpoint, if there is one."""
-    for slot in _slots(path):
+    """Removes a checkpoint, if there is one, and what processes that were killed while writing it left."""
+    for file in (*_slots(path), *path.parent.glob(f".{glob.escape(path.name)}.*")):
         with contextlib.suppress(OSError):
-            slot.unlink()
+            file.unlink()
 
 
 class Checkpoint:
