@@ -92,7 +92,7 @@ WAVEFRONTS_A_SECOND = MULTIPROCESSORS * CLOCK
 # maps of a pixel; float32: sixteen in every second step, of which this is the mean);
 FORWARD_STEP = {"float32": (208.5, 193.5), "tf32": (274, 223), "bfloat16": (269, 250), "float16": (269, 250)}
 WEIGHT_STEP = {"float32": (213.5, 197.5), "tf32": (290, 238), "bfloat16": (272, 252), "float16": (272, 252)}
-# fewer of them with sixteen masks or more, where one number of x is read for all sixteen maps;
+# how many fewer with sixteen masks or more, where one number of x is read for all sixteen maps (below 0: more);
 FEWER_LOADS = {"float32": -2, "tf32": -2, "bfloat16": 9, "float16": 9}
 # the input gradient's step: copies and the product;
 INPUT_STEP = {"float32": (118, 101), "tf32": (233, 168), "bfloat16": (102, 82), "float16": (102, 82)}
