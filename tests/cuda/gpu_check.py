@@ -3,6 +3,7 @@
     python tests/cuda/gpu_check.py                        all phases
     python tests/cuda/gpu_check.py bits reference         these alone (and what they need built)
     python tests/cuda/gpu_check.py --out results.json --budget 500
+    python tests/cuda/gpu_check.py --built                with the programs in --build, which another machine has built
 
 Needs a GPU, PyTorch 2.11 or newer with CUDA, CMake, Ninja and nvcc 13; no network, no test framework. The phases:
 
@@ -12,6 +13,7 @@ Needs a GPU, PyTorch 2.11 or newer with CUDA, CMake, Ninja and nvcc 13; no netwo
   sanitizer  these calls under compute-sanitizer's memcheck, racecheck, initcheck and synccheck
   reference  the operators against float64 on the CPU, with a bound for each element: every type, layout, kind of mask
   device     what else is promised on a GPU: streams, CUDA graphs, batch splits, exact sums, more than 2^31 elements
+  kernels    each kernel's own time in the same cases, by PyTorch's profiler, with and without normalisation
   timings    the cases of benchmarks/ and larger ones, forward and forward + backward, in CUDA graphs with the L2 cache
              flushed, beside the plain composition, torch.compile, cuDNN's 1x1 and 3x3 convolutions, a copy and cuBLAS,
              with peak memory, and beside what predictions.py says
@@ -51,10 +53,12 @@ import gpu_report
 ROOT = Path(__file__).resolve().parents[2]
 WORK = Path(__file__).with_name("gpu_work.py")
 # The most seconds of each phase; what one does not need is the next one's, as far as the whole budget goes.
-SHARES = {"build": 200, "bits": 60, "sanitizer": 120, "reference": 90, "device": 60, "timings": 600}
+SHARES = {"build": 200, "bits": 90, "sanitizer": 120, "reference": 90, "device": 60, "kernels": 60, "timings": 600}
 TOOLS = ("memcheck", "racecheck", "initcheck", "synccheck")
 REPETITIONS = 100
 TARGETS = ("torch_pnn_libraries", "cuda_results_host", "cuda_results_device")
+PROGRAMS = ("lib/libtorch_pnn_ops.so", "lib/libtorch_pnn_cuda.so", "tests/cuda_results_host", "tests/cuda_results_device")
+"""What the later phases need of them, below --build."""
 
 
 # ---- what is here ----
@@ -87,6 +91,7 @@ class Check:
         self.folder: Path = options.build.absolute()
         self.out: Path = options.out.absolute()
         self.rehearse: bool = options.rehearse
+        self.built: bool = options.built
         self.end = time.monotonic() + options.budget
         self.results: dict[str, Any] = {
             "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
@@ -203,6 +208,9 @@ def build(check: Check, seconds: float) -> dict[str, Any]:
         [cmake, "-S", str(ROOT), "-B", str(check.folder), "-G", "Ninja", *defines],
         [cmake, "--build", str(check.folder), "-j", str(os.cpu_count() or 1), "--target", *TARGETS],
     ]
+    if check.built:
+        missing = [name for name in PROGRAMS if not (check.folder / name).is_file()]
+        return {"passed": not missing} | ({"error": f"{check.folder} lacks {', '.join(missing)}"} if missing else {})
     if check.rehearse:  # what is built there already
         steps = [[cmake, "-N", str(check.folder)]]
     started = time.monotonic()
@@ -311,6 +319,7 @@ PHASES: dict[str, Callable[[Check, float], dict[str, Any]]] = {
     "sanitizer": sanitizer,
     "reference": lambda check, seconds: check.work("reference", seconds),
     "device": lambda check, seconds: check.work("device", seconds),
+    "kernels": lambda check, seconds: check.work("kernels", seconds),
     "timings": timings,
 }
 
@@ -323,6 +332,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, default=ROOT / "runs" / "gpu-check.json", help="where the results go")
     parser.add_argument("--budget", type=float, default=580, help="seconds that all of it may take (580)")
     parser.add_argument("--rehearse", action="store_true", help="on the CPU, with stand-ins: tests these files alone")
+    parser.add_argument("--built", action="store_true", help="build nothing: --build holds it, for this architecture")
     options = parser.parse_args(arguments)
     unknown = [name for name in options.phases if name not in PHASES]
     if unknown:
@@ -332,7 +342,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print("no GPU: the CUDA driver shows none, so nothing was checked")
         return 2
     check = Check(options)
-    needed = {"cmake": "CMake 3.30", "ninja": "Ninja", "nvcc": "nvcc 13.0"} if not options.rehearse else {}
+    needed = {"cmake": "CMake 3.30", "ninja": "Ninja", "nvcc": "nvcc 13.0"} if not (options.rehearse or options.built) else {}
     missing = [text for name, text in needed.items() if find_tool(name) is None]
     if missing:
         print(f"gpu-check needs {', '.join(missing)}, beside {sys.executable}, on the PATH or in CUDA_HOME")

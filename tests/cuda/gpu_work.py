@@ -1,5 +1,5 @@
-"""The phases of gpu_check.py that run inside PyTorch, each in a process of its own: probe, reference, device, compile,
-timings.
+"""The phases of gpu_check.py that run inside PyTorch, each in a process of its own: probe, reference, device, kernels,
+compile, timings.
 
     python tests/cuda/gpu_work.py reference --out part.json --seconds 60
 
@@ -328,8 +328,9 @@ def reference_phase(work: Work) -> None:
             todo.append((*types, (2, 24, 7, 9, 40, 2), layout, "uniform", relu | {"groups": 2, "stride": 2}))
             todo.append((*types, (2, 12, 6, 8, 18, 4), layout, "tensor", relu | {"groups": 3, "shared_masks": True}))
             todo.append((*types, (2, 12, 6, 8, 18, 4), layout, "waves", relu | {"shared_masks": True}))
-            # 128 large tiles, in each pass.
+            # 128 large tiles, in each pass: of any layer, and of a plain one.
             todo.append((*types, (4, 72, 64, 64, 136, 1), layout, "uniform", relu))
+            todo.append((*types, (4, 80, 64, 64, 136, 1), layout, "uniform", relu))
         for activation in ("identity", "leaky_relu", "elu", "selu", "gelu", "silu", "tanh", "sigmoid", "hardtanh"):
             todo.append(
                 (*types, (2, 16, 8, 8, 24, 2), "contiguous", "normal", {"level": LEVEL, "activation": activation})
@@ -713,6 +714,58 @@ def compile_phase(work: Work) -> None:
         work.cuda.empty_cache()
 
 
+def kernels_phase(work: Work) -> None:
+    """Each kernel's own time in forward + backward, by PyTorch's profiler; beside the layer, the normalised one."""
+    from torch_pnn import functional
+
+    flush = torch.empty(2**16 if work.rehearse else FLUSHED_BYTES, dtype=torch.uint8, device=work.device)
+    activity = torch.profiler.ProfilerActivity.CPU if work.rehearse else torch.profiler.ProfilerActivity.CUDA
+    rows: list[dict[str, Any]] = []
+    work.found.update(rows=rows, unfinished=[], errors=[])
+
+    def normalised(layer: Layer) -> torch.Tensor:
+        maps = layer.case[1] * layer.case[4]
+        ones = torch.ones(maps, device=work.device)
+        return functional.perturb_norm_conv2d(
+            layer.x, layer.weight, None, ones, ones * 0, ones * 0, ones.clone(), training=True, seed=layer.seed,
+            masks=layer.case[4], level=0.1,
+        )  # fmt: skip
+
+    for case in cases(work):
+        for kind in KINDS:
+            for layout in LAYOUTS:
+                for norm in (False, True):
+                    key = {"case": list(case), "type": kind, "layout": layout, "norm": norm}
+                    if not work.time_left():
+                        work.found["unfinished"].append(str(key))
+                        continue
+                    layer = Layer(work, case, kind, layout)
+                    function = (lambda i=layer: normalised(i)) if norm else layer.ours  # type: ignore[misc]
+                    step = layer.training(function)
+                    try:
+                        with arithmetic(kind):
+                            step()
+                            with torch.profiler.profile(activities=[activity]) as profile:
+                                for _ in range(5):
+                                    flush.zero_()
+                                    step()
+                                work.cuda.synchronize()
+                    except RuntimeError as error:
+                        work.found["errors"].append(f"{key}: {str(error)[:300]}")
+                        continue
+                    times: dict[str, list[float]] = {}
+                    for event in profile.events() or ():
+                        if "pnn_cuda" in event.name:
+                            times.setdefault(event.name[:300], []).append(float(event.device_time))
+                    median = {name: sorted(each)[len(each) // 2] for name, each in times.items()}
+                    rows.append({**key, "kernels_us": median, "counts": {name: len(t) for name, t in times.items()}})
+                    del layer, step, function
+                    work.cuda.empty_cache()
+        work.write()
+    work.found["passed"] = not work.found["unfinished"] and not work.found["errors"]
+    work.write()
+
+
 def timings_phase(work: Work) -> None:
     """Case by case, ours first in every type, then what it is compared with."""
     torch.backends.cudnn.benchmark = True
@@ -809,6 +862,7 @@ PHASES: dict[str, Callable[[Work], None]] = {
     "probe": probe,
     "reference": reference_phase,
     "device": device_phase,
+    "kernels": kernels_phase,
     "compile": compile_phase,
     "timings": timings_phase,
 }

@@ -39,7 +39,7 @@ gpu_work = load("gpu_work")
 
 
 def options(tmp_path: Path, **more: Any) -> argparse.Namespace:
-    base = {"build": tmp_path, "out": tmp_path / "out.json", "rehearse": True, "budget": 60.0}
+    base = {"build": tmp_path, "out": tmp_path / "out.json", "rehearse": True, "built": False, "budget": 60.0}
     return argparse.Namespace(**(base | more))
 
 
