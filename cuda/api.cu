@@ -102,12 +102,15 @@ struct Plan {
   bool inputs, affine, want_products, want_totals;
 };
 
-/* The number of pieces that the sums over pixels are cut into: enough blocks for a large GPU, by the sizes alone. */
-void split(Layer &l, bool products) {
-  const int64_t outputs = ceil_div(l.group_outputs, Small::rows);
-  const int64_t maps = products ? ceil_div(l.group_maps, Small::columns) : 1;
+/* The number of pieces that the sums over pixels are cut into: as many blocks as run at a time on a large GPU (132
+ * multiprocessors, four small ones or two large ones to each), by the sizes alone. */
+void split(Layer &l, bool products, bool is_double) {
+  const bool large = products && !is_double && weight_gradient_is_large(l);
+  const int64_t rows = large ? 128 : Small::rows, columns = large ? 128 : Small::columns, blocks = large ? 264 : 528;
+  const int64_t outputs = ceil_div(l.group_outputs, rows);
+  const int64_t maps = products ? ceil_div(l.group_maps, columns) : 1;
   const int64_t tiles = PNN_MAX(1, outputs * maps * l.groups);
-  const int64_t wanted = PNN_MAX(1, PNN_MIN(ceil_div(l.columns, 256), 528 / tiles));
+  const int64_t wanted = PNN_MAX(1, PNN_MIN(ceil_div(l.columns, 256), blocks / tiles));
   l.split_columns = PNN_MAX(64, ceil_div(ceil_div(l.columns, wanted), 64) * 64);
   l.splits = PNN_MAX(1, ceil_div(l.columns, l.split_columns));
 }
@@ -153,7 +156,7 @@ Plan plan_make(const pnn_problem &p, pnn_pass pass, pnn_arena *arena) {
     w.slope = pnn_arena_take(arena, p.maps, p.real_size);
   }
   if (plan.want_totals) {
-    split(l, plan.want_products);
+    split(l, plan.want_products, p.product_type == PNN_FLOAT64);
     w.totals = pnn_arena_take(arena, l.splits * p.outputs, p.real_size);
   }
   if (plan.want_products) {

@@ -30,8 +30,7 @@ template <class D, class S>
 struct Shape {
   using R = typename RealOf<D>::type;
   static constexpr int DEPTH = Depth<D>::value;
-  /* As many as leave a large tile within the 99 KiB that some architectures have. */
-  static constexpr int STAGES = S::rows == 128 ? 3 : 4;
+  static constexpr int STAGES = 3; /* five small blocks, or two large ones, fit into 227 KiB */
   static constexpr int weight_bytes = bytes_of<D>(DEPTH_FASTEST, S::rows);
   static constexpr int operand_bytes = bytes_of<D>(DEPTH_FASTEST, S::columns);
   static constexpr int table_bytes = S::columns * static_cast<int>(sizeof(Column));
@@ -185,7 +184,7 @@ struct PlainOperand {
 };
 
 template <class D, class S, Way WAY>
-__global__ void __launch_bounds__(S::threads, S::blocks)
+__global__ void __launch_bounds__(S::threads, (blocks_of<D, S, (WAY != ANY_WAY)>))
     forward_kernel(const __grid_constant__ Layer layer, int64_t first_tile, const __grid_constant__ Divider by_rows,
                    const __grid_constant__ Divider by_columns) {
   using H = Shape<D, S>;
@@ -203,12 +202,13 @@ __global__ void __launch_bounds__(S::threads, S::blocks)
   const int thread = static_cast<int>(threadIdx.x);
 
   int64_t row_tile, column_tile;
-  const int64_t group = divide(by_columns, divide(by_rows, first_tile + blockIdx.x, &row_tile), &column_tile);
+  const int64_t group =
+      divide<PLAIN>(by_columns, divide<PLAIN>(by_rows, first_tile + blockIdx.x, &row_tile), &column_tile);
   const int64_t t0 = row_tile * S::rows, q0 = column_tile * S::columns;
   const int columns = layer.columns - q0 < S::columns ? static_cast<int>(layer.columns - q0) : S::columns;
 
   if (thread < columns) {
-    const Place p = place_make(layer, q0 + thread);
+    const Place p = place_make<PLAIN>(layer, q0 + thread);
     table[thread] = {place_in(layer.input, p), place_in(layer.output, p), pixel_make(layer, p)};
   }
   Tile<D, S::rows, S::columns, S::threads, DEPTH_FASTEST, DEPTH_FASTEST> tile;
@@ -217,11 +217,13 @@ __global__ void __launch_bounds__(S::threads, S::blocks)
       layer.group_outputs - t0 < S::rows ? static_cast<int>(layer.group_outputs - t0) : static_cast<int>(S::rows);
   const R *const start = static_cast<const R *>(PLAIN ? nullptr : layer.start); /* of normalisation */
   const D *const bias = reinterpret_cast<const D *>(layer.bias) + output_first * layer.bias_step;
-  tile.start([&](int row) {
-    if (row >= rows) return R(0);
-    if (start) return start[output_first + row];
-    return layer.bias ? widen(bias[row * layer.bias_step]) : R(0);
-  });
+  if (start || layer.bias)
+    tile.start([&](int row) {
+      if (row >= rows) return R(0);
+      return start ? start[output_first + row] : widen(bias[row * layer.bias_step]);
+    });
+  else
+    tile.start([](int) { return R(0); });
   __syncthreads();
 
   const Step steps = static_cast<Step>((layer.group_maps + DEPTH - 1) / DEPTH);

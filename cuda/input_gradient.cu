@@ -110,7 +110,7 @@ struct PlainGradient {
 
 /* PLAIN: the input's gradient of a plain layer, with g in runs of 16 bytes. */
 template <class D, class S, Fastest G, bool PLAIN>
-__global__ void __launch_bounds__(S::threads, S::blocks)
+__global__ void __launch_bounds__(S::threads, (blocks_of<D, S, PLAIN>))
     input_gradient_kernel(const __grid_constant__ Layer layer, const __grid_constant__ Grid grid) {
   using H = Shape<D, S, G>;
   using R = typename H::R;
@@ -128,7 +128,7 @@ __global__ void __launch_bounds__(S::threads, S::blocks)
 
   int64_t map_tile, column_tile;
   const int64_t group =
-      divide(grid.by_columns, divide(grid.by_maps, grid.first_tile + blockIdx.x, &map_tile), &column_tile);
+      divide<PLAIN>(grid.by_columns, divide<PLAIN>(grid.by_maps, grid.first_tile + blockIdx.x, &map_tile), &column_tile);
   [[maybe_unused]] const int64_t map_first = group * layer.group_maps; /* not of plain layers */
   int64_t k_begin, k_end;
   if (masks) {
@@ -153,7 +153,7 @@ __global__ void __launch_bounds__(S::threads, S::blocks)
     const int columns = left < S::columns ? static_cast<int>(left) : S::columns;
     __syncthreads();
     if (thread < columns) {
-      const Place p = place_make(layer, q0 + thread);
+      const Place p = place_make<PLAIN>(layer, q0 + thread);
       table[thread] = {place_in(layer.input, p), place_in(layer.grad_output, p), place_in(layer.grad_input, p),
                        pixel_make(layer, p)};
     }

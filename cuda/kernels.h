@@ -5,6 +5,8 @@
 #ifndef PNN_CUDA_KERNELS_H
 #define PNN_CUDA_KERNELS_H
 
+#include <type_traits>
+
 #include "layer.h"
 
 namespace pnn_cuda {
@@ -41,17 +43,27 @@ constexpr int64_t GRID_MOST = 0x7fffffff;
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-/* Two shapes of tiles: large ones read less, small ones leave no multiprocessor idle in small problems. `blocks` of
- * them must fit on a multiprocessor by their registers. */
+/* Two shapes of tiles: large ones read less, small ones leave no multiprocessor idle in small problems. */
 template <class D>
 struct Large {
-  static constexpr int rows = 128, columns = 128, threads = 256, blocks = 1;
+  static constexpr int rows = 128, columns = 128, threads = 256;
 };
 struct Small {
-  static constexpr int rows = 64, columns = 64, threads = 128, blocks = 2;
+  static constexpr int rows = 64, columns = 64, threads = 128;
 };
+/* Blocks that must fit on a multiprocessor by their registers. On the tensor cores a warp waits four cycles for each
+ * that it issues in, so four warps to a scheduler are wanted: of plain layers (response.h), whose kernels take that
+ * with no register in memory, 16 to 20 warps to a multiprocessor. Fused multiply-adds have their own to wait behind. */
+template <class D, class S, bool PLAIN>
+constexpr int blocks_of = sizeof(D) == 2 || std::is_same<D, tf32>::value ? S::rows == 128 ? PLAIN ? 2 : 1 : PLAIN ? 5 : 4
+                          : S::rows == 128                              ? 1
+                                                                        : 2;
 /* Large tiles where they still give a large GPU this many blocks. Results do not depend on it. */
 constexpr int64_t ENOUGH_BLOCKS = 128;
+/* Large tiles of the weight gradient: float64 has small ones alone. */
+inline bool weight_gradient_is_large(const Layer &layer) {
+  return !layer.input_float && layer.group_outputs > Small::rows && layer.group_maps > Small::columns;
+}
 
 /* Columns that one block of the moments' kernel takes, and numbers that it leaves of each map. */
 constexpr int MOMENTS_COLUMNS = 2048, MOMENTS_NUMBERS = 4;

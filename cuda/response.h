@@ -356,7 +356,8 @@ enum Way { ANY_WAY, PLAIN_PIXELS, PLAIN_CHANNELS };
 template <class D>
 bool is_plain(const Layer &layer) {
   return sizeof(D) < 8 && layer.noise == PNN_NOISE_UNIFORM && !layer.shared && layer.group_maps % 16 == 0 &&
-         layer.group_maps < INT32_MAX - 128 && layer.group_outputs < INT32_MAX - 128 &&
+         layer.columns < INT32_MAX - 128 && layer.outputs * layer.maps < INT32_MAX - 128 &&
+         (layer.columns / 64 + 1) * (layer.outputs > layer.maps ? layer.outputs : layer.maps) < INT32_MAX &&
          layer.activation == PNN_ACTIVATION_RELU && !layer.mean && !layer.input_float && layer.masks_shift >= 0;
 }
 template <class D>

@@ -251,7 +251,7 @@ struct PlainGradient {
 };
 
 template <class D, class S, Fastest G, Way WAY>
-__global__ void __launch_bounds__(S::threads, S::blocks)
+__global__ void __launch_bounds__(S::threads, (blocks_of<D, S, (WAY != ANY_WAY)>))
     weight_gradient_kernel(const __grid_constant__ Layer layer, const __grid_constant__ Grid grid) {
   using H = Shape<D, S, G>;
   using R = typename H::R;
@@ -267,9 +267,8 @@ __global__ void __launch_bounds__(S::threads, S::blocks)
   const int thread = static_cast<int>(threadIdx.x);
 
   int64_t output_tile, map_tile, group;
-  const int64_t split = divide(
-      grid.by_groups,
-      divide(grid.by_maps, divide(grid.by_outputs, grid.first_tile + blockIdx.x, &output_tile), &map_tile), &group);
+  const int64_t outputs_done = divide<PLAIN>(grid.by_outputs, grid.first_tile + blockIdx.x, &output_tile);
+  const int64_t split = divide<PLAIN>(grid.by_groups, divide<PLAIN>(grid.by_maps, outputs_done, &map_tile), &group);
   const int64_t t0 = output_tile * S::rows, k0 = map_tile * S::columns;
   const int64_t output_first = group * layer.group_outputs;
   Part part;
@@ -296,7 +295,7 @@ __global__ void __launch_bounds__(S::threads, S::blocks)
   /* Where a step's pixels stand: made once, one step before the step is loaded. */
   const auto look_up = [&](Step step, int ahead) {
     if (step >= steps || thread >= pixels_of(step)) return;
-    const Place p = place_make(layer, part.q_begin + step * DEPTH + thread);
+    const Place p = place_make<PLAIN>(layer, part.q_begin + step * DEPTH + thread);
     table_at(ahead)[thread] = {place_in(layer.input, p), place_in(layer.grad_output, p), pixel_make(layer, p)};
   };
   const auto load = [&](Step step) {
@@ -377,7 +376,7 @@ Status choose_way(const Layer &layer, Stream stream) {
   /* g's copies must be whole runs of 16 bytes too. */
   const bool whole =
       G == DEPTH_FASTEST ? layer.grad_output_staging == STAGE_PIXELS : layer.group_outputs % Depth<D>::vector == 0;
-  const Way way = whole && layer.split_columns < INT32_MAX - 128 ? way_of<D>(layer) : ANY_WAY;
+  const Way way = whole ? way_of<D>(layer) : ANY_WAY;
   if constexpr (sizeof(D) < 8) {
     if (way == PLAIN_PIXELS) return launch<D, S, G, PLAIN_PIXELS>(layer, stream);
     if (way == PLAIN_CHANNELS) return launch<D, S, G, PLAIN_CHANNELS>(layer, stream);
@@ -393,7 +392,7 @@ Status choose_order(const Layer &layer, Stream stream) {
 
 template <class D>
 Status choose(const Layer &layer, Stream stream) {
-  if (!layer.input_float && layer.group_outputs > Small::rows && layer.group_maps > Small::columns)
+  if (weight_gradient_is_large(layer))
     return choose_order<D, Large<D>>(layer, stream);
   return choose_order<D, Small>(layer, stream);
 }
