@@ -30,7 +30,7 @@ template <class D, class S>
 struct Shape {
   using R = typename RealOf<D>::type;
   static constexpr int DEPTH = Depth<D>::value;
-  static constexpr int STAGES = 3; /* five small blocks, or two large ones, fit into 227 KiB */
+  static constexpr int STAGES = S::rows == 64 ? 4 : 3; /* four small blocks, or two large ones, fit into 227 KiB */
   static constexpr int weight_bytes = bytes_of<D>(DEPTH_FASTEST, S::rows);
   static constexpr int operand_bytes = bytes_of<D>(DEPTH_FASTEST, S::columns);
   static constexpr int table_bytes = S::columns * static_cast<int>(sizeof(Column));
@@ -322,9 +322,16 @@ Status choose_way(const Layer &layer, Stream stream) {
 
 template <class D>
 Status choose(const Layer &layer, Stream stream) {
-  const int64_t large = ceil_div(layer.group_outputs, Large<D>::rows) * ceil_div(layer.columns, Large<D>::columns);
-  if (!layer.input_float && layer.group_outputs > Small::rows && large * layer.groups >= ENOUGH_BLOCKS)
-    return choose_way<D, Large<D>>(layer, stream);
+  const int64_t outputs = layer.group_outputs;
+  if constexpr (on_tensor_cores<D>) {
+    const Way way = way_of<D>(layer);
+    if (way != ANY_WAY && fills_tall(outputs) && enough_blocks<Tall>(layer, outputs) &&
+        Shape<D, Tall>::bytes(sizeof(D)) <= shared_memory_limit())
+      return way == PLAIN_PIXELS ? launch<D, Tall, PLAIN_PIXELS>(layer, stream)
+                                 : launch<D, Tall, PLAIN_CHANNELS>(layer, stream);
+  }
+  if (!layer.input_float && outputs > Small::rows && enough_blocks<Large>(layer, outputs))
+    return choose_way<D, Large>(layer, stream);
   return choose_way<D, Small>(layer, stream);
 }
 
@@ -332,20 +339,23 @@ template <class D, class S>
 void list(Visit visit, const std::string &name) {
   constexpr int size = static_cast<int>(sizeof(D));
   for (const char *way : {"", " pixels", " channels"})
-    if (size < 8 || !*way) visit((name + way).c_str(), S::threads, Shape<D, S>::bytes(size));
+    if (*way ? size < 8 : S::rows < 256) visit((name + way).c_str(), S::threads, Shape<D, S>::bytes(size));
 }
 
 }  // namespace
 
 void list_forward(Visit visit) {
-  list<float, Large<float>>(visit, "forward float Large");
+  list<float, Large>(visit, "forward float Large");
   list<float, Small>(visit, "forward float Small");
   list<double, Small>(visit, "forward double Small");
-  list<tf32, Large<tf32>>(visit, "forward tf32 Large");
+  list<tf32, Tall>(visit, "forward tf32 Tall");
+  list<tf32, Large>(visit, "forward tf32 Large");
   list<tf32, Small>(visit, "forward tf32 Small");
-  list<bfloat16, Large<bfloat16>>(visit, "forward bfloat16 Large");
+  list<bfloat16, Tall>(visit, "forward bfloat16 Tall");
+  list<bfloat16, Large>(visit, "forward bfloat16 Large");
   list<bfloat16, Small>(visit, "forward bfloat16 Small");
-  list<float16, Large<float16>>(visit, "forward float16 Large");
+  list<float16, Tall>(visit, "forward float16 Tall");
+  list<float16, Large>(visit, "forward float16 Large");
   list<float16, Small>(visit, "forward float16 Small");
 }
 

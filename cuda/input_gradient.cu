@@ -371,9 +371,8 @@ Status choose_order(const Layer &layer, bool masks, Stream stream) {
 
 template <class D>
 Status choose(const Layer &layer, bool masks, Stream stream) {
-  const int64_t large = ceil_div(layer.group_maps, Large<D>::rows) * ceil_div(layer.columns, Large<D>::columns);
-  if (!masks && layer.group_maps > Small::rows && large * layer.groups >= ENOUGH_BLOCKS)
-    return choose_order<D, Large<D>>(layer, masks, stream);
+  if (!masks && layer.group_maps > Small::rows && enough_blocks<Large>(layer, layer.group_maps))
+    return choose_order<D, Large>(layer, masks, stream);
   return choose_order<D, Small>(layer, masks, stream);
 }
 
@@ -389,14 +388,14 @@ void list(Visit visit, const std::string &name) {
 }  // namespace
 
 void list_input_gradient(Visit visit) {
-  list<float, Large<float>>(visit, "input_gradient float Large");
+  list<float, Large>(visit, "input_gradient float Large");
   list<float, Small>(visit, "input_gradient float Small");
   list<double, Small>(visit, "input_gradient double Small");
-  list<tf32, Large<tf32>>(visit, "input_gradient tf32 Large");
+  list<tf32, Large>(visit, "input_gradient tf32 Large");
   list<tf32, Small>(visit, "input_gradient tf32 Small");
-  list<bfloat16, Large<bfloat16>>(visit, "input_gradient bfloat16 Large");
+  list<bfloat16, Large>(visit, "input_gradient bfloat16 Large");
   list<bfloat16, Small>(visit, "input_gradient bfloat16 Small");
-  list<float16, Large<float16>>(visit, "input_gradient float16 Large");
+  list<float16, Large>(visit, "input_gradient float16 Large");
   list<float16, Small>(visit, "input_gradient float16 Small");
 }
 

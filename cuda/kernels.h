@@ -43,26 +43,50 @@ constexpr int64_t GRID_MOST = 0x7fffffff;
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-/* Two shapes of tiles: large ones read less, small ones leave no multiprocessor idle in small problems. */
-template <class D>
+/* Three shapes of tiles: what is made on the way is made once for each tile's rows, so tall ones make and read the least;
+ * small ones leave no multiprocessor idle in small problems. */
+struct Tall {
+  static constexpr int rows = 256, columns = 128, threads = 512;
+};
 struct Large {
   static constexpr int rows = 128, columns = 128, threads = 256;
 };
 struct Small {
   static constexpr int rows = 64, columns = 64, threads = 128;
 };
-/* Blocks that must fit on a multiprocessor by their registers. On the tensor cores a warp waits four cycles for each
- * that it issues in, so four warps to a scheduler are wanted: of plain layers (response.h), whose kernels take that
- * with no register in memory, 16 to 20 warps to a multiprocessor. Fused multiply-adds have their own to wait behind. */
+template <class D>
+constexpr bool on_tensor_cores = sizeof(D) == 2 || std::is_same<D, tf32>::value;
+/* Blocks that must fit on a multiprocessor by their registers. On the tensor cores a warp waits four cycles for each in
+ * which it issues, so four warps to a scheduler are wanted; the kernels of plain layers (response.h) take that without a
+ * register in memory. Fused multiply-adds have their own to wait behind. */
 template <class D, class S, bool PLAIN>
-constexpr int blocks_of = sizeof(D) == 2 || std::is_same<D, tf32>::value ? S::rows == 128 ? PLAIN ? 2 : 1 : PLAIN ? 5 : 4
-                          : S::rows == 128                              ? 1
-                                                                        : 2;
-/* Large tiles where they still give a large GPU this many blocks. Results do not depend on it. */
+constexpr int blocks_of = S::rows == 256       ? 1
+                          : S::rows == 128     ? on_tensor_cores<D> && PLAIN ? 2 : 1
+                          : on_tensor_cores<D> ? 4
+                                               : 2;
+/* Larger tiles where they still give a large GPU this many blocks. Results do not depend on it. */
 constexpr int64_t ENOUGH_BLOCKS = 128;
-/* Large tiles of the weight gradient: float64 has small ones alone. */
+/* Large or tall tiles of the weight gradient: float64 has small ones alone. */
 inline bool weight_gradient_is_large(const Layer &layer) {
   return !layer.input_float && layer.group_outputs > Small::rows && layer.group_maps > Small::columns;
+}
+template <class S>
+bool enough_blocks(const Layer &layer, int64_t rows) {
+  return ceil_div(rows, S::rows) * ceil_div(layer.columns, S::columns) * layer.groups >= ENOUGH_BLOCKS;
+}
+/* Tall tiles where no more of them would stand empty than of large ones, and the device has the shared memory. */
+inline bool fills_tall(int64_t rows) { return ceil_div(rows, Tall::rows) * 2 == ceil_div(rows, Large::rows); }
+/* The most shared memory that a block of the current device may have. */
+inline int64_t shared_memory_limit() {
+#if defined(__CUDACC__)
+  int device = 0, bytes = 0;
+  if (cudaGetDevice(&device) != cudaSuccess ||
+      cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device) != cudaSuccess)
+    return 0;
+  return bytes;
+#else
+  return 227 * 1024;
+#endif
 }
 
 /* Columns that one block of the moments' kernel takes, and numbers that it leaves of each map. */

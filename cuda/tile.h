@@ -126,11 +126,13 @@ struct Tile {
   }
 };
 
-/* On the tensor cores: two rows of warps. The product below is that of 16-bit types. */
+/* On the tensor cores: a warp has 64x32 elements of C, of small tiles 32x32. The product below is that of 16-bit types.
+ */
 template <class D, int ROWS, int COLUMNS, int THREADS, Fastest A, Fastest B>
 struct TensorTile {
   using R = float;
-  static constexpr int WARPS_N = THREADS / 64, WARP_M = ROWS / 2, WARP_N = COLUMNS / WARPS_N;
+  static constexpr int WARPS_M = ROWS <= 64 ? 2 : ROWS / 64, WARPS_N = THREADS / 32 / WARPS_M;
+  static constexpr int WARP_M = ROWS / WARPS_M, WARP_N = COLUMNS / WARPS_N;
   static constexpr int M = WARP_M / 16, N = WARP_N / 8;
   R c[M][N][4];
 
