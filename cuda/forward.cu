@@ -68,8 +68,8 @@ struct AnyOperand {
     input_size = layer.input_float ? 4 : static_cast<int>(sizeof(D));
     V = 16 / input_size;
     pitch = (staging == STAGE_PIXELS ? S::columns : DEPTH) * input_size + 16;
-    j = static_cast<int>(threadIdx.x) % S::columns;
-    first_run = static_cast<int>(threadIdx.x) / S::columns * (RUN * RUNS);
+    j = thread_index() % S::columns;
+    first_run = thread_index() / S::columns * (RUN * RUNS);
     channel_first = group * layer.group_channels;
     map_first = group * layer.group_maps;
     seed = seed_read(layer);
@@ -155,9 +155,9 @@ struct PlainOperand {
       : layer(layer_),
         tiles(layer_.input, group * layer_.group_channels, layer_.group_channels, channels(layer_), columns, PITCH,
               [&](int at) { return table[at].input; }) {
-    j = static_cast<int>(threadIdx.x) % S::columns;
-    first_map = static_cast<int>(threadIdx.x) / S::columns % SIXTEENS * SIXTEEN;
-    turn = static_cast<int>(threadIdx.x) / (S::columns * SIXTEENS);
+    j = thread_index() % S::columns;
+    first_map = thread_index() / S::columns % SIXTEENS * SIXTEEN;
+    turn = thread_index() / (S::columns * SIXTEENS);
     if (j < columns) row = table[j].pixel.row, column = table[j].pixel.column;
     block = static_cast<uint32_t>(group * layer.group_maps / 16) + static_cast<uint32_t>(first_map / 16);
     keys = philox_keys(seed_read(layer));
@@ -199,7 +199,7 @@ __global__ void __launch_bounds__(S::threads, (blocks_of<D, S, (WAY != ANY_WAY)>
   const int stage_bytes =
       H::weight_bytes + H::input_bytes(!PLAIN && layer.input_float ? 4 : static_cast<int>(sizeof(D)));
   char *const operands = pipeline + STAGES * stage_bytes;
-  const int thread = static_cast<int>(threadIdx.x);
+  const int thread = thread_index();
 
   int64_t row_tile, column_tile;
   const int64_t group =
@@ -232,8 +232,9 @@ __global__ void __launch_bounds__(S::threads, (blocks_of<D, S, (WAY != ANY_WAY)>
   Operand operand(layer, table, columns, group);
   int now = 0;
   /* The steps before 0 only fill the pipeline; so that each part of the body stands in the code once. */
+  Step step = 1 - STAGES;
 #pragma unroll 1
-  for (Step step = 1 - STAGES; step < steps; step++) {
+  do {
     if (step >= -1) {
       copy_wait<STAGES - 3>(); /* the next step's x and this step's V are there */
       __syncthreads();
@@ -250,7 +251,7 @@ __global__ void __launch_bounds__(S::threads, (blocks_of<D, S, (WAY != ANY_WAY)>
     if (step >= 0) tile.add_product(pipeline + ring.of(0), operands + now);
     ring.next();
     now = H::operand_bytes - now; /* of the two operands the one that is multiplied */
-  }
+  } while (++step < steps);
   copy_wait<0>();
   __syncthreads();
 

@@ -120,7 +120,7 @@ __global__ void __launch_bounds__(S::threads, (blocks_of<D, S, PLAIN>))
   char *const pipeline = memory + H::table_bytes;
   R *const sums = reinterpret_cast<R *>(pipeline);
   R *const mask_sums = reinterpret_cast<R *>(memory + H::bytes);
-  const int thread = static_cast<int>(threadIdx.x);
+  const int thread = thread_index();
   const bool masks = !PLAIN && grid.channels == 0;
   const uint64_t seed = seed_read(layer);
   const PhiloxKeys keys = PLAIN ? philox_keys(seed) : PhiloxKeys{};
@@ -176,8 +176,9 @@ __global__ void __launch_bounds__(S::threads, (blocks_of<D, S, PLAIN>))
         }
         copy_commit();
       };
+      Step step = 1 - STAGES;
 #pragma unroll 1
-      for (Step step = 1 - STAGES; step < steps; step++) {
+      do {
         if (step >= 0) {
           copy_wait<STAGES - 2>();
           __syncthreads();
@@ -186,7 +187,7 @@ __global__ void __launch_bounds__(S::threads, (blocks_of<D, S, PLAIN>))
         const char *const from = pipeline + ring.of(0);
         if (step >= 0) tile.add_product(from, from + H::weight_bytes);
         ring.next();
-      }
+      } while (++step < steps);
       copy_wait<0>();
       __syncthreads();
       tile.each([&](int row, int column, R value) { sums[row * H::pitch + column] = value; });

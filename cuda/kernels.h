@@ -57,13 +57,11 @@ struct Small {
 template <class D>
 constexpr bool on_tensor_cores = sizeof(D) == 2 || std::is_same<D, tf32>::value;
 /* Blocks that must fit on a multiprocessor by their registers. On the tensor cores a warp waits four cycles for each in
- * which it issues, so four warps to a scheduler are wanted; the kernels of plain layers (response.h) take that without a
- * register in memory. Fused multiply-adds have their own to wait behind. */
+ * which it issues, so four warps to a scheduler are wanted, with 128 registers to a thread; TF32 in large tiles takes
+ * more where layers are not plain (response.h). Fused multiply-adds have their own to wait behind. */
 template <class D, class S, bool PLAIN>
-constexpr int blocks_of = S::rows == 256       ? 1
-                          : S::rows == 128     ? on_tensor_cores<D> && PLAIN ? 2 : 1
-                          : on_tensor_cores<D> ? 4
-                                               : 2;
+constexpr int blocks_of = !on_tensor_cores<D> || (sizeof(D) == 4 && !PLAIN) ? S::threads == 256 ? 1 : 2
+                                                                            : 512 / S::threads;
 /* Larger tiles where they still give a large GPU this many blocks. Results do not depend on it. */
 constexpr int64_t ENOUGH_BLOCKS = 128;
 /* Large or tall tiles of the weight gradient: float64 has small ones alone. */

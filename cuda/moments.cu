@@ -37,7 +37,7 @@ PNN_DEVICE R scale_for(R x) {
 /* v[e] becomes the sum (or the largest) of all threads' v[e]. */
 template <class R>
 PNN_DEVICE void join_threads(R v[RUN], R *shared, bool largest) {
-  const int thread = static_cast<int>(threadIdx.x);
+  const int thread = thread_index();
   __syncthreads();
 #pragma unroll
   for (int e = 0; e < RUN; e++) shared[e * THREADS + thread] = v[e];

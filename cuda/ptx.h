@@ -131,6 +131,12 @@ PNN_DEVICE uint32_t round_pair_relu(float16, float low, float high) {
 }
 /* Of the eight bytes of a (0 to 3) and b (4 to 7), the four that the selector's digits name. */
 PNN_DEVICE uint32_t permute(uint32_t a, uint32_t b, uint32_t selector) { return __byte_perm(a, b, selector); }
+/* threadIdx.x, which the compiler knows to be no negative number: it divides by shifts alone. */
+PNN_DEVICE int thread_index() {
+  const unsigned thread = threadIdx.x;
+  __builtin_assume(thread < 1024);
+  return static_cast<int>(thread);
+}
 /* x, of which the compiler forgets where it comes from: what it could make again in a loop stays in a register. */
 PNN_DEVICE uint32_t keep(uint32_t x) {
   asm volatile("" : "+r"(x));
@@ -277,6 +283,7 @@ inline uint32_t permute(uint32_t a, uint32_t b, uint32_t selector) {
   for (int i = 0; i < 4; i++) r |= static_cast<uint32_t>(bytes >> (selector >> (4 * i) & 7) * 8 & 0xff) << (8 * i);
   return r;
 }
+inline int thread_index() { return static_cast<int>(threadIdx.x); }
 template <class T>
 T keep(T x) {
   return x;

@@ -64,8 +64,8 @@ struct Tile {
   static PNN_DEVICE int index(int i, int lane) {
     return F == DEPTH_FASTEST ? i * LANES + lane : i / V * (V * LANES) + lane * V + i % V;
   }
-  static PNN_DEVICE int lane_m() { return static_cast<int>(threadIdx.x) / LANES_N; }
-  static PNN_DEVICE int lane_n() { return static_cast<int>(threadIdx.x) % LANES_N; }
+  static PNN_DEVICE int lane_m() { return thread_index() / LANES_N; }
+  static PNN_DEVICE int lane_n() { return thread_index() % LANES_N; }
 
   /* f(row) -> the first value of the row's elements. */
   template <class F>
@@ -136,9 +136,9 @@ struct TensorTile {
   static constexpr int M = WARP_M / 16, N = WARP_N / 8;
   R c[M][N][4];
 
-  static PNN_DEVICE int lane() { return static_cast<int>(threadIdx.x) % 32; }
-  static PNN_DEVICE int first_row() { return static_cast<int>(threadIdx.x) / 32 / WARPS_N * WARP_M; }
-  static PNN_DEVICE int first_column() { return static_cast<int>(threadIdx.x) / 32 % WARPS_N * WARP_N; }
+  static PNN_DEVICE int lane() { return thread_index() % 32; }
+  static PNN_DEVICE int first_row() { return thread_index() / 32 / WARPS_N * WARP_M; }
+  static PNN_DEVICE int first_column() { return thread_index() / 32 % WARPS_N * WARP_N; }
   static PNN_DEVICE int row(int i, int e) { return first_row() + i * 16 + lane() / 4 + e / 2 * 8; }
   static PNN_DEVICE int column(int j, int e) { return first_column() + j * 8 + lane() % 4 * 2 + e % 2; }
 
@@ -263,8 +263,8 @@ struct WeightTiles {
 
   /* The first tile's rows start at t0 of the group, its columns at k0. */
   PNN_DEVICE WeightTiles(const Layer &layer, int64_t group, int64_t t0, int64_t k0) {
-    const int first = static_cast<int>(threadIdx.x) / CHUNKS;
-    const int64_t k = k0 + static_cast<int>(threadIdx.x) % CHUNKS * (16 / SIZE);
+    const int first = thread_index() / CHUNKS;
+    const int64_t k = k0 + thread_index() % CHUNKS * (16 / SIZE);
     from = layer.weight + ((group * layer.group_outputs + t0 + first) * layer.weight_step + k) * SIZE;
     rows = static_cast<Count>(layer.group_outputs - t0 - first);
     columns = static_cast<Count>(layer.group_maps - k);
@@ -272,7 +272,7 @@ struct WeightTiles {
   PNN_DEVICE void stage(const Layer &layer, char *to, int pitch) const {
     const int64_t step = STEP * layer.weight_step * SIZE;
     const char *at = from;
-    to += static_cast<int>(threadIdx.x) / CHUNKS * pitch + static_cast<int>(threadIdx.x) % CHUNKS * 16;
+    to += thread_index() / CHUNKS * pitch + thread_index() % CHUNKS * 16;
     if constexpr (WHOLE) {
 #pragma unroll
       for (int r = 0; r < ROWS; r += STEP, at += step)
@@ -332,7 +332,7 @@ struct StepTiles {
   template <class At>
   PNN_DEVICE StepTiles(const View &view, int64_t first, int64_t channels, int most_, int columns_, int pitch_, At at)
       : pitch(pitch_) {
-    const int line = static_cast<int>(threadIdx.x) / CHUNKS, place = static_cast<int>(threadIdx.x) % CHUNKS * V;
+    const int line = thread_index() / CHUNKS, place = thread_index() % CHUNKS * V;
     step = (PIXELS ? view.channel : 1) * SIZE;
     const char *const data = view.data + (first + (PIXELS ? line : place)) * step;
 #pragma unroll
@@ -370,7 +370,7 @@ template <int SIZE, int CHANNELS, int COLUMNS, int THREADS, class Offset>
 PNN_DEVICE void stage_view(const View &v, int staging, int64_t c0, int count, int64_t end, int64_t group_first,
                            char *to, int pitch, Offset offset) {
   constexpr int V = 16 / SIZE;
-  const int thread = static_cast<int>(threadIdx.x);
+  const int thread = thread_index();
   int64_t at;
   if (staging == STAGE_PIXELS) {
     /* A thread keeps its pixels and goes through the channels. */

@@ -81,8 +81,8 @@ struct AnyOperand {
       channels = (channels + V - 1) & -V;
       c0 &= -static_cast<int64_t>(V);
     }
-    j = static_cast<int>(threadIdx.x) % DEPTH;
-    first_run = static_cast<int>(threadIdx.x) / DEPTH * (RUN * RUNS);
+    j = thread_index() % DEPTH;
+    first_run = thread_index() / DEPTH * (RUN * RUNS);
     map_of_thread = map_make(layer, part.k0 + first_run);
     seed = seed_read(layer);
   }
@@ -148,7 +148,7 @@ struct PlainTiles {
 
   /* The rows start at channel `first` of the view; `count` of them are there. */
   PNN_DEVICE PlainTiles(const View &view, int64_t first, int count, int pitch_) : pitch(pitch_) {
-    const int line = static_cast<int>(threadIdx.x) / CHUNKS, place = static_cast<int>(threadIdx.x) % CHUNKS * V;
+    const int line = thread_index() / CHUNKS, place = thread_index() % CHUNKS * V;
     step = (PIXELS ? view.channel : 1) * SIZE;
     from = keep(view.data + (first + (PIXELS ? line : place)) * step);
     rows = keep(count - (PIXELS ? line : place));
@@ -196,9 +196,9 @@ struct PlainOperand {
       : layer(layer_),
         tiles(layer_.input, part.channel_first + first_channel(layer_, part), channels(layer_, part), PITCH) {
     maps = static_cast<int>(part.maps);
-    j = static_cast<int>(threadIdx.x) % DEPTH;
-    first_map = static_cast<int>(threadIdx.x) / DEPTH % SIXTEENS * SIXTEEN;
-    turn = static_cast<int>(threadIdx.x) / (DEPTH * SIXTEENS);
+    j = thread_index() % DEPTH;
+    first_map = thread_index() / DEPTH % SIXTEENS * SIXTEEN;
+    turn = thread_index() / (DEPTH * SIXTEENS);
     const int k = static_cast<int>(part.k0) + first_map, c = (k >> layer.masks_shift) - first_channel(layer, part);
     offset = keep(PIXELS ? c * PITCH + j * SIZE : j * PITCH + c * SIZE);
     block = static_cast<uint32_t>((part.map_first + k) / 16);
@@ -264,7 +264,7 @@ __global__ void __launch_bounds__(S::threads, (blocks_of<D, S, (WAY != ANY_WAY)>
   const int stage_bytes = H::table_bytes + H::gradient_bytes +
                           H::input_bytes(!PLAIN && layer.input_float ? 4 : static_cast<int>(sizeof(D)));
   char *const operands = memory + STAGES * stage_bytes;
-  const int thread = static_cast<int>(threadIdx.x);
+  const int thread = thread_index();
 
   int64_t output_tile, map_tile, group;
   const int64_t outputs_done = divide<PLAIN>(grid.by_outputs, grid.first_tile + blockIdx.x, &output_tile);
@@ -314,8 +314,9 @@ __global__ void __launch_bounds__(S::threads, (blocks_of<D, S, (WAY != ANY_WAY)>
   int now = 0; /* of the two operands the one that is multiplied */
   look_up(0, STAGES - 1);
   __syncthreads();
+  Step step = 1 - STAGES;
 #pragma unroll 1
-  for (Step step = 1 - STAGES; step < steps; step++) {
+  do {
     if (step >= -1) {
       copy_wait<STAGES - 3>();
       __syncthreads();
@@ -339,7 +340,7 @@ __global__ void __launch_bounds__(S::threads, (blocks_of<D, S, (WAY != ANY_WAY)>
     }
     ring.next();
     now = H::operand_bytes - now;
-  }
+  } while (++step < steps);
   copy_wait<0>();
 
   if (totals && thread < S::rows && t0 + thread < layer.group_outputs)

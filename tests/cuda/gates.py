@@ -80,10 +80,9 @@ def short_name(mangled: str) -> str:
             "NS_4tf32E": "tf32",
         }
         parts.append(next((kind for code, kind in kinds.items() if arguments.startswith(code)), "?"))
-        if "5LargeI" in arguments:
-            parts.append("Large")
-        elif "5SmallE" in arguments:
-            parts.append("Small")
+        shape = re.search(r"NS_5(Large|Small)E|NS_4(Tall)E", arguments)
+        if shape:
+            parts.append(shape[1] or shape[2])
         order = re.search(r"FastestE(\d)E", arguments)
         if order:
             parts.append("rows" if order[1] == "1" else "depth")
