@@ -248,7 +248,8 @@ __global__ void start_kernel(const __grid_constant__ Layer layer, bool is_double
       for (int i = 0; i < BATCH; i++) sum += v[i] * b[i];
     }
     sum = join_lanes(sum, 1, reinterpret_cast<double *>(memory));
-    if (part.lane == 0) put_real(start, is_double, t, (bias.data ? get(bias.data, bias.dtype, t * bias.step) : 0) + sum);
+    if (part.lane == 0)
+      put_real(start, is_double, t, (bias.data ? get(bias.data, bias.dtype, t * bias.step) : 0) + sum);
   }
 }
 
@@ -311,8 +312,10 @@ __global__ void norm_gradient_kernel(const __grid_constant__ Layer layer, bool i
         double v[BATCH], total[BATCH], product[BATCH];
         get_real_pieces(layer.totals, is_double, t0, 1, pieces, total);
         if (layer.products)
-          get_real_pieces(layer.products, is_double, t0 * layer.group_maps + in_group, layer.group_maps, pieces, product);
-        get_pieces(weight.data, weight.dtype, t0 * weight.step[0] + in_group * weight.step[1], weight.step[0], pieces, v);
+          get_real_pieces(layer.products, is_double, t0 * layer.group_maps + in_group, layer.group_maps, pieces,
+                          product);
+        get_pieces(weight.data, weight.dtype, t0 * weight.step[0] + in_group * weight.step[1], weight.step[0], pieces,
+                   v);
 #pragma unroll
         for (int i = 0; i < BATCH; i++) {
           sums.totals += v[i] * total[i];
