@@ -221,7 +221,7 @@ Status backward(const pnn_problem &p, Plan &plan, Stream stream) {
     l.totals = w.totals;
     l.products = plan.want_products ? w.products : nullptr;
     PNN_STOP_IF(run_weight_gradient(l, plan.product, stream));
-    PNN_STOP_IF(run_join(l, is_double, stream));
+    if (p.norm) PNN_STOP_IF(run_join(l, is_double, stream));
     if (params.grad_weight.data || params.grad_bias.data)
       PNN_STOP_IF(run_weight_store(l, is_double, p.norm ? &w.norm : nullptr, matrix_of(params.grad_weight),
                                    vector_of(params.grad_bias), stream));

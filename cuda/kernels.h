@@ -136,9 +136,10 @@ Status run_weight(const Layer &layer, Matrix weight, const double *scale, void *
 Status run_start(const Layer &layer, bool is_double, Matrix weight, Vector bias, const double *beta, void *start,
                  Stream stream);
 Status run_waves(const Layer &layer, int64_t count, uint32_t *waves, Stream stream);
-/* Adds the splits of products and totals up, into the first. */
-Status run_join(const Layer &layer, bool is_double, Stream stream);
-/* dV from the joined products, dbias from the totals. */
+/* Adds the splits of products and totals up, into the first, and makes it the only one. */
+Status run_join(Layer &layer, bool is_double, Stream stream);
+/* dV from the products, dbias from the totals, both summed over their splits; with normalisation they must be joined.
+ */
 Status run_weight_store(const Layer &layer, bool is_double, const Norm *norm, Matrix grad_weight, Vector grad_bias,
                         Stream stream);
 /* dgamma, dbeta, and the input gradient's offset and slope where they are not NULL. */

@@ -10,8 +10,8 @@ instruction, where the threads of a warp meet again: that one is none) nor, unle
 precision (DFMA, DADD, DMUL, DSETP, DMNMX, DMMA; a float kernel converts its double `level` once, which is none of
 these); those of 16-bit types and TF32 must use the tensor cores (HMMA) and ldmatrix (LDSM; not TF32 where neither
 operand has its depth in a row); all must copy asynchronously (LDGSTS), but for the moments', which need no tile. A
-block of each must fit on every multiprocessor. The kernels of finish.cu, of which there is one thread per channel,
-output or weight, may do all but spill. (nvcc itself refuses spills in a build with warnings as errors.)
+block of each must fit on every multiprocessor. The kernels of finish.cu, which handle channels, outputs and weights,
+may do all but spill. (nvcc itself refuses spills in a build with warnings as errors.)
 
 Registers, shared memory, the blocks that fit on a multiprocessor (by NVIDIA's cuda_occupancy.h, see occupancy.cc) and
 the numbers of instructions are printed as two tables, which must equal tests/cuda/kernels.txt: a change is to be looked

@@ -216,6 +216,34 @@ TEST_P(CudaTypes, SomeGradients) {
   }
 }
 
+TEST(CudaSums, SharedByManyLanes) {
+  /* Many pieces of a few sums, and sums and pieces that are no multiple of a block's columns and lanes (finish.cu). */
+  uint64_t seed = 850;
+  for (int type : {0, 1, 2}) {
+    Case c;
+    set_type(c, type);
+    c.noise = PNN_NOISE_TENSOR, c.gradients = kGradWeight | kGradBias, c.activation = PNN_ACTIVATION_IDENTITY;
+    c.B = 1, c.C = 3, c.T = 3, c.H = 1, c.W = 33 * 256 + 65, c.seed = seed++; /* 34 splits */
+    check(c);
+    c.norm = c.training = c.affine = true, c.fill = Fill::kUnit; /* 128 splits, 16 chunks of the moments */
+    c.C = 2, c.H = c.W = 128, c.B = 2, c.seed = seed++;
+    check(c);
+    /* Channels are pieces of the joined masks and, as maps, of the start values, outputs of dgamma and dbeta. */
+    for (int64_t channels : {9, 70, 265}) {
+      Case d;
+      set_type(d, type);
+      d.B = 1, d.C = d.T = channels, d.H = 1, d.W = 3, d.shared = d.norm = true, d.noise = PNN_NOISE_TENSOR;
+      d.seed = seed++;
+      check(d);
+    }
+    Case e; /* more maps than the start values' lanes load at once */
+    set_type(e, type);
+    e.B = 1, e.C = 8, e.M = 265, e.T = 2, e.H = 1, e.W = 3, e.shared = e.norm = true, e.noise = PNN_NOISE_TENSOR;
+    e.seed = seed++;
+    check(e);
+  }
+}
+
 TEST(CudaLarge, LargeTiles) {
   /* 128 blocks of 128 x 128: enough to be worth the large tiles, in each type, order and pass. The device would run 132
    * of them at once; a CPU takes seconds, so the depth is short. */
