@@ -177,6 +177,13 @@ PNN_DEVICE void store_global(words4 *p, words4 v) {
                "r"(v.w[2]), "r"(v.w[3])
                : "memory");
 }
+PNN_DEVICE words4 load_global(const words4 *p) {
+  words4 v;
+  asm("ld.global.v4.u32 {%0, %1, %2, %3}, [%4];"
+      : "=r"(v.w[0]), "=r"(v.w[1]), "=r"(v.w[2]), "=r"(v.w[3])
+      : "l"(__cvta_generic_to_global(p)));
+  return v;
+}
 PNN_DEVICE void note_load(const void *, int) {}
 PNN_DEVICE void note_store(void *, int) {}
 
@@ -344,6 +351,10 @@ inline void store_shared(words4 *p, words4 v) {
 inline void store_global(words4 *p, words4 v) {
   if (reinterpret_cast<uintptr_t>(p) % 16) cuda_on_host::fail("a misaligned store to device memory");
   *p = v;
+}
+inline words4 load_global(const words4 *p) {
+  if (reinterpret_cast<uintptr_t>(p) % 16) cuda_on_host::fail("a misaligned load from device memory");
+  return *p;
 }
 inline void note_load(const void *p, int bytes) { cuda_on_host::count_access(cuda_on_host::LOAD, p, bytes); }
 inline void note_store(void *p, int bytes) { cuda_on_host::count_access(cuda_on_host::STORE, p, bytes); }
