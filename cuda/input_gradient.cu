@@ -106,8 +106,8 @@ PNN_DEVICE void store_sums(float *to, const float d[SIXTEEN]) {
   if constexpr (COUNT >= 4) {
 #pragma unroll
     for (int c = 0; c < COUNT; c += 4)
-      store_shared(reinterpret_cast<words4 *>(to + c),
-                   words4{{bits_of(sum[c]), bits_of(sum[c + 1]), bits_of(sum[c + 2]), bits_of(sum[c + 3])}});
+      store_shared_whole(reinterpret_cast<words4 *>(to + c),
+                         words4{{bits_of(sum[c]), bits_of(sum[c + 1]), bits_of(sum[c + 2]), bits_of(sum[c + 3])}});
   } else {
 #pragma unroll
     for (int c = 0; c < COUNT; c++) to[c] = sum[c];
@@ -346,18 +346,22 @@ __global__ void __launch_bounds__(S::threads, S::blocks)
       __syncthreads();
 
       /* The sum over each channel's maps. */
+      const int self = keep(thread); /* or what is made of it would wait in registers through the product */
       constexpr int V = Depth<D>::vector;
-      const int64_t left = layer.group_channels - map_tile * grid.channels;
+      const auto channels_here = [&] {
+        const int64_t left = layer.group_channels - map_tile * grid.channels;
+        return static_cast<int>(left < grid.channels ? left : grid.channels);
+      };
       if constexpr (WAY == PLAIN_CHANNELS) {
         /* They are there already. Neighbours in lanes write neighbouring 16 bytes, as many as meet all banks once. */
         constexpr int LANES = 32 / V, STEP = S::threads / LANES;
-        const int here = left < grid.channels ? static_cast<int>(left) : static_cast<int>(grid.channels);
+        const int here = channels_here();
         const int shift = layer.masks_shift, share = SHARE >> shift; /* the channels of a thread above */
         D *const to = reinterpret_cast<D *>(layer.grad_input.data) + group * layer.group_channels +
                       map_tile * grid.channels;
-        for (int column = thread / LANES; column < columns; column += STEP)
+        for (int column = self / LANES; column < columns; column += STEP)
 #pragma unroll 1
-          for (int c = thread % LANES * V; c < here; c += LANES * V) {
+          for (int c = self % LANES * V; c < here; c += LANES * V) {
             R sum[V];
 #pragma unroll
             for (int i = 0; i < V; i += 4) {
@@ -373,13 +377,13 @@ __global__ void __launch_bounds__(S::threads, S::blocks)
       if (grid.channel_vectors) {
         /* 16 bytes of channels at a time; two lanes write the 32 of a sector. */
         static_assert(S::threads == 2 * S::columns, "a thread keeps its pixel");
-        const int column = thread / 2, first = static_cast<int>(k_begin - k0);
-        const int here = column >= columns ? 0 : static_cast<int>(left < grid.channels ? left : grid.channels);
+        const int column = self / 2, first = static_cast<int>(k_begin - k0);
+        const int here = column < columns ? channels_here() : 0;
         const int masks_of = static_cast<int>(layer.masks); /* a tile's at most */
         D *const to = reinterpret_cast<D *>(layer.grad_input.data) + table[column].grad_input +
                       group * layer.group_channels + map_tile * grid.channels;
 #pragma unroll 1
-        for (int c = thread % 2 * V; c < here; c += 2 * V) {
+        for (int c = self % 2 * V; c < here; c += 2 * V) {
           const R *from = sums + (first + c * masks_of) * H::pitch + column;
           R sum[V];
 #pragma unroll
@@ -399,13 +403,13 @@ __global__ void __launch_bounds__(S::threads, S::blocks)
       if (layer.grad_input_staging == STAGE_PIXELS && !in_pieces && !layer.input_float) {
         /* 16 bytes of pixels at a time; the first of a channel's maps takes the sum. */
         constexpr int CHUNKS = S::columns / V, STEP = S::threads / CHUNKS;
-        const int pixel = thread % CHUNKS * V, first = static_cast<int>(k_begin - k0);
-        const int here = pixel >= columns ? 0 : left < channels ? static_cast<int>(left) : channels;
+        const int pixel = self % CHUNKS * V, first = static_cast<int>(k_begin - k0);
+        const int here = pixel < columns ? channels_here() : 0;
         const int masks_of = static_cast<int>(layer.masks); /* a tile's at most */
         const int64_t channel = layer.grad_input.channel;
         D *to = reinterpret_cast<D *>(layer.grad_input.data) + table[pixel].grad_input +
-                (group * layer.group_channels + map_tile * grid.channels + thread / CHUNKS) * channel;
-        for (int c = thread / CHUNKS; c < here; c += STEP, to += STEP * channel) {
+                (group * layer.group_channels + map_tile * grid.channels + self / CHUNKS) * channel;
+        for (int c = self / CHUNKS; c < here; c += STEP, to += STEP * channel) {
           R *const sum = sums + (first + c * masks_of) * H::pitch + pixel;
           if (masks_of > 1) {
             R total[V];
@@ -425,9 +429,9 @@ __global__ void __launch_bounds__(S::threads, S::blocks)
       /* One by one; what is contiguous goes first, without a division in the loop. */
       const int inner = layer.input_channels_fastest ? channels : S::columns;
       const int fast_step = S::threads % inner, slow_step = S::threads / inner;
-      int fast = thread % inner, slow = thread / inner;
+      int fast = self % inner, slow = self / inner;
 #pragma unroll 1
-      for (int i = thread; i < channels * S::columns; i += S::threads) {
+      for (int i = self; i < channels * S::columns; i += S::threads) {
         const int c = layer.input_channels_fastest ? fast : slow;
         const int column = layer.input_channels_fastest ? slow : fast;
         fast += fast_step, slow += slow_step;
@@ -542,7 +546,7 @@ Status choose(const Layer &layer, bool masks, Stream stream) {
 
 template <class D, class S>
 void list(Visit visit, const std::string &name) {
-  for (const char *way : {"", " plain pixels", " plain channels"}) {
+  for (const char *way : {"", " pixels", " channels"}) {
     if (sizeof(D) == 8 && *way) break;
     visit((name + " depth" + way).c_str(), S::threads, Shape<D, S, DEPTH_FASTEST>::bytes);
     visit((name + " rows" + way).c_str(), S::threads, Shape<D, S, ROWS_FASTEST>::bytes);
