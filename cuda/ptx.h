@@ -189,6 +189,10 @@ PNN_DEVICE words4 load_global(const words4 *p) {
       : "l"(__cvta_generic_to_global(p)));
   return v;
 }
+/* A hint: what is around p will be read soon. */
+PNN_DEVICE void prefetch_global(const char *p) {
+  asm volatile("prefetch.global.L2 [%0];" ::"l"(__cvta_generic_to_global(p)));
+}
 PNN_DEVICE void note_load(const void *, int) {}
 PNN_DEVICE void note_store(void *, int) {}
 
@@ -362,6 +366,7 @@ inline words4 load_global(const words4 *p) {
   if (reinterpret_cast<uintptr_t>(p) % 16) cuda_on_host::fail("a misaligned load from device memory");
   return *p;
 }
+inline void prefetch_global(const char *p) { static_cast<void>(*static_cast<const volatile char *>(p)); }
 inline void note_load(const void *p, int bytes) { cuda_on_host::count_access(cuda_on_host::LOAD, p, bytes); }
 inline void note_store(void *p, int bytes) { cuda_on_host::count_access(cuda_on_host::STORE, p, bytes); }
 
