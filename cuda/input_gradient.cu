@@ -9,7 +9,8 @@
  * Both operands travel as they are stored, four steps of depth (outputs) at a time: V as [output][map], read
  * transposed; g as [output][pixel] (transposed) or, channels-last, as [pixel][output]. The sums go through shared
  * memory into runs of eight maps of a pixel, where u is made again from x as the forward pass did; d returns there to
- * be added up over m.
+ * be added up over m. Plain layers (response.h) whose x and dx are channels-last keep the sums as [pixel][map], so that
+ * a thread's maps are vectors, and add them up over m before they return.
  *
  * A block's maps are those of whole channels; they start at a multiple of 16 bytes, so the tile may begin a few maps
  * early. A channel with more maps than a tile is taken in pieces, its sum waiting in a register. For dN a block keeps
@@ -37,6 +38,7 @@ struct Grid {
   Divider by_maps, by_columns;
   int64_t channels;     /* of a tile; 0 = the mask's gradient */
   int64_t column_tiles; /* of an image, for the mask's gradient */
+  bool channel_vectors; /* dx is channels-last, a tile's channels of a pixel are whole runs of 16 bytes */
 };
 
 template <class D, class S, Fastest G>
@@ -47,33 +49,154 @@ struct Shape {
   static constexpr int gradient_bytes = bytes_of<D>(G, S::columns);
   static constexpr int stage_bytes = weight_bytes + gradient_bytes;
   static constexpr int table_bytes = S::columns * static_cast<int>(sizeof(Column));
-  static constexpr int pitch = S::columns + 8;
+  static constexpr int pitch = S::columns + 8, pitch_maps = S::rows + 4; /* of [map][pixel] and of [pixel][map] */
   static constexpr int sums_bytes = S::rows * pitch * static_cast<int>(sizeof(R));
+  static_assert(S::columns * pitch_maps <= S::rows * pitch, "either order has room");
   static constexpr int work_bytes = STAGES * stage_bytes > sums_bytes ? STAGES *stage_bytes : sums_bytes;
   static constexpr int bytes = table_bytes + work_bytes;
   static constexpr int mask_bytes = bytes + sums_bytes;
 };
 
-/* From da to d in plain layers (response.h), for SHARE maps of a pixel from k on, `count` of which are there. */
-template <class D, int SHARE, int PITCH>
+/* x of sixteen maps of a plain layer, on its way from device memory: asked for early, widened late. The channels are
+ * `step` bytes apart. */
+template <class D, bool SIDE_BY_SIDE>
+struct InputOnItsWay {
+  D x[SIXTEEN] = {};
+  template <int MASKS>
+  PNN_DEVICE void ask(const char *from, int64_t step) {
+#pragma unroll
+    for (int c = 0; c < SIXTEEN / MASKS; c++, from += step) x[c] = *reinterpret_cast<const D *>(from);
+  }
+  PNN_DEVICE float channel(int c) const { return static_cast<float>(widen(x[c])); }
+};
+/* Channels side by side: the sixteen maps' begin at a multiple of their bytes, of 16 at most. */
+template <class D>
+struct InputOnItsWay<D, true> {
+  static constexpr int SIZE = static_cast<int>(sizeof(D)), V = 16 / SIZE;
+  words4 x[SIXTEEN / V] = {};
+  template <int MASKS>
+  PNN_DEVICE void ask(const char *from, int64_t) {
+    constexpr int BYTES = SIXTEEN / MASKS * SIZE;
+    if constexpr (BYTES >= 16) {
+#pragma unroll
+      for (int i = 0; i < BYTES / 16; i++) x[i] = load_global(reinterpret_cast<const words4 *>(from) + i);
+    } else if constexpr (BYTES == 8) {
+      const uint64_t bits = *reinterpret_cast<const uint64_t *>(from);
+      x[0].w[0] = static_cast<uint32_t>(bits);
+      x[0].w[1] = static_cast<uint32_t>(bits >> 32);
+    } else {
+      static_assert(BYTES == 4, "two 16-bit channels");
+      x[0].w[0] = *reinterpret_cast<const uint32_t *>(from);
+    }
+  }
+  PNN_DEVICE float channel(int c) const { return static_cast<float>(widen(element_in(D{}, x[c / V], c % V))); }
+};
+
+/* The sums of d over each MASKS of sixteen maps to shared memory. */
+template <int MASKS>
+PNN_DEVICE void store_sums(float *to, const float d[SIXTEEN]) {
+  constexpr int COUNT = SIXTEEN / MASKS;
+  float sum[COUNT];
+#pragma unroll
+  for (int c = 0; c < COUNT; c++) {
+    sum[c] = d[c * MASKS];
+#pragma unroll
+    for (int m = 1; m < MASKS; m++) sum[c] += d[c * MASKS + m];
+  }
+  if constexpr (COUNT >= 4) {
+#pragma unroll
+    for (int c = 0; c < COUNT; c += 4)
+      store_shared_whole(reinterpret_cast<words4 *>(to + c),
+                         words4{{bits_of(sum[c]), bits_of(sum[c + 1]), bits_of(sum[c + 2]), bits_of(sum[c + 3])}});
+  } else {
+#pragma unroll
+    for (int c = 0; c < COUNT; c++) to[c] = sum[c];
+  }
+}
+
+/* f(a constant with the masks of a channel), of as many as share sixteen maps; with CHANNELS eight at most. */
+template <bool CHANNELS, class F>
+PNN_DEVICE void with_masks(int shift, F f) {
+  if (shift == 0)
+    f(std::integral_constant<int, 1>());
+  else if (shift == 1)
+    f(std::integral_constant<int, 2>());
+  else if (shift == 2)
+    f(std::integral_constant<int, 4>());
+  else if (CHANNELS || shift == 3)
+    f(std::integral_constant<int, 8>());
+  else if constexpr (!CHANNELS)
+    f(std::integral_constant<int, 16>());
+}
+
+/* From da to d in plain layers (response.h), for SHARE maps of a pixel from k on, `count` of which are there; `d` is
+ * the first one's. With PLAIN_CHANNELS their sums over each channel's masks, channel by channel. */
+template <class D, Way WAY, int SHARE, int PITCH>
 PNN_DEVICE void plain_gradient(const Layer &layer, const PhiloxKeys &keys, int64_t group, uint32_t k, int count,
                                const Column &column, float *d) {
-  const int64_t size = static_cast<int64_t>(sizeof(D)), step = layer.input.channel * size;
+  constexpr bool CHANNELS = WAY == PLAIN_CHANNELS;
+  const int64_t size = static_cast<int64_t>(sizeof(D)), step = CHANNELS ? size : layer.input.channel * size;
   const char *const x = layer.input.data + column.input * size + group * layer.group_channels * step;
-  const uint32_t row = column.pixel.row, across = column.pixel.column;
   const uint32_t block = static_cast<uint32_t>(group * layer.group_maps / 16) + k / 16;
+  const int shift = layer.masks_shift;
 #pragma unroll 1
   for (int run = 0; run < SHARE && run < count; run += SIXTEEN) {
-    float u[SIXTEEN];
-    const int64_t c = static_cast<int64_t>((k + static_cast<uint32_t>(run)) >> layer.masks_shift);
-    plain_perturbed<D, false>(layer, keys, block + static_cast<uint32_t>(run / SIXTEEN), row, across, x + c * step,
-                              step, u);
+    const char *const from = x + static_cast<int64_t>((k + static_cast<uint32_t>(run)) >> shift) * step;
+    InputOnItsWay<D, CHANNELS> input;
+    with_masks<CHANNELS>(shift, [&](auto masks) { input.template ask<decltype(masks)::value>(from, step); });
+    uint32_t words[4] = {column.pixel.column, column.pixel.row, block + static_cast<uint32_t>(run / SIXTEEN), 0};
+    philox(words, keys);
 #pragma unroll
-    for (int e = 0; e < SIXTEEN; e++) {
-      float *const at = d + (run + e) * PITCH;
-      note_load(at, sizeof(float));
-      *at = u[e] <= 0 ? 0.0f : *at;
+    for (int i = 0; i < 4; i++) words[i] = keep(words[i]); /* before x is waited for */
+    float u[SIXTEEN];
+    with_masks<CHANNELS>(shift, [&](auto masks) {
+#pragma unroll
+      for (int e = 0; e < SIXTEEN; e++) u[e] = input.channel(e / decltype(masks)::value);
+    });
+#pragma unroll
+    for (int e = 0; e < SIXTEEN; e++) u[e] = u[e] + layer.level_float * lattice_in(words[e / 4], e % 4);
+    if constexpr (CHANNELS) {
+#pragma unroll
+      for (int i = 0; i < SIXTEEN; i += 4) {
+        const words4 four = load_shared(reinterpret_cast<const words4 *>(d + run + i));
+#pragma unroll
+        for (int e = 0; e < 4; e++) u[i + e] = u[i + e] <= 0 ? 0.0f : float_of(four.w[e]);
+      }
+      /* Where this thread has read already. */
+      with_masks<true>(shift, [&](auto masks) { store_sums<decltype(masks)::value>(d + (run >> shift), u); });
+    } else {
+#pragma unroll
+      for (int e = 0; e < SIXTEEN; e++) {
+        float *const at = d + (run + e) * PITCH;
+        note_load(at, sizeof(float));
+        *at = u[e] <= 0 ? 0.0f : *at;
+      }
     }
+  }
+}
+
+/* Sends for x of a tile of a plain layer, to the L2 cache, 32 bytes at a time: it is read after the product. The tile's
+ * maps are [k, k_end). */
+template <class D, class S, Way WAY>
+PNN_DEVICE void prefetch_input(const Layer &layer, const Column *table, int columns, int64_t group, uint32_t k,
+                               uint32_t k_end) {
+  constexpr int SIZE = static_cast<int>(sizeof(D)), SECTOR = 32;
+  const int thread = keep(thread_index()), first = static_cast<int>(k >> layer.masks_shift);
+  const int channels = static_cast<int>((k_end - 1) >> layer.masks_shift) + 1 - first;
+  const char *from = layer.input.data;
+  if constexpr (WAY == PLAIN_CHANNELS) {
+    static_assert(S::threads == 2 * S::columns, "two threads to a pixel");
+    if (thread / 2 >= columns) return;
+    from += (table[thread / 2].input + group * layer.group_channels + first) * SIZE;
+#pragma unroll 1
+    for (int at = thread % 2 * SECTOR; at < channels * SIZE; at += 2 * SECTOR) prefetch_global(from + at);
+  } else if (layer.input_staging == STAGE_PIXELS) {
+    constexpr int SECTORS = S::columns * SIZE / SECTOR, STEP = S::threads / SECTORS;
+    const int pixel = thread % SECTORS * (SECTOR / SIZE), step = thread / SECTORS;
+    if (pixel >= columns) return;
+    from += (table[pixel].input + (group * layer.group_channels + first + step) * layer.input.channel) * SIZE;
+#pragma unroll 1
+    for (int c = step; c < channels; c += STEP, from += STEP * layer.input.channel * SIZE) prefetch_global(from);
   }
 }
 
@@ -108,13 +231,15 @@ struct PlainGradient {
   PNN_DEVICE void load(int step, char *tile) const { tiles.load(step * Depth<D>::value, tile); }
 };
 
-/* PLAIN: the input's gradient of a plain layer, with g in runs of 16 bytes. */
-template <class D, class S, Fastest G, bool PLAIN>
-__global__ void __launch_bounds__(S::threads, (blocks_of<D, S, PLAIN>))
+/* The plain ways: the input's gradient of a plain layer, with g in runs of 16 bytes. PLAIN_CHANNELS: x and dx as well,
+ * channels-last, up to eight masks to a channel. PLAIN_PIXELS: x and dx of any layout. */
+template <class D, class S, Fastest G, Way WAY>
+__global__ void __launch_bounds__(S::threads, (blocks_of<D, S, (WAY != ANY_WAY)>))
     input_gradient_kernel(const __grid_constant__ Layer layer, const __grid_constant__ Grid grid) {
   using H = Shape<D, S, G>;
   using R = typename H::R;
   constexpr int DEPTH = H::DEPTH;
+  constexpr bool PLAIN = WAY != ANY_WAY;
   PNN_SHARED_MEMORY(memory);
   Column *const table = reinterpret_cast<Column *>(memory);
   char *const pipeline = memory + H::table_bytes;
@@ -167,6 +292,9 @@ __global__ void __launch_bounds__(S::threads, (blocks_of<D, S, PLAIN>))
       WeightTiles<D, DEPTH, S::rows, S::threads, PLAIN> weight(layer, group, 0, k0);
       const std::conditional_t<PLAIN, PlainGradient<D, S, G>, AnyGradient<D, S, G>> gradient(layer, table, columns,
                                                                                              group);
+      if constexpr (PLAIN)
+        prefetch_input<D, S, WAY>(layer, table, columns, group, static_cast<uint32_t>(k0),
+                                  static_cast<uint32_t>(k_end < k0 + S::rows ? k_end : k0 + S::rows));
       const auto load = [&](Step step) {
         if (step < steps) {
           char *const to = pipeline + ring.of(STAGES - 1);
@@ -190,7 +318,9 @@ __global__ void __launch_bounds__(S::threads, (blocks_of<D, S, PLAIN>))
       } while (++step < steps);
       copy_wait<0>();
       __syncthreads();
-      tile.each([&](int row, int column, R value) { sums[row * H::pitch + column] = value; });
+      tile.each([&](int row, int column, R value) {
+        sums[WAY == PLAIN_CHANNELS ? column * H::pitch_maps + row : row * H::pitch + column] = value;
+      });
       __syncthreads();
 
       /* From da to d, eight maps of a pixel at a time; a thread keeps its pixel and goes through its share of the maps.
@@ -199,9 +329,9 @@ __global__ void __launch_bounds__(S::threads, (blocks_of<D, S, PLAIN>))
       const int j = thread % S::columns, first_run = thread / S::columns * SHARE;
       if constexpr (PLAIN) {
         if (j < columns && k0 + first_run < k_end)
-          plain_gradient<D, SHARE, H::pitch>(layer, keys, group, static_cast<uint32_t>(k0 + first_run),
-                                             static_cast<int>(k_end - k0 - first_run), table[j],
-                                             sums + first_run * H::pitch + j);
+          plain_gradient<D, WAY, SHARE, H::pitch>(
+              layer, keys, group, static_cast<uint32_t>(k0 + first_run), static_cast<int>(k_end - k0 - first_run),
+              table[j], sums + (WAY == PLAIN_CHANNELS ? j * H::pitch_maps + first_run : first_run * H::pitch + j));
       } else {
         Map map = map_make(layer, map_first + k0 + first_run);
         Generated last = nothing_generated();
@@ -247,19 +377,70 @@ __global__ void __launch_bounds__(S::threads, (blocks_of<D, S, PLAIN>))
       __syncthreads();
 
       /* The sum over each channel's maps. */
+      const int self = keep(thread); /* or what is made of it would wait in registers through the product */
+      constexpr int V = Depth<D>::vector;
+      const auto channels_here = [&] {
+        const int64_t left = layer.group_channels - map_tile * grid.channels;
+        return static_cast<int>(left < grid.channels ? left : grid.channels);
+      };
+      if constexpr (WAY == PLAIN_CHANNELS) {
+        /* They are there already. Neighbours in lanes write neighbouring 16 bytes, as many as meet all banks once. */
+        constexpr int LANES = 32 / V, STEP = S::threads / LANES;
+        const int here = channels_here();
+        const int shift = layer.masks_shift, share = SHARE >> shift; /* the channels of a thread above */
+        D *const to =
+            reinterpret_cast<D *>(layer.grad_input.data) + group * layer.group_channels + map_tile * grid.channels;
+        for (int column = self / LANES; column < columns; column += STEP)
+#pragma unroll 1
+          for (int c = self % LANES * V; c < here; c += LANES * V) {
+            R sum[V];
+#pragma unroll
+            for (int i = 0; i < V; i += 4) {
+              const int at = ((c + i) & -share) << shift | ((c + i) & (share - 1));
+              const words4 four = load_shared(reinterpret_cast<const words4 *>(sums + column * H::pitch_maps + at));
+#pragma unroll
+              for (int e = 0; e < 4; e++) sum[i + e] = float_of(four.w[e]);
+            }
+            store_global(reinterpret_cast<words4 *>(to + table[column].grad_input + c), vector_made<D>(sum));
+          }
+        continue;
+      }
+      if (grid.channel_vectors) {
+        /* 16 bytes of channels at a time; two lanes write the 32 of a sector. */
+        static_assert(S::threads == 2 * S::columns, "a thread keeps its pixel");
+        const int column = self / 2, first = static_cast<int>(k_begin - k0);
+        const int here = column < columns ? channels_here() : 0;
+        const int masks_of = static_cast<int>(layer.masks); /* a tile's at most */
+        D *const to = reinterpret_cast<D *>(layer.grad_input.data) + table[column].grad_input +
+                      group * layer.group_channels + map_tile * grid.channels;
+#pragma unroll 1
+        for (int c = self % 2 * V; c < here; c += 2 * V) {
+          const R *from = sums + (first + c * masks_of) * H::pitch + column;
+          R sum[V];
+#pragma unroll
+          for (int e = 0; e < V; e++) sum[e] = from[e * masks_of * H::pitch];
+#pragma unroll 1
+          for (int m = 1; m < masks_of; m++) {
+            from += H::pitch;
+#pragma unroll
+            for (int e = 0; e < V; e++) sum[e] += from[e * masks_of * H::pitch];
+          }
+          store_global(reinterpret_cast<words4 *>(to + c), vector_made<D>(sum));
+        }
+        continue;
+      }
       const bool in_pieces = k_aligned + S::rows < k_end;
       const int channels = static_cast<int>(in_pieces ? 1 : grid.channels);
       if (layer.grad_input_staging == STAGE_PIXELS && !in_pieces && !layer.input_float) {
         /* 16 bytes of pixels at a time; the first of a channel's maps takes the sum. */
-        constexpr int V = Depth<D>::vector, CHUNKS = S::columns / V, STEP = S::threads / CHUNKS;
-        const int pixel = thread % CHUNKS * V, first = static_cast<int>(k_begin - k0);
-        const int64_t left = layer.group_channels - map_tile * grid.channels;
-        const int here = pixel >= columns ? 0 : left < channels ? static_cast<int>(left) : channels;
+        constexpr int CHUNKS = S::columns / V, STEP = S::threads / CHUNKS;
+        const int pixel = self % CHUNKS * V, first = static_cast<int>(k_begin - k0);
+        const int here = pixel < columns ? channels_here() : 0;
         const int masks_of = static_cast<int>(layer.masks); /* a tile's at most */
         const int64_t channel = layer.grad_input.channel;
         D *to = reinterpret_cast<D *>(layer.grad_input.data) + table[pixel].grad_input +
-                (group * layer.group_channels + map_tile * grid.channels + thread / CHUNKS) * channel;
-        for (int c = thread / CHUNKS; c < here; c += STEP, to += STEP * channel) {
+                (group * layer.group_channels + map_tile * grid.channels + self / CHUNKS) * channel;
+        for (int c = self / CHUNKS; c < here; c += STEP, to += STEP * channel) {
           R *const sum = sums + (first + c * masks_of) * H::pitch + pixel;
           if (masks_of > 1) {
             R total[V];
@@ -276,10 +457,16 @@ __global__ void __launch_bounds__(S::threads, (blocks_of<D, S, PLAIN>))
         }
         continue;
       }
+      /* One by one; what is contiguous goes first, without a division in the loop. */
+      const int inner = layer.input_channels_fastest ? channels : S::columns;
+      const int fast_step = S::threads % inner, slow_step = S::threads / inner;
+      int fast = self % inner, slow = self / inner;
 #pragma unroll 1
-      for (int i = thread; i < channels * S::columns; i += S::threads) {
-        const int c = layer.input_channels_fastest ? i % channels : i / S::columns;
-        const int column = layer.input_channels_fastest ? i / channels : i % S::columns;
+      for (int i = self; i < channels * S::columns; i += S::threads) {
+        const int c = layer.input_channels_fastest ? fast : slow;
+        const int column = layer.input_channels_fastest ? slow : fast;
+        fast += fast_step, slow += slow_step;
+        if (fast >= inner) fast -= inner, slow++;
         const int64_t channel = map_tile * grid.channels + c;
         if (column >= columns || channel >= layer.group_channels) continue;
         const int64_t first = channel * layer.masks, from = first > k0 ? first : k0;
@@ -330,13 +517,19 @@ __global__ void __launch_bounds__(S::threads, (blocks_of<D, S, PLAIN>))
   }
 }
 
-template <class D, class S, Fastest G, bool PLAIN>
+template <class D, class S, Fastest G, Way WAY>
 Status launch(const Layer &layer, bool masks, Stream stream) {
   Grid grid;
   /* Whole channels, with room for a tile that begins up to seven maps early. */
   int64_t channels = S::rows / layer.masks;
   if (channels * layer.masks % RUN != 0) channels = (S::rows - RUN + 1) / layer.masks;
+  /* Whole runs of 16 bytes, unless that leaves out more than a quarter. */
+  const bool vectors = layer.grad_input_staging == STAGE_CHANNELS && layer.group_channels % Depth<D>::vector == 0 &&
+                       !layer.input_float && !masks;
+  const int64_t whole = channels - channels % Depth<D>::vector;
+  if (vectors && whole >= channels - channels / 4) channels = whole;
   grid.channels = masks ? 0 : channels < 1 ? 1 : channels;
+  grid.channel_vectors = vectors && channels > 0 && channels == whole;
   grid.column_tiles = 0;
   const int64_t map_tiles = masks ? ceil_div(layer.group_maps, S::rows) : ceil_div(layer.group_channels, grid.channels);
   const int64_t column_tiles = ceil_div(masks ? layer.pixels : layer.columns, S::columns);
@@ -347,7 +540,7 @@ Status launch(const Layer &layer, bool masks, Stream stream) {
   Status status = STATUS_OK;
   for (grid.first_tile = 0; grid.first_tile < tiles && status == STATUS_OK; grid.first_tile += GRID_MOST) {
     const int64_t blocks = tiles - grid.first_tile < GRID_MOST ? tiles - grid.first_tile : GRID_MOST;
-    const auto kernel = input_gradient_kernel<D, S, G, PLAIN>;
+    const auto kernel = input_gradient_kernel<D, S, G, WAY>;
     PNN_LAUNCH(status, kernel, blocks, S::threads, shared, stream, layer, grid);
   }
   return status;
@@ -359,9 +552,13 @@ Status choose_way(const Layer &layer, bool masks, Stream stream) {
     /* g's copies must be whole runs of 16 bytes. */
     const bool whole =
         G == ROWS_FASTEST ? layer.grad_output_staging == STAGE_PIXELS : layer.group_outputs % Depth<D>::vector == 0;
-    if (is_plain<D>(layer) && whole && !masks) return launch<D, S, G, true>(layer, masks, stream);
+    if (is_plain<D>(layer) && whole && !masks) {
+      if (way_of<D>(layer) == PLAIN_CHANNELS && layer.grad_input_staging == STAGE_CHANNELS && layer.masks <= 8)
+        return launch<D, S, G, PLAIN_CHANNELS>(layer, masks, stream);
+      return launch<D, S, G, PLAIN_PIXELS>(layer, masks, stream);
+    }
   }
-  return launch<D, S, G, false>(layer, masks, stream);
+  return launch<D, S, G, ANY_WAY>(layer, masks, stream);
 }
 
 template <class D, class S>
@@ -379,7 +576,7 @@ Status choose(const Layer &layer, bool masks, Stream stream) {
 
 template <class D, class S>
 void list(Visit visit, const std::string &name) {
-  for (const char *way : {"", " plain"}) {
+  for (const char *way : {"", " pixels", " channels"}) {
     if (sizeof(D) == 8 && *way) break;
     visit((name + " depth" + way).c_str(), S::threads, Shape<D, S, DEPTH_FASTEST>::bytes);
     visit((name + " rows" + way).c_str(), S::threads, Shape<D, S, ROWS_FASTEST>::bytes);

@@ -178,10 +178,26 @@ PNN_DEVICE words4 load_shared(const words4 *p) { return *p; }
 PNN_DEVICE float load_shared(const float *p) { return *p; }
 PNN_DEVICE void store_shared(words4 *p, words4 v) { *p = v; }
 /* 16 bytes in one instruction; the compiler may take a plain assignment apart. */
+PNN_DEVICE void store_shared_whole(words4 *p, words4 v) {
+  asm volatile("st.shared.v4.u32 [%0], {%1, %2, %3, %4};" ::"r"(shared_address(p)), "r"(v.w[0]), "r"(v.w[1]),
+               "r"(v.w[2]), "r"(v.w[3])
+               : "memory");
+}
 PNN_DEVICE void store_global(words4 *p, words4 v) {
   asm volatile("st.global.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(__cvta_generic_to_global(p)), "r"(v.w[0]), "r"(v.w[1]),
                "r"(v.w[2]), "r"(v.w[3])
                : "memory");
+}
+PNN_DEVICE words4 load_global(const words4 *p) {
+  words4 v;
+  asm("ld.global.v4.u32 {%0, %1, %2, %3}, [%4];"
+      : "=r"(v.w[0]), "=r"(v.w[1]), "=r"(v.w[2]), "=r"(v.w[3])
+      : "l"(__cvta_generic_to_global(p)));
+  return v;
+}
+/* A hint: what is around p will be read soon. */
+PNN_DEVICE void prefetch_global(const char *p) {
+  asm volatile("prefetch.global.L2 [%0];" ::"l"(__cvta_generic_to_global(p)));
 }
 PNN_DEVICE void note_load(const void *, int) {}
 PNN_DEVICE void note_store(void *, int) {}
@@ -348,10 +364,16 @@ inline void store_shared(words4 *p, words4 v) {
   cuda_on_host::count_access(cuda_on_host::STORE, p, 16);
   *p = v;
 }
+inline void store_shared_whole(words4 *p, words4 v) { store_shared(p, v); }
 inline void store_global(words4 *p, words4 v) {
   if (reinterpret_cast<uintptr_t>(p) % 16) cuda_on_host::fail("a misaligned store to device memory");
   *p = v;
 }
+inline words4 load_global(const words4 *p) {
+  if (reinterpret_cast<uintptr_t>(p) % 16) cuda_on_host::fail("a misaligned load from device memory");
+  return *p;
+}
+inline void prefetch_global(const char *p) { static_cast<void>(*static_cast<const volatile char *>(p)); }
 inline void note_load(const void *p, int bytes) { cuda_on_host::count_access(cuda_on_host::LOAD, p, bytes); }
 inline void note_store(void *p, int bytes) { cuda_on_host::count_access(cuda_on_host::STORE, p, bytes); }
 

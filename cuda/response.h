@@ -370,9 +370,10 @@ Way way_of(const Layer &layer) {
 
 constexpr int SIXTEEN = 16; /* maps of a pixel that a thread of a plain layer makes at a time: a Philox call's */
 
-/* x of sixteen maps with MASKS to a channel; channels are `step` bytes apart, side by side with VECTOR. */
-template <class D, int MASKS, bool VECTOR, class Step>
-PNN_DEVICE void plain_input(const char *x, Step step, float v[SIXTEEN]) {
+/* x of sixteen maps with MASKS to a channel, from shared memory; channels are `step` bytes apart, side by side with
+ * VECTOR. */
+template <class D, int MASKS, bool VECTOR>
+PNN_DEVICE void plain_input(const char *x, int step, float v[SIXTEEN]) {
   constexpr int SIZE = static_cast<int>(sizeof(D)), V = 16 / SIZE;
   if constexpr (VECTOR && MASKS == 1) {
 #pragma unroll
@@ -385,7 +386,7 @@ PNN_DEVICE void plain_input(const char *x, Step step, float v[SIXTEEN]) {
 #pragma unroll
     for (int i = 0; i < SIXTEEN; i += MASKS, x += step) {
       const float value = static_cast<float>(widen(*reinterpret_cast<const D *>(x)));
-      if (sizeof(Step) == 4) note_load(x, SIZE); /* of shared memory */
+      note_load(x, SIZE);
 #pragma unroll
       for (int e = 0; e < MASKS; e++) v[i + e] = value;
     }
@@ -393,9 +394,9 @@ PNN_DEVICE void plain_input(const char *x, Step step, float v[SIXTEEN]) {
 }
 
 /* The perturbed input of the sixteen maps with number `block`, of one pixel; x is their first channel's. */
-template <class D, bool VECTOR, class Step>
+template <class D, bool VECTOR>
 PNN_DEVICE void plain_perturbed(const Layer &layer, const PhiloxKeys &keys, uint32_t block, uint32_t row,
-                                uint32_t column, const char *x, Step step, float u[SIXTEEN]) {
+                                uint32_t column, const char *x, int step, float u[SIXTEEN]) {
   uint32_t words[4] = {column, row, block, 0};
   philox(words, keys);
   const int shift = layer.masks_shift;

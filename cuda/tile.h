@@ -497,6 +497,25 @@ PNN_DEVICE void store_run_relu(tf32 *to, const float v[8]) {
   store_run(to, relu);
 }
 
+/* 16 bytes of D, rounded from reals. */
+template <class D, class R>
+PNN_DEVICE words4 vector_made(const R *v) {
+  constexpr int V = Depth<D>::vector;
+  words4 out;
+#pragma unroll
+  for (int i = 0; i < 4; i++) {
+    if constexpr (sizeof(R) == 8) {
+      const uint64_t bits = bits_of(v[i / 2]);
+      out.w[i] = static_cast<uint32_t>(i % 2 ? bits >> 32 : bits);
+    } else if constexpr (V == 4) { /* float: as it is */
+      out.w[i] = bits_of(v[i]);
+    } else {
+      out.w[i] = static_cast<uint32_t>(round_to(D{}, v[2 * i + 1]).bits) << 16 | round_to(D{}, v[2 * i]).bits;
+    }
+  }
+  return out;
+}
+
 /* 16 bytes of reals from shared memory, rounded to D, to 16-byte aligned device memory. */
 template <class D, class R>
 PNN_DEVICE void store_vector(D *to, const R *sums) {

@@ -89,8 +89,6 @@ def short_name(mangled: str) -> str:
         way = re.search(r"3WayE(\d)E", arguments)
         if way:
             parts += [[], ["pixels"], ["channels"]][int(way[1])]
-        if "ELb1E" in arguments:
-            parts.append("plain")
     return " ".join(parts)
 
 

@@ -120,6 +120,31 @@ TEST_P(CudaTypes, PlainLayers) {
     }
 }
 
+TEST_P(CudaTypes, InputGradientOfMixedLayouts) {
+  /* x, g and dx each contiguous or channels-last: 16 bytes of pixels or of channels wherever they lie so. Tiles that
+   * end inside a group, columns that end inside a tile, pixels that a stride leaves out. */
+  uint64_t seed = 1500;
+  const int64_t masks[] = {1, 3, 4, 2, 8, 5, 1, 16};
+  for (unsigned mixture = 0; mixture < 8; mixture++)
+    for (int64_t M : {masks[mixture], masks[(mixture + 3) % 8]}) {
+      const auto layout = [&](unsigned bit) {
+        return mixture & bit ? LayoutKind::kChannelsLast : LayoutKind::kContiguous;
+      };
+      Case c = base();
+      c.placement = Placement::kHeap, c.gradients = kGradInput;
+      c.input_layout = layout(1), c.grad_output_layout = layout(2), c.grad_input_layout = layout(4);
+      c.M = M, c.B = 2, c.T = 24, c.H = 5, c.W = 8, c.C = M == 1 ? 80 : 48, c.seed = seed++;
+      check(c);
+      c.groups = 2, c.H = c.W = 9, c.stride_h = c.stride_w = 2, c.C = 32, c.seed = seed++;
+      check(c);
+    }
+  Case c = base(); /* a channel in pieces */
+  c.placement = Placement::kHeap, c.gradients = kGradInput;
+  set_layouts(c, LayoutKind::kChannelsLast);
+  c.B = 2, c.C = 8, c.T = 8, c.H = 5, c.W = 8, c.M = 160, c.seed = seed;
+  check(c);
+}
+
 TEST_P(CudaTypes, EveryLayout) {
   uint64_t seed = 200;
   for (LayoutKind kind : input_layouts()) {

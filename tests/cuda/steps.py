@@ -174,7 +174,7 @@ def counted(folder: Path) -> Iterator[tuple[str, str, int, float | None]]:
     tool = gates.find_tool("cuobjdump")
     if tool is None:
         sys.exit("steps.py: cuobjdump was not found: pip install -r requirements/cuda.txt")
-    for kernel, way in (("forward", "pixels"), ("weight_gradient", "depth pixels"), ("input_gradient", "rows plain")):
+    for kernel, way in (("forward", "pixels"), ("weight_gradient", "depth pixels"), ("input_gradient", "rows pixels")):
         code = read_kernels(gates.run(tool, "-sass", "-arch", ARCHITECTURE, str(folder / f"{kernel}.o")))
         short = gates.short_name(f"0{kernel}_kernel")
         for dtype in OPERAND:

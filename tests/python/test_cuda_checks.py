@@ -105,8 +105,11 @@ def test_each_forbidden_or_missing_instruction_is_seen(old: str, new: str, messa
             "15weight_gradient_kernelIfNS_5LargeIfEELNS_7FastestE1ELNS_3WayE2EEE",
             "weight_gradient float Large rows channels",
         ),
-        ("14input_gradient_kernelIfNS_5SmallELNS_7FastestE0ELb1EEE", "input_gradient float Small depth plain"),
-        ("14input_gradient_kernelIfNS_5SmallELNS_7FastestE0ELb0EEE", "input_gradient float Small depth"),
+        (
+            "14input_gradient_kernelIfNS_5SmallELNS_7FastestE0ELNS_3WayE2EEE",
+            "input_gradient float Small depth channels",
+        ),
+        ("14input_gradient_kernelIfNS_5SmallELNS_7FastestE0ELNS_3WayE0EEE", "input_gradient float Small depth"),
     ],
 )
 def test_kernels_are_named_as_they_are_listed(mangled: str, name: str) -> None:
