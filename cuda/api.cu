@@ -103,7 +103,7 @@ struct Plan {
 };
 
 /* The number of pieces that the sums over pixels are cut into: as many blocks as run at a time on a large GPU (132
- * multiprocessors, four small ones, two large ones or a tall one, twice as large, to each), by the sizes alone. */
+ * multiprocessors, four small ones or two large ones to each), by the sizes alone. */
 void split(Layer &l, bool products, bool is_double) {
   const bool large = products && !is_double && weight_gradient_is_large(l);
   const int64_t rows = large ? 128 : Small::rows, columns = large ? 128 : Small::columns, blocks = large ? 264 : 528;

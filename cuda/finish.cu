@@ -222,12 +222,16 @@ __global__ void norm_kernel(int64_t maps, bool is_double, Vector mean, Vector va
 /* The first map of output t's group. */
 PNN_DEVICE int64_t group_map(const Layer &layer, int64_t t) { return t / layer.group_outputs * layer.group_maps; }
 
+/* Rows end with zeros, so that whole runs of 16 bytes may be read. */
 __global__ void weight_kernel(const __grid_constant__ Layer layer, Matrix weight, const double *scale, void *to) {
-  for (int64_t i = first_index(); i < layer.outputs * layer.group_maps; i += index_step()) {
-    const int64_t t = i / layer.group_maps, k = i % layer.group_maps;
-    double v = get(weight.data, weight.dtype, t * weight.step[0] + k * weight.step[1]);
-    if (scale) v *= scale[group_map(layer, t) + k];
-    put(to, weight.dtype, t * layer.weight_step + k, v);
+  for (int64_t i = first_index(); i < layer.outputs * layer.weight_step; i += index_step()) {
+    const int64_t t = i / layer.weight_step, k = i % layer.weight_step;
+    double v = 0;
+    if (k < layer.group_maps) {
+      v = get(weight.data, weight.dtype, t * weight.step[0] + k * weight.step[1]);
+      if (scale) v *= scale[group_map(layer, t) + k];
+    }
+    put(to, weight.dtype, i, v);
   }
 }
 
@@ -411,7 +415,7 @@ Status run_norm(const Layer &layer, bool is_double, Vector mean, Vector variance
 
 Status run_weight(const Layer &layer, Matrix weight, const double *scale, void *to, Stream stream) {
   Status status;
-  PNN_LAUNCH(status, weight_kernel, blocks_for(layer.outputs * layer.group_maps), THREADS, 0, stream, layer, weight,
+  PNN_LAUNCH(status, weight_kernel, blocks_for(layer.outputs * layer.weight_step), THREADS, 0, stream, layer, weight,
              scale, to);
   return status;
 }

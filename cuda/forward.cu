@@ -228,7 +228,7 @@ __global__ void __launch_bounds__(S::threads, (blocks_of<D, S, (WAY != ANY_WAY)>
 
   const Step steps = static_cast<Step>((layer.group_maps + DEPTH - 1) / DEPTH);
   Ring<STAGES> ring(stage_bytes);
-  WeightTiles<D, S::rows, DEPTH, S::threads, PLAIN> weight(layer, group, t0, 0);
+  WeightTiles<D, S::rows, DEPTH, S::threads, PLAIN> weight(layer, group, t0, 0, pitch_of<D>(DEPTH_FASTEST, 0));
   Operand operand(layer, table, columns, group);
   int now = 0;
   /* The steps before 0 only fill the pipeline; so that each part of the body stands in the code once. */
@@ -323,15 +323,7 @@ Status choose_way(const Layer &layer, Stream stream) {
 
 template <class D>
 Status choose(const Layer &layer, Stream stream) {
-  const int64_t outputs = layer.group_outputs;
-  if constexpr (on_tensor_cores<D>) {
-    const Way way = way_of<D>(layer);
-    if (way != ANY_WAY && fills_tall(outputs) && enough_blocks<Tall>(layer, outputs) &&
-        Shape<D, Tall>::bytes(sizeof(D)) <= shared_memory_limit())
-      return way == PLAIN_PIXELS ? launch<D, Tall, PLAIN_PIXELS>(layer, stream)
-                                 : launch<D, Tall, PLAIN_CHANNELS>(layer, stream);
-  }
-  if (!layer.input_float && outputs > Small::rows && enough_blocks<Large>(layer, outputs))
+  if (!layer.input_float && layer.group_outputs > Small::rows && enough_blocks(layer, layer.group_outputs))
     return choose_way<D, Large>(layer, stream);
   return choose_way<D, Small>(layer, stream);
 }
@@ -340,7 +332,7 @@ template <class D, class S>
 void list(Visit visit, const std::string &name) {
   constexpr int size = static_cast<int>(sizeof(D));
   for (const char *way : {"", " pixels", " channels"})
-    if (*way ? size < 8 : S::rows < 256) visit((name + way).c_str(), S::threads, Shape<D, S>::bytes(size));
+    if (size < 8 || !*way) visit((name + way).c_str(), S::threads, Shape<D, S>::bytes(size));
 }
 
 }  // namespace
@@ -349,13 +341,10 @@ void list_forward(Visit visit) {
   list<float, Large>(visit, "forward float Large");
   list<float, Small>(visit, "forward float Small");
   list<double, Small>(visit, "forward double Small");
-  list<tf32, Tall>(visit, "forward tf32 Tall");
   list<tf32, Large>(visit, "forward tf32 Large");
   list<tf32, Small>(visit, "forward tf32 Small");
-  list<bfloat16, Tall>(visit, "forward bfloat16 Tall");
   list<bfloat16, Large>(visit, "forward bfloat16 Large");
   list<bfloat16, Small>(visit, "forward bfloat16 Small");
-  list<float16, Tall>(visit, "forward float16 Tall");
   list<float16, Large>(visit, "forward float16 Large");
   list<float16, Small>(visit, "forward float16 Small");
 }

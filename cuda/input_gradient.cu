@@ -289,7 +289,7 @@ __global__ void __launch_bounds__(S::threads, (blocks_of<D, S, (WAY != ANY_WAY)>
       Tile<D, S::rows, S::columns, S::threads, ROWS_FASTEST, G, false> tile;
       tile.start([](int) { return R(0); });
       Ring<STAGES> ring(H::stage_bytes);
-      WeightTiles<D, DEPTH, S::rows, S::threads, PLAIN> weight(layer, group, 0, k0);
+      WeightTiles<D, DEPTH, S::rows, S::threads, PLAIN> weight(layer, group, 0, k0, pitch_of<D>(ROWS_FASTEST, S::rows));
       const std::conditional_t<PLAIN, PlainGradient<D, S, G>, AnyGradient<D, S, G>> gradient(layer, table, columns,
                                                                                              group);
       if constexpr (PLAIN)
@@ -569,7 +569,7 @@ Status choose_order(const Layer &layer, bool masks, Stream stream) {
 
 template <class D>
 Status choose(const Layer &layer, bool masks, Stream stream) {
-  if (!masks && layer.group_maps > Small::rows && enough_blocks<Large>(layer, layer.group_maps))
+  if (!masks && layer.group_maps > Small::rows && enough_blocks(layer, layer.group_maps))
     return choose_order<D, Large>(layer, masks, stream);
   return choose_order<D, Small>(layer, masks, stream);
 }

@@ -43,11 +43,7 @@ constexpr int64_t GRID_MOST = 0x7fffffff;
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-/* Three shapes of tiles: what is made on the way is made once for each tile's rows, so tall ones make and read the least;
- * small ones leave no multiprocessor idle in small problems. */
-struct Tall {
-  static constexpr int rows = 256, columns = 128, threads = 512;
-};
+/* Two shapes of tiles: large ones read less, small ones leave no multiprocessor idle in small problems. */
 struct Large {
   static constexpr int rows = 128, columns = 128, threads = 256;
 };
@@ -61,30 +57,17 @@ constexpr bool on_tensor_cores = sizeof(D) == 2 || std::is_same<D, tf32>::value;
  * more where layers are not plain (response.h). Fused multiply-adds have their own to wait behind. */
 template <class D, class S, bool PLAIN>
 constexpr int blocks_of = !on_tensor_cores<D> || (sizeof(D) == 4 && !PLAIN) ? S::threads == 256 ? 1 : 2
-                                                                            : 512 / S::threads;
-/* Larger tiles where they still give a large GPU this many blocks. Results do not depend on it. */
+                          : S::threads == 256                               ? 2
+                          : PLAIN                                           ? 4
+                                                                            : 3;
+/* Large tiles where they still give a large GPU this many blocks; of the weight gradient, which cuts its sum into as many
+ * pieces as it takes, where there are rows and columns for them. Results do not depend on it. */
 constexpr int64_t ENOUGH_BLOCKS = 128;
-/* Large or tall tiles of the weight gradient: float64 has small ones alone. */
+inline bool enough_blocks(const Layer &layer, int64_t rows) {
+  return ceil_div(rows, Large::rows) * ceil_div(layer.columns, Large::columns) * layer.groups >= ENOUGH_BLOCKS;
+}
 inline bool weight_gradient_is_large(const Layer &layer) {
   return !layer.input_float && layer.group_outputs > Small::rows && layer.group_maps > Small::columns;
-}
-template <class S>
-bool enough_blocks(const Layer &layer, int64_t rows) {
-  return ceil_div(rows, S::rows) * ceil_div(layer.columns, S::columns) * layer.groups >= ENOUGH_BLOCKS;
-}
-/* Tall tiles where no more of them would stand empty than of large ones, and the device has the shared memory. */
-inline bool fills_tall(int64_t rows) { return ceil_div(rows, Tall::rows) * 2 == ceil_div(rows, Large::rows); }
-/* The most shared memory that a block of the current device may have. */
-inline int64_t shared_memory_limit() {
-#if defined(__CUDACC__)
-  int device = 0, bytes = 0;
-  if (cudaGetDevice(&device) != cudaSuccess ||
-      cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device) != cudaSuccess)
-    return 0;
-  return bytes;
-#else
-  return 227 * 1024;
-#endif
 }
 
 /* Columns that one block of the moments' kernel takes, and numbers that it leaves of each map. */

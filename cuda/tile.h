@@ -126,13 +126,11 @@ struct Tile {
   }
 };
 
-/* On the tensor cores: a warp has 64x32 elements of C, of small tiles 32x32. The product below is that of 16-bit types.
- */
+/* On the tensor cores: two rows of warps. The product below is that of 16-bit types. */
 template <class D, int ROWS, int COLUMNS, int THREADS, Fastest A, Fastest B>
 struct TensorTile {
   using R = float;
-  static constexpr int WARPS_M = ROWS <= 64 ? 2 : ROWS / 64, WARPS_N = THREADS / 32 / WARPS_M;
-  static constexpr int WARP_M = ROWS / WARPS_M, WARP_N = COLUMNS / WARPS_N;
+  static constexpr int WARPS_N = THREADS / 64, WARP_M = ROWS / 2, WARP_N = COLUMNS / WARPS_N;
   static constexpr int M = WARP_M / 16, N = WARP_N / 8;
   R c[M][N][4];
 
@@ -260,19 +258,21 @@ struct WeightTiles {
   using Count = std::conditional_t<WHOLE, int, int64_t>;
   const char *from;
   Count rows, columns; /* left from this thread's own */
+  int place;           /* of its 16 bytes in the tile */
 
   /* The first tile's rows start at t0 of the group, its columns at k0. */
-  PNN_DEVICE WeightTiles(const Layer &layer, int64_t group, int64_t t0, int64_t k0) {
+  PNN_DEVICE WeightTiles(const Layer &layer, int64_t group, int64_t t0, int64_t k0, int pitch) {
     const int first = thread_index() / CHUNKS;
     const int64_t k = k0 + thread_index() % CHUNKS * (16 / SIZE);
     from = layer.weight + ((group * layer.group_outputs + t0 + first) * layer.weight_step + k) * SIZE;
     rows = static_cast<Count>(layer.group_outputs - t0 - first);
     columns = static_cast<Count>(layer.group_maps - k);
+    place = keep(first * pitch + thread_index() % CHUNKS * 16);
   }
   PNN_DEVICE void stage(const Layer &layer, char *to, int pitch) const {
     const int64_t step = STEP * layer.weight_step * SIZE;
     const char *at = from;
-    to += thread_index() / CHUNKS * pitch + thread_index() % CHUNKS * 16;
+    to += place;
     if constexpr (WHOLE) {
 #pragma unroll
       for (int r = 0; r < ROWS; r += STEP, at += step)

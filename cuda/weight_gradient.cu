@@ -378,11 +378,6 @@ Status choose_way(const Layer &layer, Stream stream) {
   const bool whole =
       G == DEPTH_FASTEST ? layer.grad_output_staging == STAGE_PIXELS : layer.group_outputs % Depth<D>::vector == 0;
   const Way way = whole ? way_of<D>(layer) : ANY_WAY;
-  if constexpr (on_tensor_cores<D> && S::rows == Large::rows) {
-    if (way != ANY_WAY && fills_tall(layer.group_outputs) && Shape<D, Tall, G>::bytes(sizeof(D)) <= shared_memory_limit())
-      return way == PLAIN_PIXELS ? launch<D, Tall, G, PLAIN_PIXELS>(layer, stream)
-                                 : launch<D, Tall, G, PLAIN_CHANNELS>(layer, stream);
-  }
   if constexpr (sizeof(D) < 8) {
     if (way == PLAIN_PIXELS) return launch<D, S, G, PLAIN_PIXELS>(layer, stream);
     if (way == PLAIN_CHANNELS) return launch<D, S, G, PLAIN_CHANNELS>(layer, stream);
@@ -407,7 +402,6 @@ void list(Visit visit, const std::string &name) {
   constexpr int size = static_cast<int>(sizeof(D));
   for (const char *way : {"", " pixels", " channels"}) {
     if (size == 8 && *way) break;
-    if (S::rows == 256 && !*way) continue;
     visit((name + " depth" + way).c_str(), S::threads, Shape<D, S, DEPTH_FASTEST>::bytes(size));
     visit((name + " rows" + way).c_str(), S::threads, Shape<D, S, ROWS_FASTEST>::bytes(size));
   }
@@ -419,13 +413,10 @@ void list_weight_gradient(Visit visit) {
   list<float, Large>(visit, "weight_gradient float Large");
   list<float, Small>(visit, "weight_gradient float Small");
   list<double, Small>(visit, "weight_gradient double Small");
-  list<tf32, Tall>(visit, "weight_gradient tf32 Tall");
   list<tf32, Large>(visit, "weight_gradient tf32 Large");
   list<tf32, Small>(visit, "weight_gradient tf32 Small");
-  list<bfloat16, Tall>(visit, "weight_gradient bfloat16 Tall");
   list<bfloat16, Large>(visit, "weight_gradient bfloat16 Large");
   list<bfloat16, Small>(visit, "weight_gradient bfloat16 Small");
-  list<float16, Tall>(visit, "weight_gradient float16 Tall");
   list<float16, Large>(visit, "weight_gradient float16 Large");
   list<float16, Small>(visit, "weight_gradient float16 Small");
 }

@@ -80,9 +80,9 @@ def short_name(mangled: str) -> str:
             "NS_4tf32E": "tf32",
         }
         parts.append(next((kind for code, kind in kinds.items() if arguments.startswith(code)), "?"))
-        shape = re.search(r"NS_5(Large|Small)E|NS_4(Tall)E", arguments)
+        shape = re.search(r"NS_5(Large|Small)E", arguments)
         if shape:
-            parts.append(shape[1] or shape[2])
+            parts.append(shape[1])
         order = re.search(r"FastestE(\d)E", arguments)
         if order:
             parts.append("rows" if order[1] == "1" else "depth")

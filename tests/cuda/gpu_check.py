@@ -57,7 +57,12 @@ SHARES = {"build": 200, "bits": 90, "sanitizer": 120, "reference": 90, "device":
 TOOLS = ("memcheck", "racecheck", "initcheck", "synccheck")
 REPETITIONS = 100
 TARGETS = ("torch_pnn_libraries", "cuda_results_host", "cuda_results_device")
-PROGRAMS = ("lib/libtorch_pnn_ops.so", "lib/libtorch_pnn_cuda.so", "tests/cuda_results_host", "tests/cuda_results_device")
+PROGRAMS = (
+    "lib/libtorch_pnn_ops.so",
+    "lib/libtorch_pnn_cuda.so",
+    "tests/cuda_results_host",
+    "tests/cuda_results_device",
+)
 """What the later phases need of them, below --build."""
 
 
@@ -246,15 +251,17 @@ def bits(check: Check, seconds: float) -> dict[str, Any]:
     """The device's lines against the host's, which promise to agree on Hopper; then the device's again and again."""
     host, device = programs(check)
     found: dict[str, Any] = {"expected_equal": check.results["device"]["architecture"] == "90"}
-    status, expected = check.run([host], seconds / 3)
+    arguments = ["1", "small"] if check.rehearse else []
+    status, expected = check.run([host, *arguments], seconds / 2)
     if status != 0:
         return found | {"passed": False, "error": f"the host's program ended with {status}: {expected[-1000:]}"}
-    status, lines = check.run([device], seconds / 3)
+    status, lines = check.run([device, *arguments], seconds / 4)
     if status != 0:
         return found | {"passed": False, "error": f"the device's program ended with {status}: {lines[-1000:]}"}
     found["calls"] = len(expected.splitlines())
     found["different_from_host"] = differences(expected, lines)
-    status, output = check.run([device, "3" if check.rehearse else str(REPETITIONS)], seconds / 2)
+    repeated = ["3", "small"] if check.rehearse else [str(REPETITIONS)]
+    status, output = check.run([device, *repeated], seconds / 2)
     found["repetitions"] = 3 if check.rehearse else REPETITIONS
     found["same_bits_every_time"] = status == 0
     if status != 0:
@@ -278,6 +285,7 @@ def sanitizer(check: Check, seconds: float) -> dict[str, Any]:
         for name in TOOLS:
             log = stack.enter_context(tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace"))
             command = [*start, "--tool", name, "--error-exitcode", "9", str(program)]
+            command += ["1", "small"] if check.rehearse else []
             started[name] = check.start(command, log), log
         for name, (process, log) in started.items():
             status = check.wait(process, end - time.monotonic())
@@ -286,7 +294,8 @@ def sanitizer(check: Check, seconds: float) -> dict[str, Any]:
             # A tool that cannot attach may let the program pass: its summary must be there.
             summary = re.search(r"ERROR SUMMARY: 0 errors|SUMMARY: 0 hazards displayed", text)
             ended = "its time was up" if status is None else f"exit status {status}"
-            found[name] = "clean" if status == 0 and (summary or check.rehearse) else f"{ended}: {text[-2000:]}"
+            said = "\n".join(line for line in text.splitlines() if line.startswith("=====")) or text
+            found[name] = "clean" if status == 0 and (summary or check.rehearse) else f"{ended}: {said[:2000]}"
     return found | {"passed": all(found[name] == "clean" for name in TOOLS)}
 
 
@@ -342,7 +351,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print("no GPU: the CUDA driver shows none, so nothing was checked")
         return 2
     check = Check(options)
-    needed = {"cmake": "CMake 3.30", "ninja": "Ninja", "nvcc": "nvcc 13.0"} if not (options.rehearse or options.built) else {}
+    needed = (
+        {"cmake": "CMake 3.30", "ninja": "Ninja", "nvcc": "nvcc 13.0"}
+        if not (options.rehearse or options.built)
+        else {}
+    )
     missing = [text for name, text in needed.items() if find_tool(name) is None]
     if missing:
         print(f"gpu-check needs {', '.join(missing)}, beside {sys.executable}, on the PATH or in CUDA_HOME")

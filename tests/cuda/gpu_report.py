@@ -144,6 +144,23 @@ def targets(rows: list[dict[str, Any]]) -> list[str]:
     return table(["target", "met", "worst, as a share of what is allowed"], body) if body else []
 
 
+PASSES = ("forward", "weight_gradient", "weight_store", "input_gradient", "moments")
+"""Kernels with a column of their own in the table of kernels; what starts with none of these is in the last one."""
+
+
+def kernels(rows: list[dict[str, Any]]) -> list[str]:
+    """Each kernel's own microseconds in forward + backward, without and with normalisation."""
+    body = []
+    for row in rows:
+        sums = dict.fromkeys((*PASSES, "rest"), 0.0)
+        for name, time in row["kernels_us"].items():
+            own = next((one for one in PASSES if name.startswith(f"{one}_kernel")), "rest")
+            sums[own] += time
+        norm = "yes" if row["norm"] else "no"
+        body.append([case_text(row), row["type"], row["layout"], norm, *(cell(t or None, 1) for t in sums.values())])
+    return table(["B,C,H,T,M", "type", "layout", "normalised", *PASSES, "rest"], body)
+
+
 def memory(rows: list[dict[str, Any]]) -> list[str]:
     """Peak memory of forward and backward in MiB."""
     body = [
@@ -186,6 +203,9 @@ def report(results: dict[str, Any]) -> str:
             lines += [f"## {direction}: measured beside predicted", "", *predicted(rows, direction), ""]
             lines += [f"## {direction}: beside others, in us", "", *compared(rows, direction), ""]
         lines += ["## Peak memory, forward + backward, MiB", "", *memory(rows), ""]
+    rows = phases.get("kernels", {}).get("rows", [])
+    if any(row["kernels_us"] for row in rows):
+        lines += ["## Each kernel's own time, us", "", *kernels(rows), ""]
     return "\n".join(lines)
 
 

@@ -13,6 +13,7 @@ import argparse
 import contextlib
 import json
 import math
+import re
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -714,6 +715,18 @@ def compile_phase(work: Work) -> None:
         work.cuda.empty_cache()
 
 
+def kernel_name(whole: str) -> str:
+    """A kernel's name and template arguments, without namespaces and parameters.
+
+    >>> kernel_name("void pnn_cuda::(anonymous namespace)::forward_kernel<pnn_cuda::Small, (pnn_cuda::Way)1>(Layer)")
+    'forward_kernel<Small, 1>'
+    """
+    name = re.sub(
+        r"^void |pnn_cuda::|\(anonymous namespace\)::|<unnamed>::|\((?:pnn_cuda::)?(?:Way|Fastest)\)", "", whole
+    )
+    return name.partition("(")[0]
+
+
 def kernels_phase(work: Work) -> None:
     """Each kernel's own time in forward + backward, by PyTorch's profiler; beside the layer, the normalised one."""
     from torch_pnn import functional
@@ -756,9 +769,9 @@ def kernels_phase(work: Work) -> None:
                     times: dict[str, list[float]] = {}
                     for event in profile.events() or ():
                         if "pnn_cuda" in event.name:
-                            times.setdefault(event.name[:300], []).append(float(event.device_time))
+                            times.setdefault(kernel_name(event.name), []).append(float(event.device_time))
                     median = {name: sorted(each)[len(each) // 2] for name, each in times.items()}
-                    rows.append({**key, "kernels_us": median, "counts": {name: len(t) for name, t in times.items()}})
+                    rows.append({**key, "kernels_us": median})
                     del layer, step, function
                     work.cuda.empty_cache()
         work.write()
@@ -768,7 +781,6 @@ def kernels_phase(work: Work) -> None:
 
 def timings_phase(work: Work) -> None:
     """Case by case, ours first in every type, then what it is compared with."""
-    torch.backends.cudnn.benchmark = True
     flush = torch.empty(2**16 if work.rehearse else FLUSHED_BYTES, dtype=torch.uint8, device=work.device)
     one = torch.zeros(1, device=work.device)
     rows: list[dict[str, Any]] = []
@@ -788,7 +800,8 @@ def timings_phase(work: Work) -> None:
             row[name] = None
             work.cuda.empty_cache()
 
-    for ours in (True, False):  # ours everywhere before anything else
+    # Everywhere ours first, then what the targets are measured against, then the rest.
+    for measure in (time_ours, time_compared, time_others):
         for case in cases(work):
             for kind in KINDS:
                 for layout in LAYOUTS:
@@ -797,12 +810,11 @@ def timings_phase(work: Work) -> None:
                     if row is None:
                         row = dict(key)
                         rows.append(row)
+                    if measure is time_compared and layout != "contiguous":
+                        continue
                     layer = Layer(work, case, kind, layout)
                     try:
-                        if ours:
-                            time_ours(work, row, layer, timed)
-                        else:
-                            time_others(work, row, layer, timed)
+                        measure(work, row, layer, timed)
                     except RuntimeError as error:
                         errors.append(f"{key}: {str(error)[:300]}")
                     del layer
@@ -823,12 +835,29 @@ def time_ours(work: Work, row: dict[str, Any], layer: Layer, timed: Callable[...
     row["peak_bytes ours"] = peak_bytes(work, layer.ours, (layer.x, layer.weight))
 
 
+def time_compared(work: Work, row: dict[str, Any], layer: Layer, timed: Callable[..., None]) -> None:
+    """A copy of x, cuBLAS's product of the layer's size and torch.compile's composition, contiguous."""
+    batch, channels, side, _, masks = layer.case
+    y = torch.empty_like(layer.x.detach())
+    timed(row, "copy", layer, lambda: y.copy_(layer.x.detach()))
+    a, b = layer.weight.detach().flatten(1), layer.random(channels * masks, batch * side * side)
+    timed(row, "cublas", layer, lambda a=a, b=b: a @ b)  # type: ignore[misc]
+    del b
+    if work.time_left():
+        with arithmetic(layer.kind):
+            compiled = compiled_layer()
+            function = lambda: compiled(layer.x, layer.weight, layer.mask)  # noqa: E731
+            timed(row, "forward compiled", layer, layer.forward(function))
+            timed(row, "forward+backward compiled", layer, layer.training(function))
+
+
 def time_others(work: Work, row: dict[str, Any], layer: Layer, timed: Callable[..., None]) -> None:
-    """The plain composition, compiled too, and the machine's own rates, on the same tensors."""
+    """The plain composition and cuDNN's convolutions, on the same tensors; cuDNN takes its own choice of algorithms."""
     batch, channels, side, outputs, masks = layer.case
     timed(row, "forward plain", layer, layer.forward(layer.plain))
     timed(row, "forward+backward plain", layer, layer.training(layer.plain))
-    row["peak_bytes plain"] = peak_bytes(work, layer.plain, (layer.x, layer.weight))
+    if work.time_left():
+        row["peak_bytes plain"] = peak_bytes(work, layer.plain, (layer.x, layer.weight))
     three = layer.random(outputs, channels, 3, 3, scale=(9 * channels) ** -0.5).requires_grad_()
 
     def convolution_3x3() -> torch.Tensor:
@@ -845,17 +874,6 @@ def time_others(work: Work, row: dict[str, Any], layer: Layer, timed: Callable[.
         row, "forward+backward cudnn 1x1", layer,
         lambda: torch.autograd.grad(F.conv2d(ready, layer.weight), (ready, layer.weight), layer.g),
     )  # fmt: skip
-    if row["layout"] == "contiguous":
-        y = torch.empty_like(layer.x.detach())
-        timed(row, "copy", layer, lambda: y.copy_(layer.x.detach()))
-        b = layer.random(channels * masks, batch * side * side)
-        a = layer.weight.detach().flatten(1)
-        timed(row, "cublas", layer, lambda: a @ b)
-        del b
-        compiled = compiled_layer()
-        function = lambda: compiled(layer.x, layer.weight, layer.mask)  # noqa: E731
-        timed(row, "forward compiled", layer, layer.forward(function))
-        timed(row, "forward+backward compiled", layer, layer.training(function))
 
 
 PHASES: dict[str, Callable[[Work], None]] = {

@@ -291,22 +291,6 @@ TEST(CudaLarge, LargeTiles) {
     }
 }
 
-TEST(CudaLarge, TallTiles) {
-  /* 256 outputs to a block, on the tensor cores and in plain layers alone; the last rows and columns are ragged. */
-  uint64_t seed = 950;
-  for (int type : {2, 3, kTf32})
-    for (LayoutKind kind : {LayoutKind::kContiguous, LayoutKind::kChannelsLast}) {
-      Case c;
-      set_type(c, type);
-      c.placement = Placement::kHeap;
-      set_layouts(c, kind);
-      c.B = 1, c.C = 16, c.T = 136, c.H = 1, c.W = 127 * 128 + 8, c.seed = seed++, c.gradients = 0;
-      check(c);
-      c.C = 40, c.M = 2, c.W = 136, c.gradients = kGradWeight | kGradBias;
-      check(c);
-    }
-}
-
 std::vector<std::vector<uint64_t>> results(const Case &c) {
   Problem p(c);
   EXPECT_EQ(p.forward(), PNN_OK) << p.error.message;
