@@ -11,6 +11,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+import predictions
+
 MISSED = 1.5
 """A prediction missed by more than this, either way, is to be explained in docs/cuda.md."""
 COPY, PRODUCT, COMPILED = 1.15, 0.55, 0.7
@@ -65,6 +67,11 @@ def of_case(rows: list[dict[str, Any]], row: dict[str, Any], name: str) -> float
     return same[0][name] if same else None
 
 
+def memory_bound(row: dict[str, Any]) -> bool:
+    """Whether a layer's forward pass is to be compared with a copy, at best; else with a product."""
+    return predictions.targets(tuple(row["case"]), row["type"])[0].name == predictions.COPY
+
+
 def predicted(rows: list[dict[str, Any]], direction: str) -> list[str]:
     """Measured beside predicted: bold where it is missed by more than MISSED."""
     body = []
@@ -93,12 +100,10 @@ def compared(rows: list[dict[str, Any]], direction: str) -> list[str]:
         ours = row.get(f"{direction} ours")
         compiled = of_case(rows, row, f"{direction} compiled")
         copy, product = of_case(rows, row, "copy"), of_case(rows, row, "cublas")
-        bound = row.get(f"{direction} bound")
         of_copy, of_product, of_compiled = ratio(ours, copy), ratio(product, ours), ratio(ours, compiled)
         forward, backward = direction == "forward", direction != "forward"
-        bad_copy = forward and bound == "memory" and of_copy is not None and of_copy > COPY
-        heavy = forward and bound not in ("memory", "launches")
-        bad_product = heavy and of_product is not None and of_product < PRODUCT
+        bad_copy = forward and memory_bound(row) and of_copy is not None and of_copy > COPY
+        bad_product = forward and not memory_bound(row) and of_product is not None and of_product < PRODUCT
         bad_compiled = backward and of_compiled is not None and of_compiled > COMPILED
         body.append(
             [
@@ -125,13 +130,13 @@ def targets(rows: list[dict[str, Any]]) -> list[str]:
     """Each target: how many rows meet it, and the worst."""
     found: dict[str, list[float]] = {}
     for row in rows:
-        bound, forward = row.get("forward bound"), row.get("forward ours")
+        forward = row.get("forward ours")
         of_copy, of_product = ratio(forward, of_case(rows, row, "copy")), ratio(of_case(rows, row, "cublas"), forward)
         whole = ratio(row.get("forward+backward ours"), of_case(rows, row, "forward+backward compiled"))
         # Each as a share of what is allowed: at most 1 is met.
-        if bound == "memory" and of_copy:
+        if memory_bound(row) and of_copy:
             found.setdefault(f"forward, memory-bound: at most {COPY} copies", []).append(of_copy / COPY)
-        if bound not in ("memory", "launches") and of_product:
+        if not memory_bound(row) and of_product:
             what = f"forward, compute-bound: at least {PRODUCT} of cuBLAS's rate"
             found.setdefault(what, []).append(PRODUCT / of_product)
         if whole:
@@ -185,6 +190,7 @@ def report(results: dict[str, Any]) -> str:
     if results.get("rehearsal"):
         lines += ["A rehearsal on the CPU: no number here says anything.", ""]
     lines += [str(results.get("versions", results.get("error", ""))), ""]
+    lines += [*(f"- {note}" for note in results.get("notes", [])), ""] if results.get("notes") else []
     phases = results.get("phases", {})
     lines += ["```", *(phase_line(name, found) for name, found in phases.items()), "```", ""]
     worst = phases.get("reference", {}).get("worst", {})

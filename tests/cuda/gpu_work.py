@@ -114,6 +114,7 @@ class Work:
         self.rehearse: bool = options.rehearse
         self.device = "cpu" if self.rehearse else "cuda"
         self.cuda: Any = StandIn if self.rehearse else torch.cuda
+        self.device_name: str = self.cuda.get_device_name()
         self.end = time.monotonic() + options.seconds
         self.out: Path | None = options.out
         self.part: tuple[int, int] = options.part
@@ -827,7 +828,7 @@ def timings_phase(work: Work) -> None:
 def time_ours(work: Work, row: dict[str, Any], layer: Layer, timed: Callable[..., None]) -> None:
     """The layer, and what is predicted of it."""
     for direction in ("forward", "forward+backward"):
-        prediction = predictions.predict(layer.case, layer.kind, direction, layer.layout)
+        prediction = predictions.predict(layer.case, layer.kind, direction, layer.layout, device=work.device_name)
         row[f"{direction} predicted"] = round(prediction.time_us, 3)
         row[f"{direction} bound"] = prediction.bound
     timed(row, "forward ours", layer, layer.forward(layer.ours))

@@ -3,10 +3,11 @@
     python tests/cuda/predictions.py             prints the tables of docs/cuda.md
     python tests/cuda/predictions.py --write     writes them into docs/cuda.md
 
-The first real measurement is compared with these numbers (gpu_check.py); one missed by more than 1.5x is to be
-explained. Each kernel's time is the largest of five, since a GPU overlaps them: memory, L2 cache, multiplying, issuing
-instructions, shared memory; multiplying in FFMA and the other instructions add up, since both are issued. The constants
-say where they come from. Nothing here needs a GPU, PyTorch or CUDA.
+Measurements are compared with these numbers (gpu_check.py); one missed by more than 1.5x is to be explained. Each
+kernel's time is the largest of five, since a GPU overlaps them: memory, L2 cache, tensor cores, issuing instructions
+(FFMA among them), shared memory. A warp waits between its instructions, so how fast they are issued depends on how many
+warps there are: that was measured (benchmarks/results/2026-11-26-h200.md), the rest is counted. The constants say where
+they come from. Nothing here needs a GPU, PyTorch or CUDA.
 
 Example:
     >>> p = predict((32, 64, 56, 64, 1), "bfloat16", "forward")
@@ -72,38 +73,48 @@ class Prediction:
         return self.flops / self.bytes
 
 
-# ---- an H100 (SXM) ----
+# ---- an H100 (SXM); an H200 differs by its memory ----
 
 DEVICE_BYTES = 3.3e12  # a second, from device memory
+H200_DEVICE_BYTES = 4.3e12
 CACHE_BYTES = 5.5e12  # a second, from the L2 cache
 CACHE_SIZE = 30e6  # what a kernel leaves in the L2 cache for the next one, of its 50 MB
 MULTIPROCESSORS, CLOCK = 132, 1.755e9
 LAUNCH_US = 2.0  # from the end of one kernel of a CUDA graph to the start of the next one's work
 # Flops a second, and the share of them that mma.sync (FFMA) is taken to reach.
 FLOPS = {"float32": 67e12, "tf32": 495e12, "bfloat16": 990e12, "float16": 990e12}
-REACHED = {"float32": 0.75, "tf32": 0.60, "bfloat16": 0.60, "float16": 0.60}
+REACHED = {"float32": 0.95, "tf32": 0.60, "bfloat16": 0.60, "float16": 0.60}
 LIBRARY_REACHED = {"float32": 0.90, "tf32": 0.75, "bfloat16": 0.75, "float16": 0.75}  # cuBLAS and cuDNN
 SIZE = {"float32": 4, "tf32": 4, "bfloat16": 2, "float16": 2}
-INSTRUCTIONS_A_SECOND = MULTIPROCESSORS * 4 * CLOCK * 0.9 * 32  # of single threads
+# Cycles that a warp waits for each in which it issues an instruction, from ncu's issued instructions a cycle on an H200
+# (for example 0.48 with 4 warps to a scheduler, 0.35 with 2; FFMA 0.65 with 2): the shares add up to at most
+# warps / (warps + WAITS). Element by element, for numbers that come from device memory one at a time.
+WAITS = {"float32": 1.1, "tf32": 4.0, "bfloat16": 4.0, "float16": 4.0}
+WAITS_BY_ELEMENTS = {"float32": 3.0, "tf32": 6.0, "bfloat16": 7.0, "float16": 7.0}
+# Cycles from a block's start to its first product and from its last to the end of its stores: what other blocks do not
+# hide of them, fitted to the same measurements.
+FILL = 1500
+# Blocks that are on a multiprocessor at a time (large, small tile); tests/cuda/kernels.txt has them for sm_90.
+RESIDENT = {"float32": (1, 3), "tf32": (2, 4), "bfloat16": (2, 4), "float16": (2, 4)}
 WAVEFRONTS_A_SECOND = MULTIPROCESSORS * CLOCK
 # A thread's instructions, counted along the shortest way through the machine code for sm_90 that does the work, for the
 # 256-value lattice from a seed, relu and contiguous tensors. Plain layers (cuda/response.h), (large, small tile):
 # one step of depth, FFMA not counted: copies, the product, and a thread's share of the operand (16-bit types: sixteen
 # maps of a pixel; float32: sixteen in every second step, of which this is the mean);
-FORWARD_STEP = {"float32": (208.5, 193.5), "tf32": (274, 223), "bfloat16": (269, 250), "float16": (269, 250)}
-WEIGHT_STEP = {"float32": (213.5, 197.5), "tf32": (290, 238), "bfloat16": (272, 252), "float16": (272, 252)}
+FORWARD_STEP = {"float32": (209, 194), "tf32": (294, 233.5), "bfloat16": (301, 270), "float16": (301, 270)}
+WEIGHT_STEP = {"float32": (222.5, 201), "tf32": (326, 252.5), "bfloat16": (304, 259), "float16": (304, 259)}
 # how many fewer with sixteen masks or more, where one number of x is read for all sixteen maps (below 0: more);
 FEWER_LOADS = {"float32": -2, "tf32": -2, "bfloat16": 9, "float16": 9}
 # the input gradient's step: copies and the product;
-INPUT_STEP = {"float32": (118, 101), "tf32": (233, 168), "bfloat16": (102, 82), "float16": (102, 82)}
+INPUT_STEP = {"float32": (118, 100), "tf32": (279, 195), "bfloat16": (111, 91), "float16": (111, 91)}
 # what the weight gradient does for a pixel of a step, to look it up, and for an output's share of dbias;
 LOOK_UP, TOTAL = 110, 3
 # what the input gradient does for a map of a pixel once the product is there, and for each number that it stores: with
 # one mask, and more with each further one.
 INPUT_MAP = {"float32": 14.8, "tf32": 14.8, "bfloat16": 15.9, "float16": 15.9}
 INPUT_STORE = {"float32": (4.0, 2.3), "tf32": (4.0, 2.3), "bfloat16": (2.6, 1.9), "float16": (2.6, 1.9)}
-# Before and behind the steps: places, keys, bias, sums into shared memory, stores;
-TILE, INPUT_TILE = (707, 510), (425, 395)
+# Before and behind the steps: places, keys, bias, sums into shared memory, stores; what ncu counted beside the steps;
+TILE, INPUT_TILE = (620, 441), (589, 465)
 # Other layers: one step without the operand, what a thread makes of the operand in it; the last, element by element
 # where no runs of 16 bytes can be had, is estimated.
 ANY_STEP = {"float32": (264, 248), "tf32": (288, 236), "bfloat16": (233, 214), "float16": (233, 214)}
@@ -121,23 +132,32 @@ class Kernel:
     device_bytes: float  # from and to device memory
     cache_bytes: float  # from and to the L2 cache, device memory's included
     flops: float = 0
-    instructions: float = 0  # beside those that multiply
+    instructions: float = 0  # of single threads, beside those that multiply
     wavefronts: float = 0
     blocks: int = MULTIPROCESSORS
+    threads: int = 128
+    resident: int = 1  # blocks on a multiprocessor at a time
+    waits: float = 4.0
 
-    def times(self, dtype: str) -> dict[str, float]:
-        """Microseconds of each resource; the last blocks of a grid leave multiprocessors idle."""
-        turns = math.ceil(self.blocks / MULTIPROCESSORS)
-        idle = turns * MULTIPROCESSORS / max(self.blocks, 1)
+    def turns(self) -> list[int]:
+        """How many blocks the busiest multiprocessor has at a time, turn by turn; the last may leave others idle."""
+        full, rest = divmod(self.blocks, MULTIPROCESSORS * self.resident)
+        return [self.resident] * full + ([math.ceil(rest / MULTIPROCESSORS)] if rest else [])
+
+    def times(self, dtype: str, device_bytes: float = DEVICE_BYTES) -> dict[str, float]:
+        """Microseconds of each resource."""
+        turns = self.turns()
+        idle = sum(turns) * MULTIPROCESSORS / max(self.blocks, 1)
+        issued = self.instructions + (self.flops / 2 if dtype == "float32" else 0)
+        a_block = issued / 32 / 4 / max(self.blocks, 1)  # a scheduler's share
+        cycles = sum(n * a_block * (1 + self.waits / (n * self.threads / 32 / 4)) for n in turns)
+        cycles += FILL * len(turns) if issued else 0
         product = self.flops / (FLOPS[dtype] * REACHED[dtype]) * 1e6 * idle
-        issue = self.instructions / INSTRUCTIONS_A_SECOND * 1e6 * idle
-        if dtype == "float32":
-            issue += product
         return {
-            "memory": self.device_bytes / DEVICE_BYTES * 1e6,
+            "memory": self.device_bytes / device_bytes * 1e6,
             "L2 cache": self.cache_bytes / CACHE_BYTES * 1e6,
             "tensor cores" if dtype != "float32" else "FFMA": product,
-            "instructions": issue,
+            "instructions": cycles / CLOCK * 1e6,
             "shared memory": self.wavefronts / WAVEFRONTS_A_SECOND * 1e6 * idle,
         }
 
@@ -216,6 +236,7 @@ def kernels(case: Case, dtype: str, direction: str, layout: str = "contiguous", 
         input_step, input_map = INPUT_STEP[dtype], INPUT_MAP[dtype]
     depth = 64 // size
     flops = 2.0 * maps * columns * outputs
+    waits = (WAITS_BY_ELEMENTS if elements else WAITS)[dtype]
     reads = depth / 32 / min(masks, 16)  # wavefronts that read x for one line of a step's operand
     small = [Kernel(2 * weight, 2 * weight)]  # one of those that handle channels, outputs or weights
     if direction == "forward":
@@ -228,6 +249,9 @@ def kernels(case: Case, dtype: str, direction: str, layout: str = "contiguous", 
             shape.threads * (shape.blocks * TILE[shape.small] + steps * forward_step[shape.small]),
             steps * (step_wavefronts(dtype, shape) + shape.columns * reads) + outputs * columns * 4 * 2 / 128,
             shape.blocks,
+            shape.threads,
+            RESIDENT[dtype][shape.small],
+            waits,
         )
         if not norm:
             return [main]
@@ -239,14 +263,15 @@ def kernels(case: Case, dtype: str, direction: str, layout: str = "contiguous", 
             2 * maps * columns * MOMENTS,
             0,
             math.ceil(maps / 8) * math.ceil(columns / 2048),
+            256,
+            2,
         )
         return [moments, *small * 4, main]
     if direction == "weight_gradient":
         large = outputs > 64 and maps > 64
         edge = 128 if large else 64
         row_tiles, column_tiles = math.ceil(outputs / edge), math.ceil(maps / edge)
-        cut = math.ceil(outputs / 64) * math.ceil(maps / 64)
-        wanted = max(1, min(math.ceil(columns / 256), 528 // cut))
+        wanted = max(1, min(math.ceil(columns / 256), (264 if large else 528) // (row_tiles * column_tiles)))
         piece = max(64, math.ceil(math.ceil(columns / wanted) / 64) * 64)
         splits = max(1, math.ceil(columns / piece))
         shape = Tiles(edge, edge, row_tiles, column_tiles)
@@ -261,9 +286,13 @@ def kernels(case: Case, dtype: str, direction: str, layout: str = "contiguous", 
             + columns * outputs * TOTAL,
             steps * (step_wavefronts(dtype, shape) + shape.columns * reads),
             shape.blocks * splits,
+            shape.threads,
+            RESIDENT[dtype][shape.small],
+            waits,
         )
-        join = [Kernel(0 if parts < CACHE_SIZE else parts, parts)] if splits > 1 else []
-        return [*(small if norm else []), main, *join, *small * (2 if norm else 1)]
+        # dV from the pieces; with normalisation they are joined first, and its own gradients follow.
+        join = Kernel((0 if parts < CACHE_SIZE else parts) + 2 * weight, parts + 2 * weight)
+        return [*small, main, join, *small * 2] if norm else [main, join]
     assert direction == "input_gradient", direction
     shape = tiles(maps, columns)
     steps = math.ceil(outputs / depth) * shape.blocks
@@ -276,11 +305,16 @@ def kernels(case: Case, dtype: str, direction: str, layout: str = "contiguous", 
         + channels * columns * (INPUT_STORE[dtype][0] + INPUT_STORE[dtype][1] * (masks - 1)),
         steps * step_wavefronts(dtype, shape) + maps * columns * 4 * 5 / 128,
         shape.blocks,
+        shape.threads,
+        RESIDENT[dtype][shape.small],
+        waits,
     )
     return [*(small if norm else []), main]
 
 
-def predict(case: Case, dtype: str, direction: str, layout: str = "contiguous", *, norm: bool = False) -> Prediction:
+def predict(
+    case: Case, dtype: str, direction: str, layout: str = "contiguous", *, norm: bool = False, device: str = "H100"
+) -> Prediction:
     """A pass's prediction.
 
     Args:
@@ -289,6 +323,7 @@ def predict(case: Case, dtype: str, direction: str, layout: str = "contiguous", 
         direction: one of DIRECTIONS; the sum of its kernels.
         layout: "contiguous" or "channels_last".
         norm: with normalisation inside, in training.
+        device: the name of the GPU; with "H200" in it, that one's memory.
 
     Returns:
         The sums over the pass's kernels, launches included in `time_us`; `bound` is what bounds the longest kernel.
@@ -296,14 +331,15 @@ def predict(case: Case, dtype: str, direction: str, layout: str = "contiguous", 
     if dtype not in DTYPES or direction not in DIRECTIONS or layout not in ("contiguous", "channels_last"):
         raise ValueError(f"unknown dtype {dtype!r}, direction {direction!r} or layout {layout!r}")
     all_kernels = kernels(case, dtype, direction, layout, norm=norm)
-    times = [kernel.times(dtype) for kernel in all_kernels]
+    memory = H200_DEVICE_BYTES if "H200" in device else DEVICE_BYTES
+    times = [kernel.times(dtype, memory) for kernel in all_kernels]
     longest = max(times, key=lambda t: max(t.values()))
     sums = [sum(list(t.values())[i] for t in times) for i in range(5)]
     busy = sum(max(t.values()) for t in times)
     launches = len(all_kernels)
     bound = max(longest, key=lambda name: longest[name])
     if bound == "instructions" and dtype == "float32":
-        bound = "FFMA and instructions"
+        bound = "FFMA and other instructions"
     if LAUNCH_US * launches > busy:
         bound = "launches"
     return Prediction(
@@ -373,6 +409,10 @@ def compiled_us(case: Case, dtype: str, direction: str) -> float:
     }[direction]
 
 
+COPY, PRODUCT = "1.15 x a copy", "0.55 of cuBLAS's rate"
+"""The names of forward's targets."""
+
+
 @dataclass(frozen=True)
 class Target:
     """What a time should be at most, in microseconds, and what was predicted."""
@@ -392,9 +432,9 @@ def targets(case: Case, dtype: str, layout: str = "contiguous") -> list[Target]:
     flops = 2.0 * channels * masks * batch * height * height * outputs
     predicted = predict(case, dtype, "forward", layout).time_us
     if flops / (FLOPS[dtype] * REACHED[dtype]) * 1e6 + LAUNCH_US <= copy_us(case, dtype):
-        forward = Target("1.15 x a copy", 1.15 * copy_us(case, dtype), predicted)
+        forward = Target(COPY, 1.15 * copy_us(case, dtype), predicted)
     else:
-        forward = Target("0.55 of cuBLAS's rate", library_us(case, dtype) / 0.55, predicted)
+        forward = Target(PRODUCT, library_us(case, dtype) / 0.55, predicted)
     both = predict(case, dtype, "forward+backward", layout).time_us
     return [forward, Target("0.7 x torch.compile", 0.7 * compiled_us(case, dtype, "forward+backward"), both)]
 

@@ -113,6 +113,16 @@ def test_bits_fail_where_the_device_differs_or_does_not_repeat(tmp_path: Path, m
     assert not found["passed"] and "other bits" in found["error"]
 
 
+def test_programs_built_elsewhere_must_be_there(tmp_path: Path) -> None:
+    check = gpu_check.Check(options(tmp_path, built=True))
+    found = gpu_check.build(check, 10)
+    assert not found["passed"] and "lacks lib/libtorch_pnn_ops.so, " in found["error"]
+    for name in gpu_check.PROGRAMS:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    assert gpu_check.build(check, 10) == {"passed": True}
+
+
 def test_sanitizer_fails_where_a_tool_finds_something_or_says_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -241,7 +251,7 @@ def test_device_checks_see_other_bits(tmp_path: Path, monkeypatch: pytest.Monkey
 
 
 def row(**more: Any) -> dict[str, Any]:
-    base = {"case": [1, 2, 3, 4, 5], "type": "bfloat16", "layout": "contiguous", "forward bound": "memory"}
+    base = {"case": [32, 64, 56, 64, 1], "type": "bfloat16", "layout": "contiguous"}  # as a copy, at best
     return {**base, "forward ours": 10.0, "forward predicted": 6.0, "copy": 9.0, "cublas": 4.0, **more}
 
 
@@ -250,14 +260,17 @@ def test_tables_mark_missed_predictions_and_targets() -> None:
     assert "**" not in "\n".join(gpu_report.predicted([row(**{"forward predicted": 7.0})], "forward"))
     assert "**" not in "\n".join(gpu_report.compared([row()], "forward"))
     assert "**1.25**" in "\n".join(gpu_report.compared([row(copy=8.0)], "forward"))
-    heavy = {"forward bound": "tensor cores"}
+    heavy = {"case": [64, 256, 56, 256, 4]}
     assert "**0.40**" in "\n".join(gpu_report.compared([row(**heavy)], "forward"))
     whole = {"forward+backward ours": 8.0, "forward+backward compiled": 10.0}
     assert "**0.80**" in "\n".join(gpu_report.compared([row(**whole)], "forward+backward"))
     lines = "\n".join(gpu_report.targets([row(copy=8.0, **whole), row(**heavy)]))
     assert "0 of 1" in lines and "**1.09**" in lines and "**1.38**" in lines
     # Nothing measured is nothing judged.
-    empty = {"case": [1], "type": "t", "layout": "l"}
+    empty = {"case": [1, 2, 3, 4, 5], "type": "bfloat16", "layout": "l"}
+    kernels = {"input_gradient_kernel<Small, 1>": 3.0, "norm_kernel": 1.0, "start_kernel": 0.5}
+    text = "\n".join(gpu_report.kernels([{**empty, "norm": True, "kernels_us": kernels}]))
+    assert "| 1,2,3,4,5 | bfloat16 | l | yes | - | - | - | 3.0 | - | 1.5 |" in text
     assert gpu_report.targets([empty]) == [] and "-" in "\n".join(gpu_report.compared([empty], "forward"))
 
 
