@@ -1,8 +1,8 @@
 # The CUDA half of libpnn: target pnn_cuda, and with PNN_TORCH the operators torch_pnn_cuda.
 #
-# PNN_CUDA = OFF, the default, since it takes minutes to compile; AUTO builds it where nvcc is found and PyTorch, if any is built
-# against, is a CUDA build; ON insists. The reason for leaving it out, PNN_CUDA_MISSING, is printed, and `torch-pnn
-# info` and find_package(pnn COMPONENTS cuda) repeat it.
+# PNN_CUDA = OFF, the default, since it takes minutes to compile; AUTO builds it where nvcc is found and PyTorch, if any
+# is built against, is a CUDA build; ON insists. The reason for leaving it out, PNN_CUDA_MISSING, is printed, and
+# `torch-pnn info` and find_package(pnn COMPONENTS cuda) repeat it.
 #
 # nvcc is called directly: CMake's own CUDA language links test programs against parts of the toolkit that small
 # installations lack. The nvcc on the PATH may be a wrapper script, so the toolkit's root is asked of nvcc itself.

@@ -27,18 +27,26 @@ int shift_of(int64_t n) {
   return (int64_t{1} << shift) == n ? shift : -1;
 }
 
-/* Whether the pixels, or the channels, of a tensor lie in aligned runs of 16 bytes that no group or image ends inside.
- */
+/* Whether the pixels, or the channels, of a tensor lie in aligned runs of 16 bytes, the pixels also of 4, that no
+ * group or image ends inside. */
 int staging_of(const pnn_problem &p, const pnn_view &v, int64_t channels, int64_t group_channels) {
-  const int64_t run = 16 / v.element;
-  if (reinterpret_cast<uintptr_t>(v.data) % 16 || channels == 0) return STAGE_ELEMENTS;
+  if (channels == 0) return STAGE_ELEMENTS;
   const bool joined =
       p.out_width > 1 ? v.column == 1 && (p.out_height == 1 || v.row == p.out_width) : p.out_height > 1 && v.row == 1;
-  if (joined && multiple(p.pixels, run) && multiple(v.channel, run) && multiple(v.batch, run)) return STAGE_PIXELS;
-  if (v.channel == 1 && (p.groups == 1 || multiple(group_channels, run)) && multiple(v.batch, run) &&
+  const auto aligned = [&](int64_t bytes) {
+    return static_cast<int64_t>(reinterpret_cast<uintptr_t>(v.data) % 16) % bytes == 0;
+  };
+  const auto pixels = [&](int64_t bytes) {
+    const int64_t run = bytes / v.element;
+    return joined && aligned(bytes) && run >= 1 && multiple(p.pixels, run) && multiple(v.channel, run) &&
+           multiple(v.batch, run);
+  };
+  if (pixels(16)) return STAGE_PIXELS;
+  const int64_t run = 16 / v.element;
+  if (aligned(16) && v.channel == 1 && (p.groups == 1 || multiple(group_channels, run)) && multiple(v.batch, run) &&
       multiple(v.row, run) && multiple(v.column, run))
     return STAGE_CHANNELS;
-  return STAGE_ELEMENTS;
+  return pixels(4) ? STAGE_WORDS : STAGE_ELEMENTS;
 }
 
 Layer layer_of(const pnn_problem &p) {

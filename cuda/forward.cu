@@ -9,7 +9,8 @@
  * The middle arrow is where masks are added (generated in registers, or read), the activation applied, the mean
  * subtracted and the operand rounded. x and V travel STAGES - 1 steps ahead; the operand of the next step is made
  * between the same two barriers in which this step's is multiplied, so that the arithmetic of one hides behind the
- * other. Tensors whose pixels or channels do not lie in aligned runs of 16 bytes skip the first arrow.
+ * other. Tensors whose pixels do not lie in aligned runs of 4 bytes or more, nor channels in runs of 16, skip the first
+ * arrow.
  */
 #include <string>
 
@@ -67,7 +68,7 @@ struct AnyOperand {
       : layer(layer_), table(table_), columns(columns_), staging(layer_.input_staging) {
     input_size = layer.input_float ? 4 : static_cast<int>(sizeof(D));
     V = 16 / input_size;
-    pitch = (staging == STAGE_PIXELS ? S::columns : DEPTH) * input_size + 16;
+    pitch = (along_pixels(staging) ? S::columns : DEPTH) * input_size + 16;
     j = thread_index() % S::columns;
     first_run = thread_index() / S::columns * (RUN * RUNS);
     channel_first = group * layer.group_channels;
@@ -115,9 +116,9 @@ struct AnyOperand {
           const Source<int64_t> x = source_in<D>(layer, column.input, channel_first + map.c);
           perturbed<D>(layer, seed, x, map_first + k, {channel_first + map.c, map.m}, count, column.pixel, &last, u);
         } else {
-          const int step_bytes = staging == STAGE_PIXELS ? pitch : input_size;
+          const int step_bytes = along_pixels(staging) ? pitch : input_size;
           const int first =
-              static_cast<int>(map.c - c0) * step_bytes + j * (staging == STAGE_PIXELS ? input_size : pitch);
+              static_cast<int>(map.c - c0) * step_bytes + j * (along_pixels(staging) ? input_size : pitch);
           const Source<int> x = {tile + first, step_bytes};
           perturbed<D>(layer, seed, x, map_first + k, {channel_first + map.c, map.m}, count, column.pixel, &last, u);
         }

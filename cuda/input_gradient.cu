@@ -210,9 +210,8 @@ struct AnyGradient {
   PNN_DEVICE AnyGradient(const Layer &layer_, const Column *table_, int columns_, int64_t group)
       : layer(layer_), table(table_), columns(columns_), output_first(group * layer_.group_outputs) {}
   PNN_DEVICE void load(int64_t step, char *tile) const {
-    const int staging = G == DEPTH_FASTEST                          ? STAGE_CHANNELS
-                        : layer.grad_output_staging == STAGE_PIXELS ? STAGE_PIXELS
-                                                                    : STAGE_ELEMENTS;
+    const int own = layer.grad_output_staging;
+    const int staging = G == DEPTH_FASTEST ? STAGE_CHANNELS : along_pixels(own) ? own : STAGE_ELEMENTS;
     const auto place = [&](int j, int64_t *at) {
       *at = j < columns ? table[j].grad_output : 0;
       return j < columns;
@@ -252,8 +251,8 @@ __global__ void __launch_bounds__(S::threads, (blocks_of<D, S, (WAY != ANY_WAY)>
   const R *const offset = static_cast<const R *>(layer.offset), *const slope = static_cast<const R *>(layer.slope);
 
   int64_t map_tile, column_tile;
-  const int64_t group =
-      divide<PLAIN>(grid.by_columns, divide<PLAIN>(grid.by_maps, grid.first_tile + blockIdx.x, &map_tile), &column_tile);
+  const int64_t group = divide<PLAIN>(
+      grid.by_columns, divide<PLAIN>(grid.by_maps, grid.first_tile + blockIdx.x, &map_tile), &column_tile);
   [[maybe_unused]] const int64_t map_first = group * layer.group_maps; /* not of plain layers */
   int64_t k_begin, k_end;
   if (masks) {

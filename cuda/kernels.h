@@ -60,8 +60,8 @@ constexpr int blocks_of = !on_tensor_cores<D> || (sizeof(D) == 4 && !PLAIN) ? S:
                           : S::threads == 256                               ? 2
                           : PLAIN                                           ? 4
                                                                             : 3;
-/* Large tiles where they still give a large GPU this many blocks; of the weight gradient, which cuts its sum into as many
- * pieces as it takes, where there are rows and columns for them. Results do not depend on it. */
+/* Large tiles where they still give a large GPU this many blocks; of the weight gradient, which cuts its sum into as
+ * many pieces as it takes, where there are rows and columns for them. Results do not depend on it. */
 constexpr int64_t ENOUGH_BLOCKS = 128;
 inline bool enough_blocks(const Layer &layer, int64_t rows) {
   return ceil_div(rows, Large::rows) * ceil_div(layer.columns, Large::columns) * layer.groups >= ENOUGH_BLOCKS;

@@ -64,8 +64,11 @@ struct View {
 enum Staging {
   STAGE_ELEMENTS = 0, /* element by element: any strides */
   STAGE_PIXELS = 1,   /* 16 bytes at a time along the pixels of a channel (contiguous) */
-  STAGE_CHANNELS = 2  /* 16 bytes at a time along the channels of a pixel (channels-last) */
+  STAGE_CHANNELS = 2, /* 16 bytes at a time along the channels of a pixel (channels-last) */
+  STAGE_WORDS = 3     /* 4 bytes at a time along the pixels of a channel, laid out as with STAGE_PIXELS */
 };
+/* Whether a tile lies in shared memory as [channel][column], copied asynchronously. */
+PNN_HOST_DEVICE bool along_pixels(int staging) { return staging == STAGE_PIXELS || staging == STAGE_WORDS; }
 
 struct Layer {
   int64_t batch, pixels, columns; /* B, P, B*P */

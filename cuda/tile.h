@@ -363,7 +363,7 @@ struct StepTiles {
 };
 
 /* Channels [c0, c0 + count) below `end` of columns [0, COLUMNS) of a view into shared memory, count <= CHANNELS:
- * [channel][column] with STAGE_PIXELS (and STAGE_ELEMENTS, at once and not asynchronously), [column][channel] with
+ * [channel][column] along the pixels (and with STAGE_ELEMENTS, but at once), [column][channel] with
  * STAGE_CHANNELS, where c0 is a multiple of 16 bytes. offset(j, &at) tells whether column j is there, and its place in
  * the view. */
 template <int SIZE, int CHANNELS, int COLUMNS, int THREADS, class Offset>
@@ -405,20 +405,23 @@ PNN_DEVICE void stage_view(const View &v, int staging, int64_t c0, int count, in
       copy_async16(to + j * pitch, valid ? from + at * SIZE : v.data, valid);
     }
   } else {
+    /* Words, or single elements. */
+    const bool words = SIZE <= 4 && staging == STAGE_WORDS;
+    const int run = words ? 4 / SIZE : 1;
 #pragma unroll 1
-    for (int i = thread; i < count * COLUMNS; i += THREADS) {
+    for (int i = thread * run; i < count * COLUMNS; i += THREADS * run) {
       const int r = i / COLUMNS, j = i % COLUMNS;
       const bool here = offset(j, &at) && c0 + r < end;
-      const int64_t element = here ? at + (group_first + c0 + r) * v.channel : 0;
-      if constexpr (SIZE == 2)
-        *reinterpret_cast<uint16_t *>(to + r * pitch + j * 2) =
-            here ? reinterpret_cast<const uint16_t *>(v.data)[element] : uint16_t(0);
+      const char *const from = v.data + (here ? at + (group_first + c0 + r) * v.channel : 0) * SIZE;
+      char *const into = to + r * pitch + j * SIZE;
+      if (words)
+        copy_async4_or_zero(into, from, here);
+      else if constexpr (SIZE == 2)
+        *reinterpret_cast<uint16_t *>(into) = here ? *reinterpret_cast<const uint16_t *>(from) : uint16_t(0);
       else if constexpr (SIZE == 4)
-        *reinterpret_cast<uint32_t *>(to + r * pitch + j * 4) =
-            here ? reinterpret_cast<const uint32_t *>(v.data)[element] : 0u;
+        *reinterpret_cast<uint32_t *>(into) = here ? *reinterpret_cast<const uint32_t *>(from) : 0u;
       else
-        *reinterpret_cast<uint64_t *>(to + r * pitch + j * 8) =
-            here ? reinterpret_cast<const uint64_t *>(v.data)[element] : uint64_t(0);
+        *reinterpret_cast<uint64_t *>(into) = here ? *reinterpret_cast<const uint64_t *>(from) : uint64_t(0);
     }
   }
 }

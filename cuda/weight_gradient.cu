@@ -72,7 +72,7 @@ struct AnyOperand {
   PNN_DEVICE AnyOperand(const Layer &layer_, const Part &part_)
       : layer(layer_), part(part_), staging(layer_.input_staging) {
     input_size = layer.input_float ? 4 : static_cast<int>(sizeof(D));
-    pitch = (staging == STAGE_PIXELS ? DEPTH : static_cast<int>(S::columns)) * input_size + 16;
+    pitch = (along_pixels(staging) ? DEPTH : static_cast<int>(S::columns)) * input_size + 16;
     c0 = map_make(layer, part.k0).c;
     if (part.maps > 0) channels = static_cast<int>(map_make(layer, part.k0 + part.maps - 1).c + 1 - c0);
     if (staging == STAGE_CHANNELS) {
@@ -117,9 +117,9 @@ struct AnyOperand {
           const Source<int64_t> x = source_in<D>(layer, column.input, in_layer.c);
           perturbed<D>(layer, seed, x, k, in_layer, count, column.pixel, &last, u);
         } else {
-          const int step_bytes = staging == STAGE_PIXELS ? pitch : input_size;
+          const int step_bytes = along_pixels(staging) ? pitch : input_size;
           const int first =
-              static_cast<int>(map.c - c0) * step_bytes + j * (staging == STAGE_PIXELS ? input_size : pitch);
+              static_cast<int>(map.c - c0) * step_bytes + j * (along_pixels(staging) ? input_size : pitch);
           const Source<int> x = {tile + first, step_bytes};
           perturbed<D>(layer, seed, x, k, in_layer, count, column.pixel, &last, u);
         }
@@ -227,9 +227,8 @@ struct AnyGradient {
   PNN_DEVICE AnyGradient(const Layer &layer_, int64_t group, int64_t t0_)
       : layer(layer_), t0(t0_), output_first(group * layer_.group_outputs) {}
   PNN_DEVICE void load(const Column *table, int pixels, char *tile) const {
-    const int order = G == ROWS_FASTEST                           ? STAGE_CHANNELS
-                      : layer.grad_output_staging == STAGE_PIXELS ? STAGE_PIXELS
-                                                                  : STAGE_ELEMENTS;
+    const int own = layer.grad_output_staging;
+    const int order = G == ROWS_FASTEST ? STAGE_CHANNELS : along_pixels(own) ? own : STAGE_ELEMENTS;
     const auto place = [&](int pixel, int64_t *at) {
       *at = pixel < pixels ? table[pixel].grad_output : 0;
       return pixel < pixels;

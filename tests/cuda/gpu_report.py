@@ -23,14 +23,15 @@ most this share of torch.compile's time for forward and backward."""
 def phase_line(name: str, found: dict[str, Any]) -> str:
     """How a phase ended, and what was wrong."""
     ended = "passed" if found.get("passed") else "FAILED"
-    lines = [f"{name}: {ended} after {found.get('seconds', 0)} s"]
+    lines = [f"{name}: {ended}" + (f" after {found['seconds']} s" if "seconds" in found else "")]
     for key in ("cases", "calls", "skipped", "different_from_host"):
         if found.get(key):
             lines.append(f"  {key}: {found[key]}")
     if not found.get("passed"):
         for key in ("error", "errors", "failures", "unfinished"):
             value = found.get(key)
-            lines += [f"  {key}: {text}" for text in (value if isinstance(value, list) else [value] if value else [])]
+            values = value if isinstance(value, list) else [value] if value else []
+            lines += [f"  {key}: {text}".rstrip() for text in values]
         for key in ("memcheck", "racecheck", "initcheck", "synccheck"):
             if found.get(key, "clean") != "clean":
                 lines.append(f"  {key}: {found[key]}")

@@ -207,6 +207,9 @@ const Call calls[] = {
     {PNN_FLOAT32, PNN_FLOAT16, 1, 3, 3, 5, 70, 1, 1, 1, PNN_NOISE_NONE, PNN_ACTIVATION_SIGMOID, false, false},
     {PNN_FLOAT32, PNN_FLOAT32, 2, 72, 4, 16, 72, 1, 1, 1, PNN_NOISE_UNIFORM, PNN_ACTIVATION_RELU, false, true, true},
     {PNN_FLOAT32, PNN_FLOAT32, 2, 24, 7, 7, 40, 3, 1, 1, PNN_NOISE_TENSOR, PNN_ACTIVATION_GELU, true, false, true},
+    /* Pixels in runs of 4 bytes. */
+    {PNN_BFLOAT16, PNN_BFLOAT16, 2, 32, 6, 14, 40, 1, 1, 1, PNN_NOISE_UNIFORM, PNN_ACTIVATION_RELU, false, false},
+    {PNN_FLOAT32, PNN_FLOAT32, 3, 32, 7, 7, 72, 2, 1, 1, PNN_NOISE_UNIFORM, PNN_ACTIVATION_RELU, false, true, true},
     /* Plain layers (is_plain in cuda/response.h), in small tiles and in large ones. */
     {PNN_BFLOAT16, PNN_BFLOAT16, 3, 32, 8, 8, 24, 1, 1, 1, PNN_NOISE_UNIFORM, PNN_ACTIVATION_RELU, false, false},
     {PNN_BFLOAT16, PNN_BFLOAT16, 2, 16, 64, 128, 72, 2, 1, 1, PNN_NOISE_UNIFORM, PNN_ACTIVATION_RELU, false, false},
