@@ -32,6 +32,7 @@ SUMS = {torch.float32: 2.0**-24, torch.float64: 2.0**-53, torch.bfloat16: 2.0**-
 SMALLEST = {torch.float32: 2.0**-149, torch.float64: 0.0, torch.bfloat16: 2.0**-133, torch.float16: 2.0**-24}
 LEVEL = 0.25
 FLUSHED_BYTES = 2**28  # written between timings: several times any L2 cache
+WARM_SECONDS = 0.03  # of work before a timing
 
 
 # ---- the device, or what stands in for it ----
@@ -585,6 +586,23 @@ def capture(work: Work, function: Callable[[], Any]) -> tuple[Callable[[], None]
     return graph.replay, result
 
 
+def raise_clock(work: Work, call: Callable[[], Any]) -> None:
+    """Keeps the GPU busy with a call until its clock has risen from what it has at rest, which takes milliseconds."""
+    started = time.monotonic()
+    while not work.rehearse and time.monotonic() - started < WARM_SECONDS:
+        for _ in range(5):
+            call()
+        work.cuda.synchronize()
+
+
+def clock(work: Work) -> int | None:
+    """The multiprocessors' clock now, in MHz; None where PyTorch cannot tell (it asks nvidia-ml-py)."""
+    try:
+        return int(work.cuda.clock_rate())
+    except (AttributeError, ImportError, RuntimeError):
+        return None
+
+
 def milliseconds(work: Work, function: Callable[[], Any], flush: torch.Tensor) -> float:
     """The median over replays of a CUDA graph of the call, the L2 cache flushed before each.
 
@@ -592,6 +610,13 @@ def milliseconds(work: Work, function: Callable[[], Any], flush: torch.Tensor) -
     graph's time, is reported once.
     """
     replay, result = capture(work, function)
+
+    def flushed(replay: Callable[[], None] = replay) -> None:
+        flush.zero_()
+        replay()
+
+    raise_clock(work, flushed)
+    del flushed
     times = []
     started = time.monotonic()
     while len(times) < 5 or (len(times) < 30 and time.monotonic() - started < 0.3):
@@ -758,6 +783,7 @@ def kernels_phase(work: Work) -> None:
                     step = layer.training(function)
                     try:
                         with arithmetic(kind):
+                            raise_clock(work, step)
                             step()
                             with torch.profiler.profile(activities=[activity]) as profile:
                                 for _ in range(5):
@@ -833,6 +859,7 @@ def time_ours(work: Work, row: dict[str, Any], layer: Layer, timed: Callable[...
         row[f"{direction} bound"] = prediction.bound
     timed(row, "forward ours", layer, layer.forward(layer.ours))
     timed(row, "forward+backward ours", layer, layer.training(layer.ours))
+    row["clock_mhz"] = clock(work)
     row["peak_bytes ours"] = peak_bytes(work, layer.ours, (layer.x, layer.weight))
 
 
