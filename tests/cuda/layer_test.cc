@@ -232,6 +232,14 @@ TEST_P(CudaTypes, EmptySizes) {
   }
 }
 
+TEST_P(CudaTypes, NoBias) {
+  Case c = base();
+  c.bias = false, c.B = 2, c.C = 16, c.H = 3, c.W = 8, c.T = 9;
+  check(c); /* a plain layer, but of float64 */
+  c.C = 3, c.W = 5, c.noise = PNN_NOISE_TENSOR;
+  check(c);
+}
+
 TEST_P(CudaTypes, SomeGradients) {
   for (unsigned gradients = 0; gradients < 64; gradients += 3) {
     Case c = base();
