@@ -426,7 +426,6 @@ PNN_DEVICE void stage_view(const View &v, int staging, int64_t c0, int count, in
   }
 }
 
-/* Eight reals, rounded to D, to 16-byte aligned shared memory. */
 /* Sixteen zeros of D. */
 template <class D>
 PNN_DEVICE void store_zeros(D *to) {
@@ -434,6 +433,7 @@ PNN_DEVICE void store_zeros(D *to) {
   for (int i = 0; i < static_cast<int>(sizeof(D)); i++)
     store_shared(reinterpret_cast<words4 *>(to) + i, words4{{0, 0, 0, 0}});
 }
+/* Eight reals, rounded to D, to 16-byte aligned shared memory. */
 PNN_DEVICE void store_run(bfloat16 *to, const float v[8]) {
   words4 w;
 #pragma unroll
