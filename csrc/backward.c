@@ -450,23 +450,18 @@ static void inputs_product(const pnn_inputs *in, const inputs_scratch *s, const 
 }
 
 /* The response maps k0, ... of a tile, to the end. */
-static void inputs_fused(const pnn_inputs *in, const inputs_scratch *s, const pnn_response *response,
-                         const pnn_columns *columns, const void *a, const char *gradient, int64_t j, int64_t k0,
-                         int64_t maps, pnn_ahead *ahead) {
+static void inputs_fused(const pnn_inputs *in, const inputs_scratch *s, const pnn_source *source, const void *a,
+                         const char *gradient, int64_t j, char *dx, int64_t k0, int64_t maps, pnn_ahead *ahead) {
   const pnn_problem *p = in->problem;
-  const int64_t tile = p->kernels->tile_columns;
-  pnn_source source;
-  pnn_response_source(response, columns, k0, j, tile, 0, &source);
-  char *dx = pnn_columns_place(p, columns, &p->grad_input, k0, j, tile); /* one mask a channel */
   if (p->pairs) {
     p->kernels->product_pairs_respond_grad[p->activation]((p->group_outputs + 1) / 2, a, s->pairs + j * 4, in->width,
-                                                          dx, p->grad_input.channel, maps, &source, ahead);
+                                                          dx, p->grad_input.channel, maps, source, ahead);
     return;
   }
   const pnn_norm_terms norm = pnn_inputs_norm_terms(in, k0);
   p->kernels->product_respond_grad[p->activation](p->group_outputs, a, gradient, p->grad_output.channel,
                                                   s->gradient + j * p->real_size, in->width, dx, p->grad_input.channel,
-                                                  maps, &source, in->affine ? &norm : NULL, ahead);
+                                                  maps, source, in->affine ? &norm : NULL, ahead);
 }
 
 /* The products of one block of maps with the outputs [first, first + depth) of the group; `copies`: the first tile
@@ -476,18 +471,28 @@ static void inputs_products(const pnn_inputs *in, const inputs_scratch *s, const
                             bool copies, int64_t first, int64_t depth, pnn_ahead *ahead) {
   const pnn_problem *p = in->problem;
   const pnn_kernels *kernels = p->kernels;
-  const int64_t k = block * in->block, maps = PNN_MIN(in->block, p->group_maps - k);
-  for (int64_t i = 0; i < maps; i += kernels->tile_rows) {
-    const void *a = pnn_packing_tile(p, &in->packing, in->packed, group, block, i / kernels->tile_rows, first);
-    for (int64_t j = 0; j < columns->columns; j += kernels->tile_columns) {
-      const inputs_tile *at = &tiles[j / kernels->tile_columns];
+  const int64_t k = block * in->block, k0 = group * p->group_maps + k, maps = PNN_MIN(in->block, p->group_maps - k);
+  const int64_t rows = kernels->tile_rows, wide = kernels->tile_columns;
+  pnn_source source[PNN_WIDEST / 4]; /* of a fused tile's first response maps, and where its gradient goes */
+  char *dx[PNN_WIDEST / 4];
+  for (int64_t j = 0; j < columns->columns; j += wide)
+    if (tiles[j / wide].fused) { /* one mask a channel */
+      pnn_response_source(response, columns, k0, j, wide, 0, &source[j / wide]);
+      dx[j / wide] = pnn_columns_place(p, columns, &p->grad_input, k0, j, wide);
+    }
+  for (int64_t i = 0; i < maps; i += rows) {
+    const void *a = pnn_packing_tile(p, &in->packing, in->packed, group, block, i / rows, first);
+    for (int64_t j = 0; j < columns->columns; j += wide) {
+      const inputs_tile *at = &tiles[j / wide];
       const char *gradient = copies && i == 0 ? at->gradient : NULL;
-      if (at->fused)
-        inputs_fused(in, s, response, columns, a, gradient, j, group * p->group_maps + k + i,
-                     PNN_MIN(kernels->tile_rows, maps - i), ahead);
-      else
+      if (at->fused) {
+        const pnn_source from = pnn_source_at(p, &source[j / wide], i);
+        inputs_fused(in, s, &from, a, gradient, j, dx[j / wide] + i * p->grad_input.channel * p->native, k0 + i,
+                     PNN_MIN(rows, maps - i), ahead);
+      } else {
         inputs_product(in, s, a, depth, first ? NULL : zero_start, gradient, j,
                        s->d + (i * in->width + j) * p->real_size, ahead);
+      }
     }
   }
 }

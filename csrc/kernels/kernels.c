@@ -570,6 +570,35 @@ static inline __attribute__((always_inline)) void respond_product(int64_t depth,
   tile_end(sum, c, ldc);
 }
 
+/* From a tile of da to dx. All of x is read before the first store: where rows lie a multiple of 4096 bytes apart, a
+ * processor takes a row's store for what the next row's load waits for. */
+static inline __attribute__((always_inline)) void tile_respond_grad(vr sum[TILE_ROWS][TILE_VECTORS], real *restrict dx,
+                                                                    int64_t ldo, int64_t rows, const real *restrict x,
+                                                                    int64_t ldx, const real *restrict mask, int64_t ldm,
+                                                                    bool masked, const pnn_norm_terms *norm,
+                                                                    vr (*activate)(vr), vr (*activate_grad)(vr, vr)) {
+#pragma GCC unroll 8
+  for (int i = 0; i < TILE_ROWS; i++) {
+    if (i >= rows) break;
+#pragma GCC unroll 2
+    for (int v = 0; v < TILE_VECTORS; v++) {
+      vr u = vr_load(x + i * ldx + v * VR), da = sum[i][v];
+      if (masked) u += vr_load(mask + i * ldm + v * VR);
+      if (norm) {
+        const real *mean = norm->mean, *offset = norm->offset, *slope = norm->slope;
+        da = vr_fma(vr_set1(slope[i]), activate(u) - vr_set1(mean[i]), da + vr_set1(offset[i]));
+      }
+      sum[i][v] = activate_grad(u, da);
+    }
+  }
+#pragma GCC unroll 8
+  for (int i = 0; i < TILE_ROWS; i++) {
+    if (i >= rows) break;
+#pragma GCC unroll 2
+    for (int v = 0; v < TILE_VECTORS; v++) vr_store(dx + i * ldo + v * VR, sum[i][v]);
+  }
+}
+
 /* The sums of a tile through the activation to the gradient of the input, one mask a channel; g NULL: b holds the panel
  * already. */
 static inline __attribute__((always_inline)) void product_respond_grad(
@@ -602,18 +631,12 @@ static inline __attribute__((always_inline)) void product_respond_grad(
   } else {
     tile_products(depth, sum, a, b, ldb, ahead);
   }
-  const real *mean = norm ? norm->mean : NULL, *offset = norm ? norm->offset : NULL, *slope = norm ? norm->slope : NULL;
-#pragma GCC unroll 8
-  for (int i = 0; i < TILE_ROWS; i++) {
-    if (i >= rows) continue;
-#pragma GCC unroll 2
-    for (int v = 0; v < TILE_VECTORS; v++) {
-      vr u = vr_load(x + i * ldx + v * VR), da = sum[i][v];
-      if (mask) u += vr_load(mask + i * ldm + v * VR);
-      if (norm) da = vr_fma(vr_set1(slope[i]), activate(u) - vr_set1(mean[i]), da + vr_set1(offset[i]));
-      vr_store(dx + i * ldo + v * VR, activate_grad(u, da));
-    }
-  }
+  if (norm)
+    tile_respond_grad(sum, dx, ldo, rows, x, ldx, mask, ldm, mask, norm, activate, activate_grad);
+  else if (mask)
+    tile_respond_grad(sum, dx, ldo, rows, x, ldx, mask, ldm, true, NULL, activate, activate_grad);
+  else
+    tile_respond_grad(sum, dx, ldo, rows, x, ldx, NULL, 0, false, NULL, activate, activate_grad);
 }
 
 /* `dot` whose panels are made on the way: a copied from g, b from its source, where these are not NULL. */
