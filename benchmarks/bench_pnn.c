@@ -61,7 +61,7 @@ static double now(void) {
 }
 
 static void *need(size_t bytes) {
-  void *p = malloc(bytes ? bytes : 1);
+  void *p = aligned_alloc(64, (bytes + 63) / 64 * 64 + 64); /* as PyTorch's tensors are */
   if (!p) {
     fprintf(stderr, "bench_pnn: out of memory for %zu bytes\n", bytes);
     exit(1);
