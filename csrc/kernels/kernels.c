@@ -556,9 +556,8 @@ static inline __attribute__((always_inline)) void respond_product(int64_t depth,
         if (masked) bv[v] += vr_load(mask + v * VR);
         bv[v] = activate(bv[v]);
         if (centred) bv[v] -= vr_set1(*mean);
+        vr_store(b + v * VR, bv[v]);
       }
-#pragma GCC unroll 2
-      for (int v = 0; v < TILE_VECTORS; v++) vr_store(b + v * VR, bv[v]); /* no load has to wait for it */
       tile_step(sum, a, bv);
       if (masked) mask += ldm;
       if (centred) mean++;
@@ -623,9 +622,10 @@ static inline __attribute__((always_inline)) void product_respond_grad(
       for (int64_t k = 0; k < left && k < PNN_AHEAD_DEPTH; k++, a += TILE_ROWS, b += ldb, g += ldg) {
         vr bv[TILE_VECTORS];
 #pragma GCC unroll 2
-        for (int v = 0; v < TILE_VECTORS; v++) bv[v] = vr_load(g + v * VR);
-#pragma GCC unroll 2
-        for (int v = 0; v < TILE_VECTORS; v++) vr_store(b + v * VR, bv[v]);
+        for (int v = 0; v < TILE_VECTORS; v++) {
+          bv[v] = vr_load(g + v * VR);
+          vr_store(b + v * VR, bv[v]);
+        }
         tile_step(sum, a, bv);
       }
   } else {
