@@ -181,8 +181,11 @@ void pnn_ahead_add(const pnn_problem *problem, pnn_ahead *ahead, const pnn_range
       .rows = pixels ? channels : run,
       .write = write};
   pnn_ahead_stream *s = &ahead->stream[ahead->streams - 1];
-  if (s->stride == s->bytes)
-    *s = (pnn_ahead_stream){.data = s->data, .bytes = s->rows * s->bytes, .rows = 1, .write = write};
+  if (s->stride != s->bytes) return;
+  /* Without gaps: rows of a page. */
+  const int64_t bytes = s->rows * s->bytes;
+  s->rows = PNN_MAX(bytes / PNN_AHEAD_PAGE, 1);
+  s->stride = s->bytes = (bytes + s->rows - 1) / s->rows;
 }
 
 /* A range's masks should stay in the second-level cache beside the panels... */

@@ -4,6 +4,10 @@
  * A panel takes short pieces of many rows, which no processor's own prefetcher foresees. Asking for all of them at once
  * would fill the processor's list of open misses and stall it, so the products ask for a few lines every
  * PNN_AHEAD_DEPTH steps of their depth. Nothing but time depends on it.
+ *
+ * Rows on pages of their own cost a walk through the page tables each, some hundred cycles of which a processor does
+ * several at a time, but only as far apart as its window of instructions is long. So the first lines of
+ * PNN_AHEAD_PAGES rows are asked for at once: their walks take little longer than one.
  */
 #ifndef PNN_KERNELS_AHEAD_H
 #define PNN_KERNELS_AHEAD_H
@@ -12,6 +16,8 @@
 
 #define PNN_AHEAD_DEPTH 8
 #define PNN_AHEAD_STREAMS 4
+#define PNN_AHEAD_PAGE 4096
+#define PNN_AHEAD_PAGES 16
 
 typedef struct pnn_ahead_stream {
   const char *data;
@@ -32,7 +38,11 @@ static inline int pnn_ahead_next(pnn_ahead *ahead) {
   while (ahead->current < ahead->streams) {
     const pnn_ahead_stream *s = &ahead->stream[ahead->current];
     if (ahead->row < s->rows) {
-      const char *row = s->data + ahead->row++ * s->stride;
+      const char *row = s->data + ahead->row * s->stride;
+      if (ahead->row % PNN_AHEAD_PAGES == 0)
+        for (int64_t i = 1; i < PNN_AHEAD_PAGES && ahead->row + i < s->rows; i++)
+          __builtin_prefetch(row + i * s->stride, 0, 2);
+      ahead->row++;
       ahead->line = row - (uintptr_t)row % 64;
       ahead->end = row + s->bytes;
       return 1;
