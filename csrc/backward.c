@@ -111,8 +111,11 @@ pnn_ahead pnn_sums_ahead(const pnn_sums *s, const pnn_sums_place *at, int64_t ch
   if (!at->maps) return ahead;
   pnn_range range;
   int64_t first, count = pnn_chunk_locate(p, &s->chunks, chunk, &range, &first);
-  pnn_ahead_add(p, &ahead, &range, first, count, &p->grad_output, output + outputs,
-                PNN_MIN(outputs, at->end - output - outputs), false);
+  /* A cache line of a pixel holds 32 outputs as bfloat16, more than a block's: the gradient comes with the input. */
+  const bool with_input = s->rows && p->pairs;
+  if (!with_input)
+    pnn_ahead_add(p, &ahead, &range, first, count, &p->grad_output, output + outputs,
+                  PNN_MIN(outputs, at->end - output - outputs), false);
   if (++chunk < end) {
     /* This block's share of the next chunk's input: of its pixels, or of its channels. */
     const int64_t shares = (at->end - at->first + outputs - 1) / outputs, i = (output - at->first) / outputs;
@@ -123,6 +126,8 @@ pnn_ahead pnn_sums_ahead(const pnn_sums *s, const pnn_sums_place *at, int64_t ch
     *from += i * share;
     *extent = PNN_MIN(share, *extent - i * share);
     pnn_ahead_add(p, &ahead, &range, first, count, &p->input, channel, channels, false);
+    if (with_input)
+      pnn_ahead_add(p, &ahead, &range, first, count, &p->grad_output, at->first, at->end - at->first, false);
   }
   return ahead;
 }

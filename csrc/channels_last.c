@@ -300,16 +300,21 @@ static void gradient_tiles(const pnn_problem *p, const pixel_run *runs, int64_t 
                               g->data + (runs[r].offset + t) * size, pixel_step(p, g), runs[r].columns, rows);
 }
 
-/* The same for all outputs of the tiles side by side, with pairs: dst[column/2][outputs] of pairs, made of
- * copy[column][outputs]. */
-static void gradient_pairs(const pnn_problem *p, const pixel_run *runs, int64_t count, int64_t columns, int64_t t,
-                           int64_t rows, char *copy, char *dst) {
+/* The outputs [t, t + rows) of the gradient, as bfloat16: where they stand if that is one run of pixels, else copied. */
+typedef struct gradient_rows {
+  const char *data;
+  int64_t step; /* elements from pixel to pixel */
+} gradient_rows;
+
+static gradient_rows gradient_copy(const pnn_problem *p, const pixel_run *runs, int64_t count, int64_t t, int64_t rows,
+                                   char *copy) {
   const int64_t ld = GRADIENT_TILES * p->kernels->tile_rows, step = pixel_step(p, &p->grad_output);
+  if (count == 1) return (gradient_rows){p->grad_output.data + (runs->offset + t) * p->native, step};
   for (int64_t r = 0; r < count; r++)
     for (int64_t i = 0; i < runs[r].columns; i++)
       memcpy(copy + (runs[r].column + i) * ld * p->native,
              p->grad_output.data + (runs[r].offset + i * step + t) * p->native, (size_t)(rows * p->native));
-  p->kernels->pair_bfloat16(dst, ld, copy, ld, columns, rows);
+  return (gradient_rows){copy, ld};
 }
 
 /* The response maps of two neighbouring pixels as pairs, [column/2][ld]. */
@@ -355,10 +360,16 @@ static void sums_part(const pnn_sums *s, const pnn_sums_place at, const sums_scr
       const char *outputs = t.outputs + number * (p->pairs ? 1 : PNN_CHUNK) * tile * size;
       if (number == 0) {
         const int64_t side_by_side = PNN_MIN(packed, at.end - o);
-        if (p->pairs)
-          gradient_pairs(p, runs, run_count, count, o, side_by_side, t.gradient, t.outputs);
-        else
+        if (p->pairs) {
+          const gradient_rows g = gradient_copy(p, runs, run_count, o, side_by_side, t.gradient);
+          kernels->pair_bfloat16(t.outputs, packed, g.data, g.step, count, side_by_side);
+          /* All outputs at once where they are one run of pixels. */
+          const int64_t outputs = run_count == 1 ? at.end - o : side_by_side;
+          if (at.totals && (o == at.first || run_count > 1))
+            kernels->sum_columns_bfloat16(count, g.data, g.step, outputs, at.totals + o * size);
+        } else {
           gradient_tiles(p, runs, run_count, o, side_by_side, t.outputs);
+        }
         ahead = pnn_sums_ahead(s, &at, chunk, end, o, packed);
         pnn_ahead_spread(&ahead,
                          GRADIENT_TILES * (at.maps / kernels->tile_columns + 1) * (depth / PNN_AHEAD_DEPTH + 1));
@@ -373,12 +384,7 @@ static void sums_part(const pnn_sums *s, const pnn_sums_place at, const sums_scr
           kernels->product_rows(PNN_PRODUCT_ADD, rows, maps, depth, outputs, 1, tile, t.maps + j * size, t.ld, into,
                                 p->group_maps, NULL, &ahead);
       }
-      if (!at.totals) continue;
-      if (p->pairs) {
-        kernels->sum_columns_bfloat16(count, t.gradient + number * tile * p->native, packed, rows,
-                                      at.totals + o * size);
-        continue;
-      }
+      if (!at.totals || p->pairs) continue;
       memset(t.totals, 0, (size_t)(tile * size));
       kernels->sum_columns(count, outputs, t.totals);
       kernels->accumulate(at.totals + o * size, t.totals, rows);

@@ -467,12 +467,26 @@ PAIRS_INLINE void respond_grad_rows_bfloat16(uint16_t *dx, int64_t ldx, const re
   }
 }
 
-/* 16 columns at most. */
-static void sum_columns_bfloat16(int64_t depth, const void *a_, int64_t lda, int64_t columns, void *out) {
-  const uint16_t *a = a_;
-  vr sum = vr_set1(0);
-  for (int64_t k = 0; k < depth; k++) sum += load_some_bfloat16(a + k * lda, columns);
-  store_some(out, load_some(out, columns) + sum, columns);
+#define SUMS_ABREAST 4 /* chains: one waits for each of its additions */
+
+static void sum_columns_bfloat16(int64_t depth, const void *a_, int64_t lda, int64_t columns, void *out_) {
+  real *out = out_;
+  int64_t j = 0;
+  for (; j + SUMS_ABREAST * VR <= columns; j += SUMS_ABREAST * VR) {
+    const uint16_t *a = (const uint16_t *)a_ + j;
+    vr sum[SUMS_ABREAST] = {vr_set1(0)};
+    for (int64_t k = 0; k < depth; k++, a += lda)
+#pragma GCC unroll 4
+      for (int v = 0; v < SUMS_ABREAST; v++) sum[v] += load_vector_bfloat16(a + v * VR);
+#pragma GCC unroll 4
+    for (int v = 0; v < SUMS_ABREAST; v++) vr_store(out + j + v * VR, vr_load(out + j + v * VR) + sum[v]);
+  }
+  for (; j < columns; j += VR) {
+    const uint16_t *a = (const uint16_t *)a_ + j;
+    vr sum = vr_set1(0);
+    for (int64_t k = 0; k < depth; k++, a += lda) sum += load_some_bfloat16(a, columns - j);
+    store_some(out + j, load_some(out + j, columns - j) + sum, columns - j);
+  }
 }
 
 /* ---- one of each for an activation ---- */

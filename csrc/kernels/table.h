@@ -231,7 +231,7 @@ typedef struct pnn_kernels {
   /* a and x, or dx and x, hold bfloat16 values; norm is NULL. */
   pnn_respond_rows_fn respond_rows_bfloat16[PNN_ACTIVATION_COUNT];
   pnn_respond_grad_rows_fn respond_grad_rows_bfloat16[PNN_ACTIVATION_COUNT];
-  /* out[j] += sum over depth of a[k][j], one chain from 0, for at most 16 columns. */
+  /* out[j] += sum over depth of a[k][j], one chain from 0. */
   void (*sum_columns_bfloat16)(int64_t depth, const void *a, int64_t lda, int64_t columns, void *out);
 } pnn_kernels;
 
