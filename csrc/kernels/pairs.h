@@ -458,7 +458,19 @@ PAIRS_INLINE void respond_grad_rows_bfloat16(uint16_t *dx, int64_t ldx, const re
                                              bool shared, vr (*activate_grad)(vr, vr)) {
   for (int64_t p = 0; p < pixels; p++, dx += ldx, d += ldd, x += step, mask += mask ? ldm : 0) {
     const vr one = vr_set1(mask && shared ? mask[0] : 0);
-    for (int64_t r = 0; r < rows; r += VR) {
+    int64_t r = 0;
+    for (; r + 2 * VR <= rows; r += 2 * VR) {
+      vr d_x[2];
+#pragma GCC unroll 2
+      for (int v = 0; v < 2; v++) {
+        const int64_t at = r + v * VR;
+        vr u = load_vector_bfloat16(x + at);
+        if (mask) u += shared ? one : vr_load(mask + at);
+        d_x[v] = activate_grad(u, vr_load(d + at));
+      }
+      _mm512_storeu_si512(dx + r, (__m512i)_mm512_cvtne2ps_pbh((__m512)d_x[1], (__m512)d_x[0]));
+    }
+    for (; r < rows; r += VR) {
       const int64_t n = rows - r;
       vr u = load_some_bfloat16(x + r, n);
       if (mask) u += shared ? one : load_some(mask + r, n);
