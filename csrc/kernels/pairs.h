@@ -32,6 +32,18 @@ PAIRS_INLINE __m256i narrow(vr v) {
   return (__m256i)_mm512_cvtneps_pbh((__m512)v);
 }
 
+/* The same of two vectors, one behind the other. */
+PAIRS_INLINE void store_narrow(uint16_t *p, vr first, vr second) {
+  const __mmask16 denormals = _mm512_fpclass_ps_mask((__m512)first, DENORMAL_CLASS) |
+                              _mm512_fpclass_ps_mask((__m512)second, DENORMAL_CLASS);
+  if (__builtin_expect(denormals != 0, 0)) {
+    store_vector_bfloat16(p, first);
+    store_vector_bfloat16(p + VR, second);
+    return;
+  }
+  _mm512_storeu_si512(p, (__m512i)_mm512_cvtne2ps_pbh((__m512)second, (__m512)first));
+}
+
 /* (bfloat16(low), bfloat16(high)) in each lane, to nearest even; denormals become 0, as in the products. */
 PAIRS_INLINE __m512i pairs_of(vr low, vr high) {
   /* Both halves one after the other, then lane by lane. */
@@ -468,7 +480,7 @@ PAIRS_INLINE void respond_grad_rows_bfloat16(uint16_t *dx, int64_t ldx, const re
         if (mask) u += shared ? one : vr_load(mask + at);
         d_x[v] = activate_grad(u, vr_load(d + at));
       }
-      _mm512_storeu_si512(dx + r, (__m512i)_mm512_cvtne2ps_pbh((__m512)d_x[1], (__m512)d_x[0]));
+      store_narrow(dx + r, d_x[0], d_x[1]);
     }
     for (; r < rows; r += VR) {
       const int64_t n = rows - r;
