@@ -179,12 +179,13 @@ void pnn_ahead_add(const pnn_problem *problem, pnn_ahead *ahead, const pnn_range
       .stride = (pixels ? v->channel : v->column) * v->element,
       .bytes = (pixels ? run : channels) * v->element,
       .rows = pixels ? channels : run,
-      .write = write};
+      .write = write,
+      .far = problem->batch * v->batch * v->element > PNN_AHEAD_PAGES * PNN_AHEAD_PAGE};
   pnn_ahead_stream *s = &ahead->stream[ahead->streams - 1];
   if (s->stride != s->bytes) return;
-  /* Without gaps: rows of a page. */
+  /* Without gaps: one row, or rows of a page. */
   const int64_t bytes = s->rows * s->bytes;
-  s->rows = PNN_MAX(bytes / PNN_AHEAD_PAGE, 1);
+  s->rows = s->far ? PNN_MAX(bytes / PNN_AHEAD_PAGE, 1) : 1;
   s->stride = s->bytes = (bytes + s->rows - 1) / s->rows;
 }
 

@@ -6,8 +6,8 @@
  * PNN_AHEAD_DEPTH steps of their depth. Nothing but time depends on it.
  *
  * Rows on pages of their own cost a walk through the page tables each, some hundred cycles of which a processor does
- * several at a time, but only as far apart as its window of instructions is long. So the first lines of
- * PNN_AHEAD_PAGES rows are asked for at once: their walks take little longer than one.
+ * several at a time, but only as far apart as its window of instructions is long. So of tensors with more pages than it
+ * keeps in mind each row's first line is asked for at once, before the products: the walks overlap.
  */
 #ifndef PNN_KERNELS_AHEAD_H
 #define PNN_KERNELS_AHEAD_H
@@ -17,12 +17,13 @@
 #define PNN_AHEAD_DEPTH 8
 #define PNN_AHEAD_STREAMS 4
 #define PNN_AHEAD_PAGE 4096
-#define PNN_AHEAD_PAGES 16
+#define PNN_AHEAD_PAGES 2048 /* fewer than a second-level TLB holds */
 
 typedef struct pnn_ahead_stream {
   const char *data;
   int64_t stride, bytes, rows; /* bytes from row to row, and of a row */
   int32_t write;               /* to be written */
+  int32_t far;                 /* of a tensor of more than PNN_AHEAD_PAGES pages */
 } pnn_ahead_stream;
 
 typedef struct pnn_ahead {
@@ -38,11 +39,7 @@ static inline int pnn_ahead_next(pnn_ahead *ahead) {
   while (ahead->current < ahead->streams) {
     const pnn_ahead_stream *s = &ahead->stream[ahead->current];
     if (ahead->row < s->rows) {
-      const char *row = s->data + ahead->row * s->stride;
-      if (ahead->row % PNN_AHEAD_PAGES == 0)
-        for (int64_t i = 1; i < PNN_AHEAD_PAGES && ahead->row + i < s->rows; i++)
-          __builtin_prefetch(row + i * s->stride, 0, 2);
-      ahead->row++;
+      const char *row = s->data + ahead->row++ * s->stride;
       ahead->line = row - (uintptr_t)row % 64;
       ahead->end = row + s->bytes;
       return 1;
@@ -88,7 +85,11 @@ static inline pnn_ahead_run pnn_ahead_take(pnn_ahead *ahead, int64_t rounds, con
 /* Spreads what was added over `steps` steps. */
 static inline void pnn_ahead_spread(pnn_ahead *ahead, int64_t steps) {
   int64_t lines = 0;
-  for (int i = 0; i < ahead->streams; i++) lines += ahead->stream[i].rows * (ahead->stream[i].bytes / 64 + 1);
+  for (int i = 0; i < ahead->streams; i++) {
+    const pnn_ahead_stream *s = &ahead->stream[i];
+    lines += s->rows * (s->bytes / 64 + 1);
+    for (int64_t r = 0; s->far && r < s->rows; r++) __builtin_prefetch(s->data + r * s->stride, 0, 2);
+  }
   ahead->pace = steps > 0 ? (lines + steps - 1) / steps : 0;
 }
 
