@@ -171,22 +171,26 @@ void pnn_ahead_add(const pnn_problem *problem, pnn_ahead *ahead, const pnn_range
   const pnn_view *v = view;
   const bool pixels_joined = problem->out_height == 1 || v->row == problem->out_width * v->column;
   if (count <= 0 || channels <= 0 || !pixels_joined || (v->column != 1 && v->channel != 1)) return;
-  const int64_t image = column / range->pixels, pixel = column % range->pixels;
-  const int64_t run = PNN_MIN(count, range->pixels - pixel);
   const bool pixels = v->column == 1;
-  ahead->stream[ahead->streams++] = (pnn_ahead_stream){
-      .data = v->data + (image * v->batch + channel * v->channel + (range->pixel + pixel) * v->column) * v->element,
-      .stride = (pixels ? v->channel : v->column) * v->element,
-      .bytes = (pixels ? run : channels) * v->element,
-      .rows = pixels ? channels : run,
-      .write = write,
-      .far = problem->batch * v->batch * v->element > PNN_AHEAD_PAGES * PNN_AHEAD_PAGE};
-  pnn_ahead_stream *s = &ahead->stream[ahead->streams - 1];
-  if (s->stride != s->bytes) return;
-  /* Without gaps: one row, or rows of a page. */
-  const int64_t bytes = s->rows * s->bytes;
-  s->rows = s->far ? PNN_MAX(bytes / PNN_AHEAD_PAGE, 1) : 1;
-  s->stride = s->bytes = (bytes + s->rows - 1) / s->rows;
+  /* Channels-last images without a gap are one. */
+  const bool images_joined = !pixels && range->pixels == problem->pixels && v->batch == problem->pixels * v->column;
+  for (int64_t run; count > 0 && ahead->streams < PNN_AHEAD_STREAMS; column += run, count -= run) {
+    const int64_t image = column / range->pixels, pixel = column % range->pixels;
+    run = images_joined ? count : PNN_MIN(count, range->pixels - pixel);
+    pnn_ahead_stream *s = &ahead->stream[ahead->streams++];
+    *s = (pnn_ahead_stream){
+        .data = v->data + (image * v->batch + channel * v->channel + (range->pixel + pixel) * v->column) * v->element,
+        .stride = (pixels ? v->channel : v->column) * v->element,
+        .bytes = (pixels ? run : channels) * v->element,
+        .rows = pixels ? channels : run,
+        .write = write,
+        .far = problem->batch * v->batch * v->element > PNN_AHEAD_PAGES * PNN_AHEAD_PAGE};
+    if (s->stride != s->bytes) continue;
+    /* Without gaps: one row, or rows of a page. */
+    const int64_t bytes = s->rows * s->bytes;
+    s->rows = s->far ? PNN_MAX(bytes / PNN_AHEAD_PAGE, 1) : 1;
+    s->stride = s->bytes = (bytes + s->rows - 1) / s->rows;
+  }
 }
 
 /* A range's masks should stay in the second-level cache beside the panels... */

@@ -15,7 +15,7 @@
 #include <stdint.h>
 
 #define PNN_AHEAD_DEPTH 8
-#define PNN_AHEAD_STREAMS 4
+#define PNN_AHEAD_STREAMS 12
 #define PNN_AHEAD_PAGE 4096
 #define PNN_AHEAD_PAGES 2048 /* fewer than a second-level TLB holds */
 
