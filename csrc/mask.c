@@ -74,6 +74,7 @@ void pnn_mask_ahead(const pnn_problem *problem, pnn_ahead *ahead, int64_t k0, in
   const int64_t first = PNN_MIN(share * each, rows), count = PNN_MIN(each, rows - first);
   const bool joined = v->column == 1 && v->row == problem->out_width && v->channel == problem->masks * step;
   if (problem->noise != PNN_NOISE_TENSOR || problem->shared || !joined || count <= 0) return;
+  if (ahead->streams == PNN_AHEAD_STREAMS) return;
   ahead->stream[ahead->streams++] =
       (pnn_ahead_stream){.data = v->data + ((k0 + first) * step + range->pixel) * v->element,
                          .stride = step * v->element,

@@ -632,7 +632,7 @@ static inline __attribute__((always_inline)) void product_respond_grad(
     tile_products(depth, sum, a, b, ldb, ahead);
   }
   if (norm)
-    tile_respond_grad(sum, dx, ldo, rows, x, ldx, mask, ldm, mask, norm, activate, activate_grad);
+    tile_respond_grad(sum, dx, ldo, rows, x, ldx, mask, ldm, mask != NULL, norm, activate, activate_grad);
   else if (mask)
     tile_respond_grad(sum, dx, ldo, rows, x, ldx, mask, ldm, true, NULL, activate, activate_grad);
   else
