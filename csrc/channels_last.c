@@ -300,7 +300,8 @@ static void gradient_tiles(const pnn_problem *p, const pixel_run *runs, int64_t 
                               g->data + (runs[r].offset + t) * size, pixel_step(p, g), runs[r].columns, rows);
 }
 
-/* The outputs [t, t + rows) of the gradient, as bfloat16: where they stand if that is one run of pixels, else copied. */
+/* The outputs [t, t + rows) of the gradient, as bfloat16: where they stand if that is one run of pixels, else copied.
+ */
 typedef struct gradient_rows {
   const char *data;
   int64_t step; /* elements from pixel to pixel */

@@ -34,8 +34,8 @@ PAIRS_INLINE __m256i narrow(vr v) {
 
 /* The same of two vectors, one behind the other. */
 PAIRS_INLINE void store_narrow(uint16_t *p, vr first, vr second) {
-  const __mmask16 denormals = _mm512_fpclass_ps_mask((__m512)first, DENORMAL_CLASS) |
-                              _mm512_fpclass_ps_mask((__m512)second, DENORMAL_CLASS);
+  const __mmask16 denormals =
+      _mm512_fpclass_ps_mask((__m512)first, DENORMAL_CLASS) | _mm512_fpclass_ps_mask((__m512)second, DENORMAL_CLASS);
   if (__builtin_expect(denormals != 0, 0)) {
     store_vector_bfloat16(p, first);
     store_vector_bfloat16(p + VR, second);
