@@ -79,7 +79,8 @@ void pnn_mask_ahead(const pnn_problem *problem, pnn_ahead *ahead, int64_t k0, in
       (pnn_ahead_stream){.data = v->data + ((k0 + first) * step + range->pixel) * v->element,
                          .stride = step * v->element,
                          .bytes = range->pixels * v->element,
-                         .rows = count};
+                         .rows = count,
+                         .far = problem->maps * problem->pixels * v->element > PNN_AHEAD_PAGES * PNN_AHEAD_PAGE};
 }
 
 void pnn_mask_grad_store(const pnn_problem *problem, const pnn_range *range, void *panel, int64_t ld) {
