@@ -101,6 +101,14 @@ pnn_sums_place pnn_sums_locate(const pnn_sums *s, int64_t item, int64_t part) {
   at.end = PNN_MAX(at.first, PNN_MIN(at.first + s->output_rows, (group + 1) * p->group_outputs)); /* maybe none */
   if (s->products) at.products = s->maps_part + at.part * p->outputs * p->group_maps * p->real_size;
   if (map_block == 0) at.totals = s->outputs_part + at.part * p->outputs * p->real_size;
+  int64_t unused;
+  pnn_chunks_part(&s->chunks, at.part - part, &at.first_chunk, &unused);
+  pnn_chunks_part(&s->chunks, at.part - part + s->part_run - 1, &unused, &at.end_chunk);
+  const int64_t next = at.k + s->workers * s->block; /* workers take items in turn */
+  if (s->output_cuts == 1 && next < p->group_maps) {
+    at.next_k0 = group * p->group_maps + next;
+    at.next_maps = PNN_MIN(s->block, p->group_maps - next);
+  }
   return at;
 }
 
@@ -111,14 +119,26 @@ pnn_ahead pnn_sums_ahead(const pnn_sums *s, const pnn_sums_place *at, int64_t ch
   if (!at->maps) return ahead;
   pnn_range range;
   int64_t first, count = pnn_chunk_locate(p, &s->chunks, chunk, &range, &first);
+  /* The blocks of outputs, of which this is number i, share what is asked for. */
+  const int64_t shares = (at->end - at->first + outputs - 1) / outputs, i = (output - at->first) / outputs;
   /* A cache line of a pixel holds 32 outputs as bfloat16, more than a block's: the gradient comes with the input. */
   const bool with_input = s->rows && p->pairs;
   if (!with_input)
     pnn_ahead_add(p, &ahead, &range, first, count, &p->grad_output, output + outputs,
                   PNN_MIN(outputs, at->end - output - outputs), false);
+  /* The masks of the item's next range of pixels, or of the next item. */
+  const int64_t per_range = (s->chunks.pixels * p->batch + PNN_CHUNK - 1) / PNN_CHUNK;
+  const int64_t begin = PNN_MAX(range.pixel / s->chunks.pixels * per_range, at->first_chunk);
+  const int64_t turn = PNN_MIN(begin / per_range * per_range + per_range, at->end_chunk);
+  pnn_range masked;
+  pnn_chunk_locate(p, &s->chunks, turn < at->end_chunk ? turn : at->first_chunk, &masked, &first);
+  if (turn < at->end_chunk)
+    pnn_mask_ahead(p, &ahead, at->k0, at->maps, &masked, (chunk - begin) * shares + i, (turn - begin) * shares);
+  else
+    pnn_mask_ahead(p, &ahead, at->next_k0, at->next_maps, &masked, (chunk - begin) * shares + i,
+                   (turn - begin) * shares);
   if (++chunk < end) {
-    /* This block's share of the next chunk's input: of its pixels, or of its channels. */
-    const int64_t shares = (at->end - at->first + outputs - 1) / outputs, i = (output - at->first) / outputs;
+    /* Of the next chunk's input its pixels are shared out, or its channels. */
     int64_t channel = at->k0 / p->masks, channels = (at->k0 + at->maps - 1) / p->masks - channel + 1;
     int64_t *from = s->rows ? &first : &channel, *extent = s->rows ? &count : &channels;
     count = pnn_chunk_locate(p, &s->chunks, chunk, &range, &first);
@@ -269,7 +289,8 @@ static void sums_scratch_prepare(pnn_sums *s, const pnn_host *host, pnn_arena *a
   else
     sums_take(s, &one);
   s->scratch_bytes = (int64_t)one.used;
-  s->scratch = pnn_arena_take(arena, pnn_workers(host, sums_items(s)), s->scratch_bytes);
+  s->workers = pnn_workers(host, sums_items(s));
+  s->scratch = pnn_arena_take(arena, s->workers, s->scratch_bytes);
   arena->overflow |= one.overflow;
 }
 

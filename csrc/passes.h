@@ -40,8 +40,9 @@ typedef struct pnn_sums {
   int64_t block, map_blocks;        /* response maps of an item, and how many such blocks a group has */
   int64_t output_cuts, output_rows; /* outputs of an item */
   int64_t part_run;                 /* parts of an item */
-  bool products;                    /* G is wanted, not h alone */
-  bool rows;                        /* channels-last form */
+  int64_t workers;
+  bool products; /* G is wanted, not h alone */
+  bool rows;     /* channels-last form */
   const void *mean;
   char *maps_part, *outputs_part; /* G and h of each part: [parts][T][K/G], [parts][T] */
   char *scratch;
@@ -50,16 +51,18 @@ typedef struct pnn_sums {
 
 /* What part `part` of an item stands for. */
 typedef struct pnn_sums_place {
-  int64_t part, k0, k, maps; /* response maps [k0, k0 + maps), number k in their group; maps = 0: h alone */
-  int64_t first, end;        /* outputs */
-  char *products, *totals;   /* this part's G and h; totals NULL where another item sums them */
+  int64_t part, k0, k, maps;      /* response maps [k0, k0 + maps), number k in their group; maps = 0: h alone */
+  int64_t first, end;             /* outputs */
+  char *products, *totals;        /* this part's G and h; totals NULL where another item sums them */
+  int64_t first_chunk, end_chunk; /* of all of the item's parts */
+  int64_t next_k0, next_maps;     /* response maps of the worker's next item, if it is over the same pixels; else 0 */
 } pnn_sums_place;
 
 pnn_sums_place pnn_sums_locate(const pnn_sums *sums, int64_t item, int64_t part);
 /* Sets what the item sums up to 0. */
 void pnn_sums_begin(const pnn_sums *sums, const pnn_sums_place *at);
 /* What the item reads next, while the products of the outputs [output, output + outputs) with `chunk` run: the gradient
- * of the outputs behind them, and a share of the next chunk's input. */
+ * of the outputs behind them, a share of the next chunk's input, and of the masks that are wanted next. */
 pnn_ahead pnn_sums_ahead(const pnn_sums *sums, const pnn_sums_place *at, int64_t chunk, int64_t end, int64_t output,
                          int64_t outputs);
 
