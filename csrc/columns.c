@@ -184,7 +184,7 @@ void pnn_ahead_add(const pnn_problem *problem, pnn_ahead *ahead, const pnn_range
         .bytes = (pixels ? run : channels) * v->element,
         .rows = pixels ? channels : run,
         .write = write,
-        .far = problem->batch * problem->pixels * channels * v->element > PNN_AHEAD_PAGES * PNN_AHEAD_PAGE};
+        .far = (problem->batch - 1) * v->batch * v->element > PNN_AHEAD_PAGES * PNN_AHEAD_PAGE};
     if (s->stride != s->bytes) continue;
     /* Without gaps: one row, or rows of a page. */
     const int64_t bytes = s->rows * s->bytes;

@@ -7,7 +7,7 @@
  *
  * Rows on pages of their own cost a walk through the page tables each, some hundred cycles of which a processor does
  * several at a time, but only as far apart as its window of instructions is long. So of tensors with more pages than it
- * keeps in mind each row's first line is asked for at once, before the products: the walks overlap.
+ * keeps in mind a line of each page is asked for at once, before the products: the walks overlap.
  */
 #ifndef PNN_KERNELS_AHEAD_H
 #define PNN_KERNELS_AHEAD_H
@@ -88,7 +88,8 @@ static inline void pnn_ahead_spread(pnn_ahead *ahead, int64_t steps) {
   for (int i = 0; i < ahead->streams; i++) {
     const pnn_ahead_stream *s = &ahead->stream[i];
     lines += s->rows * (s->bytes / 64 + 1);
-    for (int64_t r = 0; s->far && r < s->rows; r++) __builtin_prefetch(s->data + r * s->stride, 0, 2);
+    const int64_t page = s->stride < PNN_AHEAD_PAGE && s->stride > 0 ? PNN_AHEAD_PAGE / s->stride : 1; /* rows on one */
+    for (int64_t r = 0; s->far && r < s->rows; r += page) __builtin_prefetch(s->data + r * s->stride, 0, 2);
   }
   ahead->pace = steps > 0 ? (lines + steps - 1) / steps : 0;
 }
