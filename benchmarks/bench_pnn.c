@@ -2,7 +2,7 @@
  * bench_pnn.c - times libpnn by itself: GFLOP/s of each case, layout and pass on the instruction set in use.
  *
  *     bench_pnn [--quick] [--json] [--layout contiguous|channels_last] [--pass NAME] [--type float32|bfloat16]
- *               [--noise tensor|uniform|normal|waves] [--norm] [B,C,H,T,M ...]
+ *               [--noise tensor|uniform|normal|waves] [--norm] [--against LIBPNN] [B,C,H,T,M ...]
  *     PNN_MAX_ISA=avx2 bench_pnn --pass grad_input 32,64,56,64,1
  *
  * Passes: forward and backward by default; grad_input and grad_weight are the two halves of backward alone. --norm puts
@@ -12,8 +12,13 @@
  * of its products (2*B*H*W* K*T forward, twice that backward: input and weight gradients); everything else is what the
  * library adds. The figure is the best of the repetitions that fill 0.3 s (0.05 s with --quick). The portable kernels
  * emulate the fused multiply-add where the compiler may not use it, so they run on one image.
+ *
+ * --against another build's libpnn.so compares the two: calls alternate for 2 s (0.6 with --quick), and behind the
+ * figure stands the median over the pairs of this library's time : the other's. On a machine shared with others such
+ * ratios repeat within a hundredth where times differ by a tenth.
  */
 #define _POSIX_C_SOURCE 200809L
+#include <dlfcn.h>
 #include <stdbool.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -52,6 +57,7 @@ typedef struct bench_options {
   pnn_dtype type;
   pnn_noise noise;
   bool norm;
+  bool against;
 } bench_options;
 
 static double now(void) {
@@ -95,28 +101,81 @@ static pnn_tensor tensor(pnn_dtype type, int64_t a, int64_t b, int64_t h, int64_
   return t;
 }
 
-static pnn_status run(pnn_params *p, pnn_pass pass, pnn_error *error) {
-  return pass == PNN_PASS_FORWARD ? pnn_forward(p, pnn_default_host(), error)
-                                  : pnn_backward(p, pnn_default_host(), error);
+/* The functions of a libpnn that are timed. */
+typedef struct library {
+  pnn_status (*workspace_size)(const pnn_params *, pnn_pass, const pnn_host *, size_t *, pnn_error *);
+  pnn_status (*forward)(const pnn_params *, const pnn_host *, pnn_error *);
+  pnn_status (*backward)(const pnn_params *, const pnn_host *, pnn_error *);
+  const pnn_host *(*host)(void);
+} library;
+
+static const library ours = {pnn_workspace_size, pnn_forward, pnn_backward, pnn_default_host};
+static library theirs; /* --against */
+
+static bool library_open(const char *path, library *l) {
+  void *const handle = dlopen(path, RTLD_NOW | RTLD_LOCAL);
+  if (handle) {
+    *(void **)&l->workspace_size = dlsym(handle, "pnn_workspace_size");
+    *(void **)&l->forward = dlsym(handle, "pnn_forward");
+    *(void **)&l->backward = dlsym(handle, "pnn_backward");
+    *(void **)&l->host = dlsym(handle, "pnn_default_host");
+  }
+  if (handle && l->workspace_size && l->forward && l->backward && l->host) return true;
+  fprintf(stderr, "bench_pnn: --against %s: %s\n", path, handle ? "not a libpnn" : dlerror());
+  return false;
 }
 
-/* Seconds of the fastest of the calls that fill `seconds`, or a negative number after an error was printed. */
-static double measure(pnn_params *p, pnn_pass pass, double seconds) {
-  pnn_error error;
+static pnn_status prepare(const library *l, pnn_params *p, pnn_pass pass, pnn_error *error) {
   size_t bytes = 0;
-  pnn_status status = pnn_workspace_size(p, pass, pnn_default_host(), &bytes, &error);
+  const pnn_status status = l->workspace_size(p, pass, l->host(), &bytes, error);
   p->workspace = need(bytes);
   p->workspace_bytes = bytes;
+  return status;
+}
+
+/* Seconds of one call, or a negative number after an error. */
+static double call(const library *l, const pnn_params *p, pnn_pass pass, pnn_error *error) {
+  const double before = now();
+  const pnn_status status = (pass == PNN_PASS_FORWARD ? l->forward : l->backward)(p, l->host(), error);
+  return status == PNN_OK ? now() - before : -1;
+}
+
+static int ascending(const void *a, const void *b) {
+  const double x = *(const double *)a, y = *(const double *)b;
+  return x < y ? -1 : x > y;
+}
+
+#define MOST_PAIRS 10000
+
+/* Seconds of the fastest of the calls that fill `seconds`, or a negative number after an error was printed; `ratio`
+ * (or NULL): calls alternate with the other library's, and the median of ours : theirs is left there. */
+static double measure(const pnn_params *params, pnn_pass pass, double seconds, double *ratio) {
+  static double ratios[MOST_PAIRS];
+  pnn_error error;
+  pnn_params mine = *params, other = *params;
+  bool good = prepare(&ours, &mine, pass, &error) == PNN_OK;
+  if (ratio) good = good && prepare(&theirs, &other, pass, &error) == PNN_OK;
   double best = -1;
   const double start = now();
-  for (int i = 0; status == PNN_OK && (i < 2 || now() - start < seconds); i++) {
-    const double before = now();
-    status = run(p, pass, &error);
-    const double took = now() - before;
-    if (best < 0 || took < best) best = took;
+  int calls = 0;
+  for (; good && calls < MOST_PAIRS && (calls < 2 || now() - start < seconds); calls++) {
+    double took[2];
+    for (int i = 0; good && i < (ratio ? 2 : 1); i++) {
+      const int which = ratio ? (i + calls) % 2 : 0; /* each goes first in turn */
+      took[which] = call(which ? &theirs : &ours, which ? &other : &mine, pass, &error);
+      good = took[which] >= 0;
+    }
+    if (!good) break;
+    if (best < 0 || took[0] < best) best = took[0];
+    if (ratio) ratios[calls] = took[0] / took[1];
   }
-  free(p->workspace);
-  if (status == PNN_OK) return best;
+  free(mine.workspace);
+  if (ratio) {
+    free(other.workspace);
+    qsort(ratios, (size_t)calls, sizeof *ratios, ascending);
+    *ratio = calls ? ratios[calls / 2] : 0;
+  }
+  if (good) return best;
   fprintf(stderr, "bench_pnn: %s\n", error.message);
   return -1;
 }
@@ -160,17 +219,18 @@ static bool bench(const bench_case *c, bool channels_last, const bench_options *
     p.grad_bias = grad_bias;
     if (!pass->grad_input) p.grad_input.data = NULL;
     if (!pass->grad_weight) p.grad_weight.data = p.grad_bias.data = NULL;
-    const double best = measure(&p, pass->pass, options->seconds);
+    double ratio = 0;
+    const double best = measure(&p, pass->pass, options->seconds, options->against ? &ratio : NULL);
     good = best > 0;
     const double flops = 2 * pass->products * (double)(batch * c->side * c->side) * (double)(maps * c->outputs);
-    const char *const format =
-        options->json
-            ? "{\"isa\": \"%s\", \"threads\": %d, \"case\": \"(%lld,%lld,%lld,%lld,%lld)\", \"layout\": \"%s\", "
-              "\"pass\": \"%s\", \"seconds\": %.6g, \"gflops\": %.4g}\n"
-            : "%-9s %2d threads  (%lld,%lld,%lld,%lld,%lld)  %-14s %-11s %10.3e s %8.1f GFLOP/s\n";
-    if (good)
-      printf(format, isa, host ? (int)host->threads : 1, (long long)batch, (long long)c->channels, (long long)c->side,
-             (long long)c->outputs, (long long)c->masks, layout, pass->name, best, flops / best * 1e-9);
+    if (!good) break;
+    printf(options->json ? "{\"isa\": \"%s\", \"threads\": %d, \"case\": \"(%lld,%lld,%lld,%lld,%lld)\", "
+                           "\"layout\": \"%s\", \"pass\": \"%s\", \"seconds\": %.6g, \"gflops\": %.4g"
+                         : "%-9s %2d threads  (%lld,%lld,%lld,%lld,%lld)  %-14s %-11s %10.3e s %8.1f GFLOP/s",
+           isa, host ? (int)host->threads : 1, (long long)batch, (long long)c->channels, (long long)c->side,
+           (long long)c->outputs, (long long)c->masks, layout, pass->name, best, flops / best * 1e-9);
+    if (options->against) printf(options->json ? ", \"against\": %.4g" : "  %6.3f of the other's time", ratio);
+    printf(options->json ? "}\n" : "\n");
   }
   const pnn_tensor *const all[] = {&p.input,       &p.weight,   &p.bias,      &p.mask,    &p.output,
                                    &p.grad_output, &grad_input, &grad_weight, &grad_bias, &p.norm_weight,
@@ -191,8 +251,8 @@ static bool choose(const char *name, const char *names, int *choice) {
 }
 
 int main(int count, char **arguments) {
-  bench_options options = {.seconds = 0.3, .type = PNN_FLOAT32, .noise = PNN_NOISE_TENSOR};
-  bool good = true;
+  bench_options options = {.type = PNN_FLOAT32, .noise = PNN_NOISE_TENSOR};
+  bool good = true, quick = false;
   int first = 1, choice = 0;
   for (; first < count && strncmp(arguments[first], "--", 2) == 0; first++) {
     if (strcmp(arguments[first], "--json") == 0) {
@@ -207,8 +267,11 @@ int main(int count, char **arguments) {
                choose(arguments[first + 1], "tensor uniform normal waves", &choice)) {
       options.noise = (pnn_noise)(PNN_NOISE_TENSOR + choice);
       first++;
+    } else if (strcmp(arguments[first], "--against") == 0 && first + 1 < count) {
+      if (!library_open(arguments[++first], &theirs)) return 2;
+      options.against = true;
     } else if (strcmp(arguments[first], "--quick") == 0) {
-      options.seconds = 0.05;
+      quick = true;
     } else if (strcmp(arguments[first], "--layout") == 0 && first + 1 < count) {
       options.layout = arguments[++first];
     } else if (strcmp(arguments[first], "--pass") == 0 && first + 1 < count) {
@@ -217,10 +280,11 @@ int main(int count, char **arguments) {
       fprintf(stderr,
               "usage: bench_pnn [--quick] [--json] [--layout contiguous|channels_last] "
               "[--pass forward|backward|grad_input|grad_weight] [--type float32|bfloat16] "
-              "[--noise tensor|uniform|normal|waves] [--norm] [B,C,H,T,M ...]\n");
+              "[--noise tensor|uniform|normal|waves] [--norm] [--against LIBPNN] [B,C,H,T,M ...]\n");
       return 2;
     }
   }
+  options.seconds = options.against ? quick ? 0.6 : 2 : quick ? 0.05 : 0.3;
   for (int i = first; i < count; i++) {
     long long v[5];
     char rest;
