@@ -183,6 +183,8 @@ static pnn_status check_options(const pnn_params *p, pnn_pass pass, pnn_error *e
   PNN_FAIL_IF(!isfinite(p->level), error, PNN_ERROR_VALUE, "level is %g, it should be finite", p->level);
   PNN_FAIL_IF(p->allow_tf32 != 0 && p->allow_tf32 != 1, error, PNN_ERROR_VALUE, "allow_tf32 is %d, it should be 0 or 1",
               (int)p->allow_tf32);
+  PNN_FAIL_IF(p->allow_wgmma != 0 && p->allow_wgmma != 1, error, PNN_ERROR_VALUE,
+              "allow_wgmma is %d, it should be 0 or 1", (int)p->allow_wgmma);
   PNN_FAIL_IF(p->masks < 1, error, PNN_ERROR_VALUE, "masks is %lld, it should be at least 1", (long long)p->masks);
   for (int d = 0; d < 2; d++)
     PNN_FAIL_IF(p->stride[d] < 1, error, PNN_ERROR_VALUE, "stride[%d] is %lld, it should be at least 1", d,

@@ -154,6 +154,10 @@ Plan plan_make(const pnn_problem &p, pnn_pass pass, pnn_arena *arena) {
     /* Room for the weight's copy whether it is needed or not: the answer must not depend on where the weight lies. */
     int64_t count;
     if (__builtin_mul_overflow(p.outputs, ceil_div(p.group_maps, run) * run, &count)) count = INT64_MAX;
+#if defined(PNN_CUDA_WGMMA)
+    if (!backward && params.allow_wgmma && element == 2)
+      count = PNN_MAX(count, wgmma_weight_elements(p.groups, p.group_outputs, p.group_maps));
+#endif
     w.weight = pnn_arena_take(arena, count, element);
   }
   if (!backward && p.norm) w.start = pnn_arena_take(arena, p.outputs, p.real_size);
@@ -206,6 +210,10 @@ Status forward(const pnn_problem &p, Plan &plan, Stream stream) {
     PNN_STOP_IF(run_moments_finish(l, is_double, w.parts, vector_of(params.mean), vector_of(params.variance), stream));
   }
   const Matrix weight = matrix_of(params.weight);
+#if defined(PNN_CUDA_WGMMA)
+  if (params.allow_wgmma && wgmma_fits(l, plan.product))
+    return run_forward_wgmma(l, plan.product, weight, w.weight, stream);
+#endif
   if (p.norm) {
     PNN_STOP_IF(run_norm(l, is_double, vector_of(params.mean), vector_of(params.variance),
                          vector_of(params.norm_weight), vector_of(params.norm_bias), p.eps, w.norm, stream));

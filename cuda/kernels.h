@@ -62,9 +62,13 @@ constexpr int blocks_of = !on_tensor_cores<D> || (sizeof(D) == 4 && !PLAIN) ? S:
                                                                             : 3;
 /* Large tiles where they still give a large GPU this many blocks; of the weight gradient, which cuts its sum into as
  * many pieces as it takes, where there are rows and columns for them. Results do not depend on it. */
-constexpr int64_t ENOUGH_BLOCKS = 128;
+#if defined(__CUDACC__)
+inline int64_t wanted_blocks() { return 128; }
+#else
+inline int64_t wanted_blocks() { return cuda_on_host::options.wanted_blocks; }
+#endif
 inline bool enough_blocks(const Layer &layer, int64_t rows) {
-  return ceil_div(rows, Large::rows) * ceil_div(layer.columns, Large::columns) * layer.groups >= ENOUGH_BLOCKS;
+  return ceil_div(rows, Large::rows) * ceil_div(layer.columns, Large::columns) * layer.groups >= wanted_blocks();
 }
 inline bool weight_gradient_is_large(const Layer &layer) {
   return !layer.input_float && layer.group_outputs > Small::rows && layer.group_maps > Small::columns;
@@ -75,21 +79,6 @@ constexpr int MOMENTS_COLUMNS = 2048, MOMENTS_NUMBERS = 4;
 
 /* What a product is made of: one of pnn_dtype, or float32 rounded to TF32. */
 constexpr int PRODUCT_TF32 = 100;
-
-Status run_forward(const Layer &layer, int product, Stream stream);
-Status run_input_gradient(const Layer &layer, int product, bool masks, Stream stream);
-Status run_weight_gradient(const Layer &layer, int product, Stream stream);
-Status run_moments(const Layer &layer, int dtype, void *parts, Stream stream);
-
-/* Calls visit(kernel, threads, shared memory in bytes) for each kernel of a file, named as in the machine code: for the
- * table of registers and occupancy (tests/cuda/gates.py). */
-using Visit = void (*)(const char *kernel, int threads, int64_t shared_bytes);
-void list_forward(Visit visit);
-void list_input_gradient(Visit visit);
-void list_weight_gradient(Visit visit);
-void list_moments(Visit visit);
-
-/* ---- per channel, in double (finish.cu) ---- */
 
 /* A vector or matrix tensor. */
 struct Vector {
@@ -102,6 +91,29 @@ struct Matrix {
   int dtype;
   int64_t step[2];
 };
+
+Status run_forward(const Layer &layer, int product, Stream stream);
+
+/* The same of plain 16-bit layers on Hopper, where the user has allowed it (forward_wgmma.cu): whether this layer and
+ * this device can, and the elements that V's copy takes, which is written first, from `weight` as the user has it. */
+bool wgmma_fits(const Layer &layer, int product);
+int64_t wgmma_weight_elements(int64_t groups, int64_t group_outputs, int64_t group_maps);
+Status run_forward_wgmma(const Layer &layer, int product, Matrix weight, void *copy, Stream stream);
+
+Status run_input_gradient(const Layer &layer, int product, bool masks, Stream stream);
+Status run_weight_gradient(const Layer &layer, int product, Stream stream);
+Status run_moments(const Layer &layer, int dtype, void *parts, Stream stream);
+
+/* Calls visit(kernel, threads, shared memory in bytes) for each kernel of a file, named as in the machine code: for the
+ * table of registers and occupancy (tests/cuda/gates.py). */
+using Visit = void (*)(const char *kernel, int threads, int64_t shared_bytes);
+void list_forward(Visit visit);
+void list_forward_wgmma(Visit visit);
+void list_input_gradient(Visit visit);
+void list_weight_gradient(Visit visit);
+void list_moments(Visit visit);
+
+/* ---- per channel, in double (finish.cu) ---- */
 
 /* Normalisation's numbers for each map, doubles. */
 struct Norm {

@@ -134,6 +134,17 @@ PNN_DEVICE uint32_t round_pair_relu(float16, float low, float high) {
   asm("cvt.rn.relu.f16x2.f32 %0, %1, %2;" : "=r"(r) : "f"(high), "f"(low));
   return r;
 }
+/* Two numbers, rounded to a pair of 16-bit ones. */
+PNN_DEVICE uint32_t round_pair(bfloat16, float low, float high) {
+  uint32_t r;
+  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(r) : "f"(high), "f"(low));
+  return r;
+}
+PNN_DEVICE uint32_t round_pair(float16, float low, float high) {
+  uint32_t r;
+  asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(r) : "f"(high), "f"(low));
+  return r;
+}
 /* Of the eight bytes of a (0 to 3) and b (4 to 7), the four that the selector's digits name. */
 PNN_DEVICE uint32_t permute(uint32_t a, uint32_t b, uint32_t selector) { return __byte_perm(a, b, selector); }
 /* x, of which the compiler forgets where it comes from: what it could make again in a loop stays in a register. */
@@ -194,11 +205,23 @@ PNN_DEVICE void store_global(words4 *p, words4 v) {
                "r"(v.w[2]), "r"(v.w[3])
                : "memory");
 }
+/* Without a branch around the store. */
+PNN_DEVICE void store_global_if(bool wanted, uint32_t *p, uint32_t v) {
+  asm volatile("{ .reg .pred wanted; setp.ne.u32 wanted, %0, 0; @wanted st.global.u32 [%1], %2; }" ::"r"(
+                   static_cast<uint32_t>(wanted)),
+               "l"(__cvta_generic_to_global(p)), "r"(v)
+               : "memory");
+}
 PNN_DEVICE words4 load_global(const words4 *p) {
   words4 v;
   asm("ld.global.v4.u32 {%0, %1, %2, %3}, [%4];"
       : "=r"(v.w[0]), "=r"(v.w[1]), "=r"(v.w[2]), "=r"(v.w[3])
       : "l"(__cvta_generic_to_global(p)));
+  return v;
+}
+PNN_DEVICE uint32_t load_global(const uint32_t *p) {
+  uint32_t v;
+  asm("ld.global.u32 %0, [%1];" : "=r"(v) : "l"(__cvta_generic_to_global(p)));
   return v;
 }
 /* A hint: what is around p will be read soon. */
@@ -207,6 +230,69 @@ PNN_DEVICE void prefetch_global(const char *p) {
 }
 PNN_DEVICE void note_load(const void *, int) {}
 PNN_DEVICE void note_store(void *, int) {}
+
+/* ---- Hopper's asynchronous products (wgmma): of sm_90a alone ---- */
+
+/* A warpgroup's (128 threads') product D[64][N] += A[64][16] * B[16][N] reads A and D in the threads' registers and B
+ * in shared memory, and runs on while the threads do other things:
+ *
+ *     products_start(d)            before the first one: d has its first values
+ *     products_operand(a)          a has been written
+ *     products_add(type, d, a, b)  enqueues one
+ *     products_commit()            those since the last commit are a group
+ *     products_wait<PENDING>()     of the groups, at most PENDING still run: the others' a may be written again
+ *     products_finish(d)           none runs, and d may be read
+ *
+ * Until then d, the a of products that run, and what they read of shared memory, are theirs. Warp w holds rows 16 w to
+ * 16 w + 15, spread over its lanes as mma.sync's are. */
+
+/* What the first N / 2 operands of an assembly text are called, and what they are. */
+#define PNN_TEN(t) \
+  "%" #t "0, %" #t "1, %" #t "2, %" #t "3, %" #t "4, %" #t "5, %" #t "6, %" #t "7, %" #t "8, %" #t "9, "
+#define PNN_TEXT_32 "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, " PNN_TEN(1) PNN_TEN(2) "%30, %31"
+#define PNN_TEXT_64 PNN_TEXT_32 ", %32, %33, %34, %35, %36, %37, %38, %39, " PNN_TEN(4) PNN_TEN(5) "%60, %61, %62, %63"
+#define PNN_TEXT_128 \
+  PNN_TEXT_64 ", %64, %65, %66, %67, %68, %69, " PNN_TEN(7) PNN_TEN(8) PNN_TEN(9) PNN_TEN(10) PNN_TEN(11) "%120, " \
+              "%121, %122, %123, %124, %125, %126, %127"
+#define PNN_SUMS_4(i) "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3])
+#define PNN_SUMS_16(i) PNN_SUMS_4(i), PNN_SUMS_4(i + 4), PNN_SUMS_4(i + 8), PNN_SUMS_4(i + 12)
+#define PNN_SUMS_32 PNN_SUMS_16(0), PNN_SUMS_16(16)
+#define PNN_SUMS_64 PNN_SUMS_32, PNN_SUMS_16(32), PNN_SUMS_16(48)
+#define PNN_SUMS_128 PNN_SUMS_64, PNN_SUMS_16(64), PNN_SUMS_16(80), PNN_SUMS_16(96), PNN_SUMS_16(112)
+
+/* The registers stand among the operands so that no write to them moves behind the fence, no read before the wait. */
+#define PNN_PRODUCTS(n, sums, a0, a1, a2, a3, b, one)                                \
+  PNN_DEVICE void products_start(float(&d)[sums]) {                                  \
+    asm volatile("wgmma.fence.sync.aligned;" : PNN_SUMS_##sums : : "memory");        \
+  }                                                                                  \
+  PNN_DEVICE void products_finish(float(&d)[sums]) {                                 \
+    asm volatile("wgmma.wait_group.sync.aligned 0;" : PNN_SUMS_##sums : : "memory"); \
+  }                                                                                  \
+  PNN_PRODUCT(bfloat16, "bf16", n, sums, a0, a1, a2, a3, b, one)                     \
+  PNN_PRODUCT(float16, "f16", n, sums, a0, a1, a2, a3, b, one)
+#define PNN_PRODUCT(type, name, n, sums, a0, a1, a2, a3, b, one)                                                   \
+  PNN_DEVICE void products_add(type, float(&d)[sums], const uint32_t(&a)[4], uint64_t b_) {                        \
+    asm volatile("{ .reg .pred add; setp.ne.u32 add, %" #one ", 0; wgmma.mma_async.sync.aligned.m64n" #n           \
+                 "k16.f32." name "." name " {" PNN_TEXT_##sums "}, {%" #a0 ", %" #a1 ", %" #a2 ", %" #a3 "}, %" #b \
+                                                               ", add, 1, 1, 0; }"                                 \
+                 : PNN_SUMS_##sums                                                                                 \
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b_), "n"(1)                                     \
+                 : "memory");                                                                                      \
+  }
+PNN_PRODUCTS(64, 32, 32, 33, 34, 35, 36, 37)
+PNN_PRODUCTS(128, 64, 64, 65, 66, 67, 68, 69)
+PNN_PRODUCTS(256, 128, 128, 129, 130, 131, 132, 133)
+PNN_DEVICE void products_operand(uint32_t (&a)[4]) {
+  asm volatile("wgmma.fence.sync.aligned;" : "+r"(a[0]), "+r"(a[1]), "+r"(a[2]), "+r"(a[3]) : : "memory");
+}
+PNN_DEVICE void products_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
+template <int PENDING>
+PNN_DEVICE void products_wait() {
+  asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(PENDING) : "memory");
+}
+/* What this thread has written to shared memory, its cp.async among it as far as it has waited for them, is there for
+ * products that are enqueued after the next barrier: they read it by another way, the asynchronous proxy. */
+PNN_DEVICE void shared_to_products() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 
 #else /* ---- the twins ---- */
 
@@ -302,6 +388,10 @@ uint32_t round_pair_relu(T type, float low, float high) {
   return static_cast<uint32_t>(round_to(type, relu_any_zero(high)).bits) << 16 |
          round_to(type, relu_any_zero(low)).bits;
 }
+template <class T>
+uint32_t round_pair(T type, float low, float high) {
+  return static_cast<uint32_t>(round_to(type, high).bits) << 16 | round_to(type, low).bits;
+}
 inline uint32_t permute(uint32_t a, uint32_t b, uint32_t selector) {
   const uint64_t bytes = static_cast<uint64_t>(b) << 32 | a;
   uint32_t r = 0;
@@ -355,6 +445,43 @@ inline void multiply_tf32(float c[4], const uint32_t a[4], const uint32_t b[2]) 
   }
 }
 
+inline uint32_t shared_address(const void *p) { return cuda_on_host::shared_address(p); }
+/* The operand's rows and d are spread as mma.sync's are; d[4 n + ...] are columns 8 n + .... */
+template <class T>
+void product_add_twin(const cuda_on_host::Product &product, float *d) {
+  const int lane = cuda_on_host::fiber->index % 32;
+  float x[2][16];
+  for (int row = 0; row < 2; row++)
+    for (int k = 0; k < 16; k++) x[row][k] = element_of(T{}, product.values[k % 8 / 2][row + k / 8 * 2], k % 2);
+  for (int i = 0; i < product.count; i += 4)
+    for (int e = 0; e < 2; e++) {
+      float y[16];
+      for (int k = 0; k < 16; k++)
+        y[k] = element_of(T{}, cuda_on_host::matrix_element(product.b, k, i * 2 + lane % 4 * 2 + e), 0);
+      for (int row = 0; row < 2; row++)
+        d[i + row * 2 + e] = cuda_on_host::tensor_core(d[i + row * 2 + e], x[row], y, 16, smallest_exponent(T{}));
+    }
+}
+template <class T, int SUMS>
+void products_add(T, float (&d)[SUMS], const uint32_t (&a)[4], uint64_t b) {
+  cuda_on_host::products_add(d, SUMS, a, b, product_add_twin<T>);
+}
+template <int SUMS>
+void products_start(float (&d)[SUMS]) {
+  cuda_on_host::fence_registers(d, SUMS);
+}
+template <int SUMS>
+void products_finish(float (&)[SUMS]) {
+  cuda_on_host::products_wait(0);
+}
+inline void products_operand(uint32_t (&a)[4]) { cuda_on_host::fence_registers(a, 4); }
+inline void products_commit() { cuda_on_host::products_commit(); }
+template <int PENDING>
+void products_wait() {
+  cuda_on_host::products_wait(PENDING);
+}
+inline void shared_to_products() { cuda_on_host::shared_to_products(); }
+
 inline void check_shared_alignment(const void *p, unsigned bytes) {
   if (reinterpret_cast<uintptr_t>(p) % bytes) cuda_on_host::fail("a misaligned access to shared memory");
 }
@@ -371,12 +498,22 @@ inline float load_shared(const float *p) {
 inline void store_shared(words4 *p, words4 v) {
   check_shared_alignment(p, 16);
   cuda_on_host::count_access(cuda_on_host::STORE, p, 16);
+  cuda_on_host::note_written(p, 16);
   *p = v;
 }
 inline void store_shared_whole(words4 *p, words4 v) { store_shared(p, v); }
 inline void store_global(words4 *p, words4 v) {
   if (reinterpret_cast<uintptr_t>(p) % 16) cuda_on_host::fail("a misaligned store to device memory");
   *p = v;
+}
+inline void store_global_if(bool wanted, uint32_t *p, uint32_t v) {
+  if (!wanted) return;
+  if (reinterpret_cast<uintptr_t>(p) % 4) cuda_on_host::fail("a misaligned store to device memory");
+  *p = v;
+}
+inline uint32_t load_global(const uint32_t *p) {
+  if (reinterpret_cast<uintptr_t>(p) % 4) cuda_on_host::fail("a misaligned load from device memory");
+  return *p;
 }
 inline words4 load_global(const words4 *p) {
   if (reinterpret_cast<uintptr_t>(p) % 16) cuda_on_host::fail("a misaligned load from device memory");
@@ -387,6 +524,14 @@ inline void note_load(const void *p, int bytes) { cuda_on_host::count_access(cud
 inline void note_store(void *p, int bytes) { cuda_on_host::count_access(cuda_on_host::STORE, p, bytes); }
 
 #endif
+
+/* How products_add finds B in shared memory: as "core matrices" of 8 columns of D by 8 of depth, 128 contiguous bytes
+ * each, a column's eight 16-bit numbers in a row; the next 8 of depth lie `depth_step` bytes further, the next 8
+ * columns `column_step`. (PTX ISA, "Matrix descriptor": no swizzling, K-major; all addresses are multiples of 16.) */
+PNN_DEVICE uint64_t matrix_descriptor(const void *p, int depth_step, int column_step) {
+  return static_cast<uint64_t>((shared_address(p) & 0x3ffffu) >> 4) | static_cast<uint64_t>(depth_step >> 4) << 16 |
+         static_cast<uint64_t>(column_step >> 4) << 32;
+}
 
 PNN_DEVICE float widen(bfloat16 x) { return float_of(static_cast<uint32_t>(x.bits) << 16); }
 PNN_DEVICE float widen(float x) { return x; }

@@ -207,6 +207,10 @@ void allow_tf32(StableIValue* stack, uint64_t, uint64_t) {
   if (const std::optional<bool> value = Arguments(stack).optional_boolean()) torch_pnn_allow_tf32(*value);
   stack[0] = torch::stable::detail::from(torch_pnn_tf32_allowed());
 }
+void allow_wgmma(StableIValue* stack, uint64_t, uint64_t) {
+  if (const std::optional<bool> value = Arguments(stack).optional_boolean()) torch_pnn_allow_wgmma(*value);
+  stack[0] = torch::stable::detail::from(torch_pnn_wgmma_allowed());
+}
 #endif
 
 void register_kernels(torch::stable::detail::StableLibrary& library) {
@@ -245,6 +249,7 @@ STABLE_TORCH_LIBRARY_IMPL(torch_pnn, CompositeExplicitAutograd, library) {
   library.impl("_isa_name", torch_pnn::isa_name);
   library.impl("_library_version", torch_pnn::library_version);
   library.impl("_allow_tf32", torch_pnn::allow_tf32);
+  library.impl("_allow_wgmma", torch_pnn::allow_wgmma);
 }
 
 #endif

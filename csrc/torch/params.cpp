@@ -197,6 +197,7 @@ pnn_params make_params(const Layer& layer) {
   pnn_params_init(&params);
   params.exact = exact_wanted();
   params.allow_tf32 = torch_pnn_tf32_allowed();
+  params.allow_wgmma = torch_pnn_wgmma_allowed();
   params.input = describe(layer.op, "input", layer.input, 4);
   params.weight = describe(layer.op, "weight", layer.weight, 4);
   describe_optional(layer, "bias", layer.bias, 1, &params.bias);

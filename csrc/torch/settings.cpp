@@ -7,11 +7,16 @@
 
 namespace {
 
+bool environment_allows(const char* variable) {
+  const char* value = std::getenv(variable);
+  return value != nullptr && *value != '\0' && std::strcmp(value, "0") != 0;
+}
 std::atomic<bool>& tf32() {
-  static std::atomic<bool> allowed([] {
-    const char* value = std::getenv("TORCH_PNN_ALLOW_TF32");
-    return value != nullptr && *value != '\0' && std::strcmp(value, "0") != 0;
-  }());
+  static std::atomic<bool> allowed(environment_allows("TORCH_PNN_ALLOW_TF32"));
+  return allowed;
+}
+std::atomic<bool>& wgmma() {
+  static std::atomic<bool> allowed(environment_allows("TORCH_PNN_ALLOW_WGMMA"));
   return allowed;
 }
 
@@ -19,3 +24,5 @@ std::atomic<bool>& tf32() {
 
 bool torch_pnn_tf32_allowed() { return tf32(); }
 void torch_pnn_allow_tf32(bool allowed) { tf32() = allowed; }
+bool torch_pnn_wgmma_allowed() { return wgmma(); }
+void torch_pnn_allow_wgmma(bool allowed) { wgmma() = allowed; }

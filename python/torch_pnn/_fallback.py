@@ -150,6 +150,7 @@ def register_kernels(library: torch.library.Library, *, with_cpu: bool) -> None:
         library.impl("_isa_name", lambda: "none", "CompositeExplicitAutograd")
         library.impl("_library_version", lambda: "none", "CompositeExplicitAutograd")
         library.impl("_allow_tf32", _setting("TORCH_PNN_ALLOW_TF32"), "CompositeExplicitAutograd")
+        library.impl("_allow_wgmma", _setting("TORCH_PNN_ALLOW_WGMMA"), "CompositeExplicitAutograd")
 
 
 # --------------------------------------------------------------------------------------------------------------------

@@ -11,10 +11,16 @@ convolutions by default. To have the layer do as PyTorch's matrix products do, s
 
     torch_pnn.backends.cuda.allow_tf32 = torch.backends.cuda.matmul.allow_tf32
 
+``backends.cuda.allow_wgmma`` lets bfloat16 and float16 layers on a Hopper GPU (compute capability 9.0) use its
+asynchronous matrix products forward, where the layer is a plain one: 256-value masks from a seed, ReLU, no
+normalisation (docs/cuda.md). **No GPU has run them yet**: they are proven on a CPU alone, so it is False until set
+here, in C++ (``torch_pnn::allow_wgmma``) or by ``TORCH_PNN_ALLOW_WGMMA=1``. Results have the same bits where sums are
+exact; others are rounded in another order, within the same bounds. Elsewhere it changes nothing.
+
 Example:
     >>> import torch_pnn
-    >>> torch_pnn.backends.cuda.allow_tf32
-    False
+    >>> torch_pnn.backends.cuda.allow_tf32, torch_pnn.backends.cuda.allow_wgmma
+    (False, False)
 """
 
 from __future__ import annotations
@@ -43,6 +49,21 @@ class _Cuda:
         if not isinstance(value, bool):
             raise TypeError(f"allow_tf32 is {value!r} ({type(value).__name__}), it should be a bool")
         torch.ops.torch_pnn._allow_tf32(value)
+
+    @property
+    def allow_wgmma(self) -> bool:
+        """Whether 16-bit layers on a Hopper GPU may use its asynchronous products.
+
+        Raises:
+            TypeError: where it is set to something that is not a bool.
+        """
+        return bool(torch.ops.torch_pnn._allow_wgmma())
+
+    @allow_wgmma.setter
+    def allow_wgmma(self, value: bool) -> None:
+        if not isinstance(value, bool):
+            raise TypeError(f"allow_wgmma is {value!r} ({type(value).__name__}), it should be a bool")
+        torch.ops.torch_pnn._allow_wgmma(value)
 
 
 cuda = _Cuda()

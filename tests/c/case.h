@@ -113,7 +113,7 @@ struct Case {
   double level = 1;
   pnn_activation activation = PNN_ACTIVATION_RELU;
   bool exact = false;
-  bool tf32 = false;
+  bool tf32 = false, wgmma = false;
   bool bias = true;
   bool norm = false;
   bool training = false;
@@ -148,12 +148,12 @@ struct Case {
       << "," << stride_w << " " << name_of(noise) << (shared ? " shared" : "") << " level " << level << " "
       << name_of(activation) << (bias ? "" : " no bias");
     if (norm) s << (training ? " norm training" : " norm eval") << (affine ? "" : " plain") << " eps " << eps;
-    s << (exact ? " exact" : "") << (tf32 ? " tf32" : "") << " fill " << name_of(fill) << " gradients " << gradients
-      << " layouts x " << name_of(input_layout) << " V " << name_of(weight_layout) << " N " << name_of(mask_layout)
-      << " vectors " << name_of(vector_layout) << " y " << name_of(output_layout) << " g "
-      << name_of(grad_output_layout) << " dx " << name_of(grad_input_layout) << " dV " << name_of(grad_weight_layout)
-      << " dN " << name_of(grad_mask_layout) << " placement " << static_cast<int>(placement) << " poison "
-      << static_cast<int>(poison) << " seed " << seed;
+    s << (exact ? " exact" : "") << (tf32 ? " tf32" : "") << (wgmma ? " wgmma" : "") << " fill " << name_of(fill)
+      << " gradients " << gradients << " layouts x " << name_of(input_layout) << " V " << name_of(weight_layout)
+      << " N " << name_of(mask_layout) << " vectors " << name_of(vector_layout) << " y " << name_of(output_layout)
+      << " g " << name_of(grad_output_layout) << " dx " << name_of(grad_input_layout) << " dV "
+      << name_of(grad_weight_layout) << " dN " << name_of(grad_mask_layout) << " placement "
+      << static_cast<int>(placement) << " poison " << static_cast<int>(poison) << " seed " << seed;
     return s.str();
   }
 };
@@ -206,6 +206,7 @@ class Problem {
     params.activation = c.activation;
     params.exact = c.exact;
     params.allow_tf32 = c.tf32;
+    params.allow_wgmma = c.wgmma;
     params.stride[0] = c.stride_h;
     params.stride[1] = c.stride_w;
     params.groups = c.groups;

@@ -16,6 +16,13 @@
  * aligned to the largest exponent, truncated to F fractional bits, summed exactly and rounded toward zero: F = 25 in
  * one step on Hopper, F = 24 in two steps of half the depth on Ampere.
  *
+ * wgmma's products run beside the threads: they read registers and shared memory, and write their sums, when they are
+ * enqueued (early) or not before the wait that demands them (late). In between the sums are NaN and may not be written,
+ * nor may the operands; registers must have been fenced since they were written, and shared memory handed over from the
+ * threads' and cp.async's writes to the asynchronous proxy that products read it by (fence.proxy.async). What breaks
+ * these rules ends the program with a message, or reads other bits. B's matrix descriptor is taken apart as the PTX
+ * manual has it, without swizzling; the arithmetic is mma.sync's.
+ *
  * Shared-memory wavefronts are counted on request: 32 banks of 4 bytes; an access of 4 bytes a lane goes as one group
  * of 32 lanes, of 8 as two of 16, of 16 as four of 8, and ldmatrix as one group for each matrix. Accesses are paired up
  * by their number since the last barrier, so the count is meant for code that the lanes of a warp run together.
@@ -76,8 +83,10 @@ struct Options {
   Order order = Order::ROUND_ROBIN;
   bool lazy_copies = true;
   unsigned seed = 1; /* of SHUFFLED's order and of GREEDY's leading warp */
+  bool late_products = true;
   TensorCore tensor_core = TensorCore::HOPPER;
   bool count_wavefronts = false;
+  int64_t wanted_blocks = 128; /* of larger tiles, for them to be chosen */
 };
 inline thread_local Options options;
 
@@ -88,6 +97,9 @@ struct Wavefronts {
 };
 inline thread_local Wavefronts wavefronts;
 inline thread_local int64_t launches = 0;
+/* wgmma's, a thread's each, and the columns of the last one. */
+inline thread_local int64_t products = 0;
+inline thread_local int product_columns = 0;
 
 [[noreturn]] inline void fail(const char *message) {
   std::fprintf(stderr, "cuda_on_host: %s\n", message);
@@ -105,6 +117,27 @@ struct Copy {
   int bytes, zeros;
 };
 
+/* One of wgmma's, as a lane sees it: rows lane / 4 and lane / 4 + 8 of its warp's sixteen. */
+struct Product {
+  float *sums;
+  int count;
+  const uint32_t *operands[4]; /* of the lane's quad */
+  uint32_t values[4][4];       /* of these, when the product was enqueued */
+  uint64_t b;                  /* matrix descriptor */
+  void (*add)(const Product &, float *sums);
+};
+
+/* Registers as a wgmma.fence saw them. */
+struct Registers {
+  const void *at;
+  std::vector<uint32_t> values;
+};
+
+struct Range {
+  char *at;
+  int bytes;
+};
+
 struct Fiber {
   uint3 thread;
   int index = 0;
@@ -117,6 +150,11 @@ struct Fiber {
   ucontext_t context;
   std::vector<Copy> open;                /* since the last commit */
   std::vector<std::vector<Copy>> groups; /* committed, oldest first */
+  std::vector<Product> open_products;
+  std::vector<std::vector<Product>> product_groups;
+  std::vector<Registers> fenced;
+  std::vector<float> sums;    /* of late products, that have been added up so far */
+  std::vector<Range> written; /* in shared memory by this thread, since its last fence.proxy.async */
 };
 
 struct WarpAccess {
@@ -140,6 +178,8 @@ struct Block {
   int arrived = 0, live = 0;
   int barrier = 0; /* the source line of the barrier that threads wait at */
   char *shared = nullptr;
+  size_t shared_bytes = 0;
+  std::vector<char> stale; /* by 16 bytes of shared memory: not handed over to the asynchronous proxy */
   std::function<void()> body;
   void *stack_pointer = nullptr;
   ucontext_t context;
@@ -300,6 +340,7 @@ inline void fiber_main() {
   __sanitizer_finish_switch_fiber(nullptr, &block->stack_bottom, &block->stack_size);
 #endif
   block->body();
+  if (!fiber->open_products.empty() || !fiber->product_groups.empty()) fail("a thread is done, its products still run");
   fiber->state = State::DONE;
   block->live--;
   if (block->arrived) fail("divergent barrier: a thread is done, others wait");
@@ -418,6 +459,8 @@ void launch(Kernel kernel, dim3 grid, dim3 size, size_t shared_bytes, const Argu
         b.warps.resize((threads + 31) / 32);
         b.live = static_cast<int>(threads);
         b.shared = static_cast<char *>(shared.get());
+        b.shared_bytes = shared_bytes;
+        b.stale.assign((shared_bytes + 15) / 16, 0);
         std::memset(b.shared, 0xff, shared_bytes);
         b.body = [&] { kernel(arguments...); };
         for (unsigned i = 0; i < threads; i++) {
@@ -434,9 +477,22 @@ void launch(Kernel kernel, dim3 grid, dim3 size, size_t shared_bytes, const Argu
 
 /* ---- cp.async ---- */
 
+/* Bytes of shared memory are written, not by the asynchronous proxy. */
+inline void mark_stale(const void *to, int bytes) {
+  const size_t first = static_cast<size_t>(static_cast<const char *>(to) - block->shared);
+  for (size_t i = first / 16; i < std::min((first + static_cast<size_t>(bytes) + 15) / 16, block->stale.size()); i++)
+    block->stale[i] = 1;
+}
+
+inline void note_written(void *to, int bytes) {
+  mark_stale(to, bytes);
+  fiber->written.push_back({static_cast<char *>(to), bytes});
+}
+
 inline void copy_now(const Copy &copy) {
   std::memcpy(copy.to, copy.from, static_cast<size_t>(copy.bytes));
   std::memset(static_cast<char *>(copy.to) + copy.bytes, 0, static_cast<size_t>(copy.zeros));
+  mark_stale(copy.to, copy.bytes + copy.zeros);
 }
 
 inline void copy_async(void *to, const void *from, int size, int valid) {
@@ -445,11 +501,8 @@ inline void copy_async(void *to, const void *from, int size, int valid) {
     fail("cp.async of a misaligned address");
   if (valid < 0 || valid > size) fail("cp.async reads more bytes than it writes, or fewer than none");
   count_access(COPY, to, size);
-  const Copy copy{to, from, valid, size - valid};
-  if (options.lazy_copies)
-    fiber->open.push_back(copy);
-  else
-    copy_now(copy);
+  fiber->open.push_back({to, from, valid, size - valid});
+  if (!options.lazy_copies) copy_now(fiber->open.back());
 }
 
 inline void copy_commit() {
@@ -459,9 +512,122 @@ inline void copy_commit() {
 
 inline void copy_wait(size_t pending) {
   while (fiber->groups.size() > pending) {
-    for (const Copy &copy : fiber->groups.front()) copy_now(copy);
+    for (const Copy &copy : fiber->groups.front()) {
+      if (options.lazy_copies) copy_now(copy);
+      fiber->written.push_back({static_cast<char *>(copy.to), copy.bytes + copy.zeros});
+    }
     fiber->groups.erase(fiber->groups.begin());
   }
+}
+
+/* ---- wgmma ---- */
+
+constexpr uint32_t SHARED_BASE = 1024;    /* where a block's shared memory starts in its window */
+constexpr uint32_t RUNNING = 0x7fc0feedu; /* the bits of sums that late products have not written yet, a NaN */
+
+inline uint32_t shared_address(const void *p) {
+  const ptrdiff_t at = static_cast<const char *>(p) - block->shared;
+  if (at < 0 || static_cast<size_t>(at) > block->shared_bytes) fail("an address outside of shared memory");
+  return SHARED_BASE + static_cast<uint32_t>(at);
+}
+
+/* fence.proxy.async */
+inline void shared_to_products() {
+  for (const Range &range : fiber->written)
+    for (ptrdiff_t i = (range.at - block->shared) / 16; i < (range.at + range.bytes - block->shared + 15) / 16; i++)
+      block->stale[static_cast<size_t>(i)] = 0;
+  fiber->written.clear();
+}
+
+/* Sixteen bits of B, whose columns are D's. */
+inline uint16_t matrix_element(uint64_t descriptor, int depth, int column) {
+  if (descriptor & ~UINT64_C(0x3fff3fff3fff)) fail("a matrix descriptor that is swizzled, or no descriptor");
+  const auto field = [&](int bit) { return static_cast<uint32_t>(descriptor >> bit & 0x3fff) * 16; };
+  const uint32_t depth_step = field(16), column_step = field(32);
+  const uint32_t address = field(0) + static_cast<uint32_t>(depth / 8) * depth_step +
+                           static_cast<uint32_t>(column / 8) * column_step + static_cast<uint32_t>(column % 8) * 16 +
+                           static_cast<uint32_t>(depth % 8) * 2;
+  if (address < SHARED_BASE || address + 2 > SHARED_BASE + block->shared_bytes)
+    fail("wgmma reads outside of the block's shared memory");
+  const size_t at = address - SHARED_BASE;
+  if (block->stale[at / 16])
+    fail("wgmma reads shared memory that no fence.proxy.async has handed over since its write");
+  uint16_t value;
+  std::memcpy(&value, block->shared + at, 2);
+  return value;
+}
+
+/* wgmma.fence, for these registers. */
+inline void fence_registers(const void *at, int count) {
+  std::vector<uint32_t> values(static_cast<size_t>(count));
+  std::memcpy(values.data(), at, values.size() * 4);
+  for (Registers &known : fiber->fenced)
+    if (known.at == at) return static_cast<void>(known.values = values);
+  fiber->fenced.push_back({at, values});
+}
+
+inline bool is_fenced(const void *at, int count) {
+  for (const Registers &known : fiber->fenced)
+    if (known.at == at) return std::memcmp(known.values.data(), at, static_cast<size_t>(count) * 4) == 0;
+  return false;
+}
+
+inline void products_add(float *sums, int count, const uint32_t *a, uint64_t b,
+                         void (*add)(const Product &, float *sums)) {
+  if (!is_fenced(a, 4)) fail("wgmma's operand was written after its wgmma.fence");
+  const bool running = !fiber->open_products.empty() || !fiber->product_groups.empty();
+  if (!running && !is_fenced(sums, count)) fail("wgmma's sums were written after their wgmma.fence");
+  const uint64_t address = reinterpret_cast<uintptr_t>(a);
+  const uint32_t words[8] = {
+      static_cast<uint32_t>(address), static_cast<uint32_t>(address >> 32), a[0], a[1], a[2], a[3],
+      static_cast<uint32_t>(b),       static_cast<uint32_t>(b >> 32)};
+  uint32_t(*all)[8] = exchange(0xffffffffu, words, 8);
+  Product product{sums, count, {}, {}, b, add};
+  for (int lane = 0; lane < 32; lane++)
+    if (std::memcmp(all[lane] + 6, words + 6, 8)) fail("the lanes of a warp give wgmma different matrix descriptors");
+  for (int i = 0; i < 4; i++) {
+    const uint32_t *from = all[fiber->index % 32 / 4 * 4 + i];
+    product.operands[i] = reinterpret_cast<const uint32_t *>(static_cast<uintptr_t>(from[1]) << 32 | from[0]);
+    std::memcpy(product.values[i], from + 2, sizeof product.values[i]);
+  }
+  products++;
+  product_columns = count * 2;
+  if (!options.late_products) {
+    add(product, sums);
+  } else if (!running) {
+    fiber->sums.assign(sums, sums + count);
+    for (int i = 0; i < count; i++) std::memcpy(sums + i, &RUNNING, 4);
+  }
+  fiber->open_products.push_back(product);
+}
+
+inline void products_commit() {
+  fiber->product_groups.push_back(fiber->open_products);
+  fiber->open_products.clear();
+}
+
+inline void products_finish_late(const Product &product) {
+  for (int i = 0; i < product.count; i++)
+    if (std::memcmp(product.sums + i, &RUNNING, 4)) fail("wgmma's sums were written while a product ran");
+  for (int i = 0; i < 4; i++)
+    if (std::memcmp(product.operands[i], product.values[i], sizeof product.values[i]))
+      fail("wgmma's operand was written while its product ran");
+  product.add(product, fiber->sums.data());
+}
+
+/* All lanes come here before one goes on: until then their operands are what the products read. */
+inline void products_wait(size_t pending) {
+  warp_barrier(0xffffffffu);
+  while (fiber->product_groups.size() > pending) {
+    const std::vector<Product> group = fiber->product_groups.front();
+    fiber->product_groups.erase(fiber->product_groups.begin());
+    for (const Product &product : group)
+      if (options.late_products) products_finish_late(product);
+    if (group.empty() || !fiber->product_groups.empty() || !fiber->open_products.empty()) continue;
+    if (options.late_products) std::memcpy(group[0].sums, fiber->sums.data(), fiber->sums.size() * sizeof(float));
+    fence_registers(group[0].sums, group[0].count); /* whoever writes them now must do so again */
+  }
+  warp_barrier(0xffffffffu);
 }
 
 /* ---- the tensor core ---- */

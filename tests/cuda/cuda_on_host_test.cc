@@ -316,6 +316,157 @@ TEST(TensorCore, Tf32) {
   EXPECT_TRUE(std::isinf(float_of(to_tf32(HUGE_VALF))));
 }
 
+/* ---- wgmma ---- */
+
+enum class ProductBug {
+  NONE,
+  NO_FENCE,                /* of an operand that was written */
+  FENCE_BEFORE_WRITE,      /* ... which is as good as none */
+  NO_START,                /* sums written, not fenced */
+  NO_WAIT,                 /* the sums are read while a product runs */
+  SUMS_WRITTEN,            /* ... or written */
+  OPERAND_WRITTEN,         /* while the product that reads it runs */
+  WAIT_FOR_TOO_FEW,        /* before an operand's registers are used again */
+  NO_PROXY_FENCE,          /* between cp.async's write and the product */
+  PROXY_FENCE_BEFORE_WAIT, /* ... before it has landed */
+  STORED,                  /* B stored by a thread, which is the same */
+  SHARED_OVERWRITTEN,      /* while a product reads it */
+  SWAPPED_STEPS,           /* of the descriptor */
+  SWIZZLED,
+  OUTSIDE,
+  LANES_DISAGREE,
+  END_WHILE_RUNNING
+};
+
+/* d[64][64] = 1 + the sum over rounds of a[64][16] * b[16][64], b as core matrices: two of depth beside each other,
+ * then the next eight columns. Two operands in turn, so that one is made while the other's product runs. */
+__global__ void products(const uint16_t *a, const uint16_t *b, float *d, int rounds, ProductBug bug) {
+  PNN_SHARED_MEMORY(memory);
+  const int thread = thread_index(), lane = thread % 32, row = thread / 32 * 16 + lane / 4;
+  float sums[32];
+  for (float &sum : sums) sum = 1;
+  if (bug != ProductBug::NO_START) products_start(sums);
+  uint32_t operand[2][4] = {};
+  for (int round = 0; round < rounds; round++) {
+    char *const tile = memory + round * 2048;
+    for (int i = thread; i < 128; i += 128) copy_async16(tile + i * 16, b + round * 1024 + i * 8, 16);
+    copy_commit();
+  }
+  if (bug == ProductBug::PROXY_FENCE_BEFORE_WAIT) shared_to_products();
+  copy_wait<0>();
+  if (bug != ProductBug::NO_PROXY_FENCE && bug != ProductBug::PROXY_FENCE_BEFORE_WAIT) shared_to_products();
+  __syncthreads();
+  if (bug == ProductBug::STORED)
+    store_shared(reinterpret_cast<words4 *>(memory) + thread, words4{{0x3f803f80u, 0x3f803f80u, 0x3f803f80u, 0}});
+  __syncthreads();
+  for (int round = 0; round < rounds; round++) {
+    if (bug == ProductBug::WAIT_FOR_TOO_FEW)
+      products_wait<2>();
+    else
+      products_wait<1>();
+    uint32_t(&x)[4] = operand[round % 2];
+    if (bug == ProductBug::FENCE_BEFORE_WRITE) products_operand(x);
+    for (int i = 0; i < 4; i++) memcpy(&x[i], a + round * 1024 + (row + i % 2 * 8) * 16 + lane % 4 * 2 + i / 2 * 8, 4);
+    if (bug != ProductBug::NO_FENCE && bug != ProductBug::FENCE_BEFORE_WRITE) products_operand(x);
+    const char *tile = memory + round * 2048 + (bug == ProductBug::LANES_DISAGREE ? lane / 16 * 128 : 0) +
+                       (bug == ProductBug::OUTSIDE ? 128 : 0);
+    uint64_t descriptor =
+        bug == ProductBug::SWAPPED_STEPS ? matrix_descriptor(tile, 256, 128) : matrix_descriptor(tile, 128, 256);
+    if (bug == ProductBug::SWIZZLED) descriptor |= uint64_t{1} << 62;
+    products_add(bfloat16{}, sums, x, descriptor);
+    products_commit();
+    if (bug == ProductBug::OPERAND_WRITTEN) x[0]++;
+    if (bug == ProductBug::SUMS_WRITTEN) sums[3] = 0;
+    if (bug == ProductBug::SHARED_OVERWRITTEN) {
+      store_shared(reinterpret_cast<words4 *>(memory + round * 2048) + thread, words4{{0, 0, 0, 0}});
+      shared_to_products();
+    }
+  }
+  if (bug == ProductBug::NO_WAIT) d[0] = sums[0];
+  if (bug == ProductBug::END_WHILE_RUNNING) return;
+  const float early = sums[0];
+  products_finish(sums);
+  if (bug == ProductBug::NO_WAIT) sums[0] = early;
+  for (int i = 0; i < 32; i++) d[(row + i / 2 % 2 * 8) * 64 + i / 4 * 8 + lane % 4 * 2 + i % 2] = sums[i];
+}
+
+constexpr int kRounds = 3;
+
+std::vector<float> run_products(ProductBug bug) {
+  std::vector<uint16_t> a(64 * 16 * kRounds), b(64 * 16 * kRounds);
+  for (size_t i = 0; i < a.size(); i++) a[i] = round_to(bfloat16{}, static_cast<float>(i * 7 % 23) - 11).bits;
+  for (size_t i = 0; i < b.size(); i++) b[i] = round_to(bfloat16{}, static_cast<float>(i * 5 % 19) - 9).bits;
+  std::vector<float> d(64 * 64);
+  host::launch(products, dim3(1), dim3(128), kRounds * 2048, a.data(), b.data(), d.data(), kRounds, bug);
+  return d;
+}
+
+template <class Function>
+std::vector<std::vector<float>> under_all_products(Function function) {
+  std::vector<std::vector<float>> results;
+  for (bool late : {false, true})
+    for (std::vector<float> &result : under_all([&] {
+           host::options.late_products = late;
+           return function();
+         }))
+      results.push_back(std::move(result));
+  return results;
+}
+
+TEST(AsynchronousProducts, TheCorrectKernelGivesTheSumsUnderEverySchedule) {
+  const auto results = under_all_products([] { return run_products(ProductBug::NONE); });
+  EXPECT_EQ(disagreements(results), 0);
+  for (int i = 0; i < 64; i++)
+    for (int j = 0; j < 64; j++) {
+      int sum = 1; /* b: [round][eight columns][half of the depth][column][depth] */
+      for (int round = 0; round < kRounds; round++)
+        for (int k = 0; k < 16; k++)
+          sum += ((round * 1024 + i * 16 + k) * 7 % 23 - 11) *
+                 ((round * 1024 + j / 8 * 128 + k / 8 * 64 + j % 8 * 8 + k % 8) * 5 % 19 - 9);
+      ASSERT_EQ(results[0][static_cast<size_t>(i * 64 + j)], static_cast<float>(sum)) << i << ", " << j;
+    }
+}
+
+TEST(AsynchronousProducts, WhatIsReadOrOverwrittenTooEarlyGivesOtherBits) {
+  for (ProductBug bug : {ProductBug::NO_WAIT, ProductBug::SHARED_OVERWRITTEN})
+    EXPECT_GT(disagreements(under_all_products([&] { return run_products(bug); })), 0);
+  host::options.late_products = true;
+  EXPECT_TRUE(std::isnan(run_products(ProductBug::NO_WAIT)[0]));
+  host::options = {};
+  /* The two steps of a descriptor mean different things. */
+  EXPECT_NE(run_products(ProductBug::SWAPPED_STEPS), run_products(ProductBug::NONE));
+}
+
+TEST(AsynchronousProductsDeathTest, BrokenRulesAreReported) {
+  const struct {
+    ProductBug bug;
+    const char *message;
+  } cases[] = {{ProductBug::NO_FENCE, "operand was written after its wgmma.fence"},
+               {ProductBug::FENCE_BEFORE_WRITE, "operand was written after its wgmma.fence"},
+               {ProductBug::NO_START, "sums were written after their wgmma.fence"},
+               {ProductBug::SUMS_WRITTEN, "sums were written while a product ran"},
+               {ProductBug::OPERAND_WRITTEN, "operand was written while its product ran"},
+               {ProductBug::WAIT_FOR_TOO_FEW, "operand was written while its product ran"},
+               {ProductBug::NO_PROXY_FENCE, "no fence.proxy.async has handed over"},
+               {ProductBug::PROXY_FENCE_BEFORE_WAIT, "no fence.proxy.async has handed over"},
+               {ProductBug::STORED, "no fence.proxy.async has handed over"},
+               {ProductBug::SWIZZLED, "swizzled"},
+               {ProductBug::OUTSIDE, "outside of the block's shared memory"},
+               {ProductBug::LANES_DISAGREE, "different matrix descriptors"},
+               {ProductBug::END_WHILE_RUNNING, "its products still run"}};
+  for (const auto &c : cases) EXPECT_DEATH(run_products(c.bug), c.message);
+}
+
+TEST(AsynchronousProductsDeathTest, EitherScheduleOfCopiesReportsAFenceThatCameTooEarly) {
+  for (bool lazy : {false, true})
+    for (bool late : {false, true}) {
+      host::options.lazy_copies = lazy, host::options.late_products = late;
+      EXPECT_DEATH(run_products(ProductBug::PROXY_FENCE_BEFORE_WAIT), "fence.proxy.async");
+      EXPECT_DEATH(run_products(ProductBug::NO_PROXY_FENCE), "fence.proxy.async");
+    }
+  host::options = {};
+}
+
 __global__ void strided_loads(float *y, int stride) {
   PNN_SHARED_MEMORY(memory);
   const words4 *row = reinterpret_cast<const words4 *>(memory + static_cast<int>(threadIdx.x) * stride);

@@ -9,9 +9,12 @@ The tiled kernels may not call functions (CALL; before sm_90 the compiler also w
 instruction, where the threads of a warp meet again: that one is none) nor, unless they compute in double, use double
 precision (DFMA, DADD, DMUL, DSETP, DMNMX, DMMA; a float kernel converts its double `level` once, which is none of
 these); those of 16-bit types and TF32 must use the tensor cores (HMMA) and ldmatrix (LDSM; not TF32 where neither
-operand has its depth in a row); all must copy asynchronously (LDGSTS), but for the moments', which need no tile. A
-block of each must fit on every multiprocessor. The kernels of finish.cu, which handle channels, outputs and weights,
-may do all but spill. (nvcc itself refuses spills in a build with warnings as errors.)
+operand has its depth in a row); all must copy asynchronously (LDGSTS), but for the moments', which need no tile.
+forward_wgmma, of sm_90a alone, must use Hopper's asynchronous products (HGMMA) instead, and wait for all of them only
+where it ends: where the assembler can't see that registers are left to a running product it waits behind each one,
+which it tells (C7510 and the like) without failing. A block of each must fit on every multiprocessor. The kernels of
+finish.cu and V's copy, which handle channels, outputs and weights, may do all but spill. (nvcc itself refuses spills in
+a build with warnings as errors.)
 
 Registers, shared memory, the blocks that fit on a multiprocessor (by NVIDIA's cuda_occupancy.h, see occupancy.cc) and
 the numbers of instructions are printed as two tables, which must equal tests/cuda/kernels.txt: a change is to be looked
@@ -39,9 +42,15 @@ from pathlib import Path
 
 TABLE = Path(__file__).with_name("kernels.txt")
 WIDTH = 48  # of a kernel's name in the tables
-TILED = ("forward", "input_gradient", "weight_gradient", "moments")
+TILED = ("forward", "forward_wgmma", "input_gradient", "weight_gradient", "moments")
 DOUBLE = re.compile(r"^D(FMA|ADD|MUL|SETP|MNMX|MMA)$")
-COUNTED = (("all", None), ("HMMA", {"HMMA"}), ("FMA", {"FFMA", "DFMA"}), ("LDSM", {"LDSM"}), ("LDGSTS", {"LDGSTS"}))
+COUNTED = (
+    ("all", None),
+    ("HMMA", {"HMMA", "HGMMA"}),
+    ("FMA", {"FFMA", "DFMA"}),
+    ("LDSM", {"LDSM"}),
+    ("LDGSTS", {"LDGSTS"}),
+)
 
 Key = tuple[str, int]
 """(kernel, architecture)"""
@@ -80,7 +89,7 @@ def short_name(mangled: str) -> str:
             "NS_4tf32E": "tf32",
         }
         parts.append(next((kind for code, kind in kinds.items() if arguments.startswith(code)), "?"))
-        shape = re.search(r"NS_5(Large|Small)E", arguments)
+        shape = re.search(r"NS0?_\d(Large|Small|Wide|Middle|Narrow)E", arguments)
         if shape:
             parts.append(shape[1])
         order = re.search(r"FastestE(\d)E", arguments)
@@ -116,7 +125,8 @@ def compiler(nvcc: str) -> str:
 def read_code(sass: str) -> dict[Key, Counter[str]]:
     """How often each operation stands in each kernel, from the output of `cuobjdump -sass`.
 
-    The CALL that jumps over the next instruction, and comes back there, is counted as CALL_NEXT.
+    The CALL that jumps over the next instruction, and comes back there, is counted as CALL_NEXT; a wait for all
+    asynchronous products as WAIT_ALL.
     """
     instruction = re.compile(r" {8}/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_]*)")
     jump = re.compile(r"CALL\.REL\.NOINC 0x([0-9a-f]+) ;")
@@ -129,6 +139,8 @@ def read_code(sass: str) -> dict[Key, Counter[str]]:
             operation = match[2]
             if operation == "CALL" and (to := jump.search(line)) and int(to[1], 16) == int(match[1], 16) + 32:
                 operation = "CALL_NEXT"
+            elif "WARPGROUP.DEPBAR.LE gsb0, 0x0" in line:
+                operation = "WAIT_ALL"
             current[operation] += 1
         elif match := re.match(r"\s+code for sm_(\d+)", line):
             architecture, current = int(match[1]), None
@@ -170,6 +182,11 @@ def read_objects(folder: Path, jobs: int) -> tuple[dict[Key, Counter[str]], dict
 # ---- the gates ----
 
 
+def made_for(kernel: str, architecture: int) -> bool:
+    """Whether there is machine code of a kernel for an architecture."""
+    return architecture == 90 or not kernel.startswith("forward_wgmma")
+
+
 def check(
     code: Mapping[Key, Counter[str]],
     resources: Mapping[Key, Resources],
@@ -188,7 +205,7 @@ def check(
     failures = [] if architectures else ["no machine code"]
     for kernel in shapes:
         for architecture in architectures:
-            if (kernel, architecture) not in code:
+            if made_for(kernel, architecture) and (kernel, architecture) not in code:
                 failures.append(f"{kernel} on sm_{architecture}: listed, but not in the machine code")
     for (kernel, architecture), operations in sorted(code.items()):
         where = f"{kernel} on sm_{architecture}"
@@ -210,7 +227,11 @@ def check(
         if "double" not in words and doubles:
             failures.append(f"{where}: {', '.join(doubles)}, double precision")
         needed = set() if words[0] == "moments" else {"LDGSTS"}
-        if words[0] != "moments" and words[1] in ("bfloat16", "float16", "tf32"):
+        if words[0] == "forward_wgmma":
+            needed |= {"HGMMA"}
+            if 2 * operations["WAIT_ALL"] > operations["HGMMA"]:
+                failures.append(f"{where}: {operations['WAIT_ALL']} waits for all products, which run one by one")
+        elif words[0] != "moments" and words[1] in ("bfloat16", "float16", "tf32"):
             needed |= {"HMMA"} if words[1] == "tf32" and "rows" in words else {"HMMA", "LDSM"}
         failures += [f"{where}: no {op}" for op in sorted(needed) if not operations[op]]
         if kernel in shapes and fitting[kernel, architecture] == 0:
@@ -246,7 +267,12 @@ def tables(
     lines.append("kernel".ljust(WIDTH) + "threads  shared" + "".join(f"sm_{a}".rjust(11) for a in architectures))
     lines.append(" " * (WIDTH + 15) + "".join("reg blocks".rjust(11) for _ in architectures))
     for kernel, (threads, shared) in shapes.items():
-        cells = [f"{resources[kernel, a].registers:>5} {fitting[kernel, a]:>5}" for a in architectures]
+        cells = [
+            f"{resources[kernel, a].registers:>5} {fitting[kernel, a]:>5}"
+            if made_for(kernel, a)
+            else f"{'-':>5} {'-':>5}"
+            for a in architectures
+        ]
         lines.append(f"{kernel:<{WIDTH}}{threads:>7} {shared:>7}" + "".join(cells))
     lines += ["", "# instructions"]
     head = "".join(name.rjust(7) for name, _ in COUNTED)
@@ -255,6 +281,9 @@ def tables(
     for kernel in shapes:
         row = f"{kernel:<{WIDTH}}"
         for architecture in architectures:
+            if not made_for(kernel, architecture):
+                row += "-".rjust(7) * len(COUNTED)
+                continue
             operations = code[kernel, architecture]
             for _, names in COUNTED:
                 count = sum(number for name, number in operations.items() if names is None or name in names)
@@ -297,7 +326,7 @@ def main() -> int:
     code, resources = read_objects(options.build / "cuda", options.jobs)
     fitting = occupancy(options.build / "tests/cuda_occupancy", resources, shapes)
     failures = check(code, resources, shapes, fitting)
-    if all((kernel, a) in fitting for kernel in shapes for _, a in code):
+    if all((kernel, a) in fitting for kernel in shapes for _, a in code if made_for(kernel, a)):
         lines = tables(compiler(options.nvcc), code, resources, shapes, fitting)
         print("\n".join(lines))
         if options.write:

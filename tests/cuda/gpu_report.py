@@ -18,6 +18,8 @@ MISSED = 1.5
 COPY, PRODUCT, COMPILED = 1.15, 0.55, 0.7
 """Targets: at most this many copies where memory-bound, at least this share of cuBLAS's rate where compute-bound, at
 most this share of torch.compile's time for forward and backward."""
+WGMMA_PRODUCT = 0.75
+"""That of cuBLAS's rate for Hopper's asynchronous products."""
 
 
 def phase_line(name: str, found: dict[str, Any]) -> str:
@@ -150,6 +152,35 @@ def targets(rows: list[dict[str, Any]]) -> list[str]:
     return table(["target", "met", "worst, as a share of what is allowed"], body) if body else []
 
 
+def wgmma(rows: list[dict[str, Any]]) -> list[str]:
+    """Forward by Hopper's asynchronous products beside the other kernel's and the predicted time."""
+    body = []
+    for row in rows:
+        ours, other, guess = row.get("wgmma ours"), row.get("forward ours"), row.get("wgmma predicted")
+        if guess is None:
+            continue
+        of_guess, product = ratio(ours, guess), of_case(rows, row, "cublas")
+        of_copy, of_product = ratio(ours, of_case(rows, row, "copy")), ratio(product, ours)
+        bad_copy = memory_bound(row) and of_copy is not None and of_copy > COPY
+        bad_product = not memory_bound(row) and of_product is not None and of_product < WGMMA_PRODUCT
+        missed = of_guess is not None and not 1 / MISSED <= of_guess <= MISSED
+        body.append(
+            [
+                case_text(row),
+                row["layout"],
+                cell(other, 1),
+                cell(ours, 1),
+                cell(ratio(ours, other)),
+                cell(guess, 1),
+                cell(of_guess, 2, missed),
+                cell(of_copy, 2, bad_copy),
+                cell(of_product, 2, bad_product),
+            ]
+        )
+    head = ["B,C,H,T,M", "layout", "mma.sync", "wgmma", "wgmma / mma.sync", "predicted", "wgmma / predicted"]
+    return table([*head, "wgmma / copy", "cuBLAS / wgmma"], body)
+
+
 PASSES = ("forward", "weight_gradient", "weight_store", "input_gradient", "moments")
 """Kernels with a column of their own in the table of kernels; what starts with none of these is in the last one."""
 
@@ -160,7 +191,7 @@ def kernels(rows: list[dict[str, Any]]) -> list[str]:
     for row in rows:
         sums = dict.fromkeys((*PASSES, "rest"), 0.0)
         for name, time in row["kernels_us"].items():
-            own = next((one for one in PASSES if name.startswith(f"{one}_kernel")), "rest")
+            own = next((one for one in PASSES if name.startswith((f"{one}_kernel", f"{one}_wgmma_kernel"))), "rest")
             sums[own] += time
         norm = "yes" if row["norm"] else "no"
         body.append([case_text(row), row["type"], row["layout"], norm, *(cell(t or None, 1) for t in sums.values())])
@@ -209,6 +240,7 @@ def report(results: dict[str, Any]) -> str:
         for direction in ("forward", "forward+backward"):
             lines += [f"## {direction}: measured beside predicted", "", *predicted(rows, direction), ""]
             lines += [f"## {direction}: beside others, in us", "", *compared(rows, direction), ""]
+        lines += ["## forward by asynchronous products (allow_wgmma), bfloat16, in us", "", *wgmma(rows), ""]
         lines += ["## Peak memory, forward + backward, MiB", "", *memory(rows), ""]
     rows = phases.get("kernels", {}).get("rows", [])
     if any(row["kernels_us"] for row in rows):

@@ -316,7 +316,7 @@ def normalised_one(work: Work, dtype: torch.dtype, layout: str, training: bool) 
 
 
 def reference_phase(work: Work) -> None:
-    """Every type, layout and kind of mask; then strides, groups, activations, shared masks, large tiles."""
+    """Every type, layout and kind of mask; then strides, groups, activations, shared masks, large tiles, wgmma."""
     failures: list[str] = []
     worst: dict[str, float] = {}
     cases = skipped = 0
@@ -338,6 +338,14 @@ def reference_phase(work: Work) -> None:
             todo.append(
                 (*types, (2, 16, 8, 8, 24, 2), "contiguous", "normal", {"level": LEVEL, "activation": activation})
             )
+    for dtype in (torch.bfloat16, torch.float16):
+        for layout in LAYOUTS:
+            for masks in (1, 2, 4, 8, 16, 64):
+                sizes = (3, 80 if masks < 8 else 24, 8, 8, (40, 72, 136)[masks % 3], masks)
+                todo.append((dtype, dtype, sizes, layout, "uniform", relu | {"wgmma": True}))
+            # 128 blocks of the two wider tiles.
+            todo.append((dtype, dtype, (4, 80, 80, 80, 72, 1), layout, "uniform", relu | {"wgmma": True}))
+            todo.append((dtype, dtype, (4, 80, 64, 64, 136, 1), layout, "uniform", relu | {"wgmma": True}))
     if work.rehearse:
         todo = todo[:: len(todo) // 40]
     for one in todo:
@@ -348,7 +356,9 @@ def reference_phase(work: Work) -> None:
         name = f"{str(dtype)[6:]}/{str(weight_dtype)[6:]}"
         where = f"{name} {layout} {noise} {sizes} {options}"
         try:
-            ratios = compare_one(work, *one)
+            with arithmetic(WGMMA if options.get("wgmma") else "float32"):
+                plain = {key: value for key, value in options.items() if key != "wgmma"}
+                ratios = compare_one(work, *one[:5], plain)
         except (RuntimeError, AssertionError) as error:
             failures.append(f"{where}: {str(error)[:300]}")
             if "CUDA error" in str(error):
@@ -650,7 +660,7 @@ class Layer:
     def __init__(self, work: Work, case: tuple[int, ...], kind: str, layout: str) -> None:
         batch, channels, side, outputs, masks = case
         self.case, self.kind, self.layout = case, kind, layout
-        self.dtype = torch.float32 if kind == "tf32" else getattr(torch, kind)
+        self.dtype = torch.float32 if kind == "tf32" else getattr(torch, kind.split()[0])
         device, shape = work.device, LAYOUTS[layout]
         generator = torch.Generator(device).manual_seed(1)
 
@@ -701,21 +711,24 @@ def compiled_layer() -> Callable[[torch.Tensor, torch.Tensor, torch.Tensor], tor
 
 @contextlib.contextmanager
 def arithmetic(kind: str) -> Iterator[None]:
-    """What float32 products may be: PyTorch's libraries and our layer follow the row's type."""
+    """What products may be: PyTorch's libraries and our layer follow the row's type."""
     import torch_pnn
 
     allowed = kind == "tf32"
     torch.backends.cudnn.allow_tf32 = allowed
     torch.backends.cuda.matmul.allow_tf32 = allowed
     torch_pnn.backends.cuda.allow_tf32 = allowed
+    torch_pnn.backends.cuda.allow_wgmma = kind == WGMMA
     try:
         yield
     finally:
-        torch_pnn.backends.cuda.allow_tf32 = False
+        torch_pnn.backends.cuda.allow_tf32 = torch_pnn.backends.cuda.allow_wgmma = False
 
 
 KINDS = ("bfloat16", "float32", "tf32")
 """The rows' types, the most telling first."""
+WGMMA = "bfloat16 wgmma"
+"""bfloat16 with Hopper's asynchronous products allowed, forward."""
 
 
 def cases(work: Work) -> list[tuple[int, int, int, int, int]]:
@@ -771,9 +784,9 @@ def kernels_phase(work: Work) -> None:
         )  # fmt: skip
 
     for case in cases(work):
-        for kind in KINDS:
+        for kind in (*KINDS, WGMMA):
             for layout in LAYOUTS:
-                for norm in (False, True):
+                for norm in (False, True) if kind != WGMMA else (False,):
                     key = {"case": list(case), "type": kind, "layout": layout, "norm": norm}
                     if not work.time_left():
                         work.found["unfinished"].append(str(key))
@@ -815,12 +828,12 @@ def timings_phase(work: Work) -> None:
     work.found.update(rows=rows, errors=errors, unfinished=[])
     work.found["empty_graph_us"] = 1000 * milliseconds(work, lambda: one.add_(1), flush)
 
-    def timed(row: dict[str, Any], name: str, layer: Layer, function: Callable[[], Any]) -> None:
+    def timed(row: dict[str, Any], name: str, layer: Layer, function: Callable[[], Any], kind: str = "") -> None:
         if not work.time_left():
             work.found["unfinished"].append(f"{row['case']} {row['type']} {row['layout']}: {name}")
             return
         try:
-            with arithmetic(layer.kind):
+            with arithmetic(kind or layer.kind):
                 row[name] = round(1000 * milliseconds(work, function, flush), 3)
         except RuntimeError as error:
             errors.append(f"{row['case']} {row['type']} {row['layout']}: {name}: {str(error)[:300]}")
@@ -858,6 +871,12 @@ def time_ours(work: Work, row: dict[str, Any], layer: Layer, timed: Callable[...
         row[f"{direction} predicted"] = round(prediction.time_us, 3)
         row[f"{direction} bound"] = prediction.bound
     timed(row, "forward ours", layer, layer.forward(layer.ours))
+    if layer.kind == "bfloat16" and predictions.wgmma_kernels(layer.case, layer.kind, layer.layout):
+        prediction = predictions.predict(
+            layer.case, layer.kind, "forward", layer.layout, device=work.device_name, wgmma=True
+        )
+        row["wgmma predicted"] = round(prediction.time_us, 3)
+        timed(row, "wgmma ours", layer, layer.forward(layer.ours), WGMMA)
     timed(row, "forward+backward ours", layer, layer.training(layer.ours))
     row["clock_mhz"] = clock(work)
     row["peak_bytes ours"] = peak_bytes(work, layer.ours, (layer.x, layer.weight))

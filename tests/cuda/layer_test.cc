@@ -29,6 +29,8 @@ void set_schedule(int i) {
   host::options = {};
   host::options.order = static_cast<Order>(i % 4);
   host::options.lazy_copies = i / 4 % 2 == 0;
+  /* What is read too early meets lazy copies and early products, what is overwritten too early the others. */
+  host::options.late_products = (i / 4 + i / 8) % 2 != 0;
   host::options.seed = static_cast<unsigned>(i / 8 + 1);
   host::options.tensor_core = i % 3 ? host::TensorCore::HOPPER : host::TensorCore::AMPERE;
 }
@@ -421,6 +423,193 @@ TEST_P(CudaTypes, BoundedErrors) {
       }
   std::printf("worst error beyond the last rounding: %.3g u sum|terms|\n", worst);
   host::options = {};
+}
+
+/* ---- Hopper's asynchronous products (forward_wgmma.cu) ---- */
+
+/* Tiles of 64, 128 and 256 outputs: each is chosen where it would be more than half full, if it is wide enough for one
+ * block. */
+const int64_t kWgmmaOutputs[] = {40, 72, 136};
+int columns_of(int64_t outputs) { return outputs > 128 ? 256 : outputs > 64 ? 128 : 64; }
+
+class CudaWgmma : public testing::TestWithParam<int> {
+ protected:
+  Case base() const {
+    Case c;
+    set_type(c, GetParam());
+    c.placement = Placement::kHeap, c.gradients = 0, c.wgmma = true;
+    return c;
+  }
+};
+INSTANTIATE_TEST_SUITE_P(Cuda, CudaWgmma, testing::Values(2, 3), type_name);
+
+/* The output's bits; `wgmma` tells whether the products must be asynchronous ones. */
+std::vector<uint64_t> forward_bits(const Case &c, int schedule, bool wgmma) {
+  set_schedule(schedule);
+  host::options.tensor_core = host::TensorCore::HOPPER;
+  host::options.wanted_blocks = 1;
+  host::products = 0;
+  Problem p(c);
+  EXPECT_EQ(p.forward(), PNN_OK) << p.error.message;
+  EXPECT_EQ(host::products > 0, wgmma) << c.describe();
+  EXPECT_TRUE(p.output.intact_outside()) << c.describe();
+  if (wgmma) {
+    EXPECT_EQ(host::product_columns, columns_of(c.T / c.groups)) << c.describe();
+  }
+  host::options = {};
+  return p.output.bits();
+}
+
+/* Against the plain loops and against the other kernel, whose sums have another order: exact ones, all the same bits.
+ */
+void check_wgmma(const Case &c) {
+  static int next = 0;
+  const int schedule = next++;
+  SCOPED_TRACE(c.describe());
+  const std::vector<uint64_t> bits = forward_bits(c, schedule, true);
+  Case other = c;
+  other.wgmma = false;
+  EXPECT_EQ(bits, forward_bits(other, schedule, false));
+  set_schedule(schedule);
+  host::options.wanted_blocks = 1;
+  check_exact(c, 0);
+  host::options = {};
+}
+
+TEST_P(CudaWgmma, ExactSums) {
+  /* Maps that end inside a step of 64, pixels inside a warpgroup's 64, outputs inside a tile, groups, strides. */
+  uint64_t seed = 3000;
+  for (LayoutKind kind : {LayoutKind::kContiguous, LayoutKind::kChannelsLast})
+    for (int64_t M : {1, 2, 4, 8, 16, 64}) {
+      Case c = base();
+      set_layouts(c, kind);
+      c.B = 2, c.C = M > 8 ? 8 : M == 8 ? 24 : 80, c.H = 5, c.W = 8, c.M = M, c.level = M % 2 ? 0.5 : -1;
+      c.T = kWgmmaOutputs[seed % 3], c.bias = seed % 4 != 0, c.seed = seed++;
+      check_wgmma(c);
+      c.groups = 2, c.C = M > 8 ? 16 : 32, c.T = 2 * kWgmmaOutputs[seed % 3], c.B = 1, c.seed = seed++;
+      check_wgmma(c);
+    }
+}
+
+TEST_P(CudaWgmma, Sizes) {
+  uint64_t seed = 3100;
+  for (int64_t pixels : {8, 64, 72, 200, 264}) { /* of tiles of 64, 128 and 192 */
+    Case c = base();
+    c.C = 16, c.W = pixels, c.T = kWgmmaOutputs[seed % 3], c.seed = seed++;
+    check_wgmma(c);
+    set_layouts(c, LayoutKind::kChannelsLast);
+    c.W = pixels - 3, c.T = kWgmmaOutputs[seed % 3], c.seed = seed++;
+    check_wgmma(c);
+  }
+  for (int64_t maps : {16, 48, 64, 112, 320}) { /* one step, the ring's four, more */
+    Case c = base();
+    c.C = maps, c.W = 8, c.T = kWgmmaOutputs[seed % 3] + 1, c.seed = seed++;
+    check_wgmma(c);
+  }
+  for (int64_t outputs : {33, 64, 65, 128, 129, 256, 300}) {
+    Case c = base();
+    c.C = 16, c.W = 8, c.T = outputs, c.seed = seed++;
+    check_wgmma(c);
+  }
+}
+
+TEST_P(CudaWgmma, MixedLayouts) {
+  /* x along the pixels and y along the channels, and the other way round; weights and biases in any. */
+  uint64_t seed = 3200;
+  for (bool last : {false, true})
+    for (LayoutKind vectors : {LayoutKind::kContiguous, LayoutKind::kNegative}) {
+      Case c = base();
+      c.input_layout = last ? LayoutKind::kChannelsLast : LayoutKind::kContiguous;
+      c.output_layout = last ? LayoutKind::kContiguous : LayoutKind::kChannelsLast;
+      c.weight_layout = c.vector_layout = vectors;
+      c.B = 3, c.C = 32, c.M = 2, c.H = 4, c.W = 8, c.T = kWgmmaOutputs[seed % 3], c.seed = seed++;
+      check_wgmma(c);
+    }
+  Case c = base(); /* channels-last under a stride */
+  set_layouts(c, LayoutKind::kChannelsLast);
+  c.B = 2, c.C = 32, c.H = 9, c.W = 11, c.stride_h = c.stride_w = 2, c.T = 72, c.seed = seed;
+  check_wgmma(c);
+}
+
+TEST_P(CudaWgmma, EveryScheduleGivesTheSameBits) {
+  for (int64_t outputs : kWgmmaOutputs)
+    for (LayoutKind kind : {LayoutKind::kContiguous, LayoutKind::kChannelsLast}) {
+      Case c = base();
+      set_layouts(c, kind);
+      c.fill = Fill::kRandom, c.level = 0.25;
+      c.B = 1, c.C = 176, c.M = 2, c.H = 1, c.W = 136, c.T = outputs; /* six steps, the last one ragged */
+      if (kind == LayoutKind::kChannelsLast) c.C = 96, c.M = 1, c.W = 72;
+      const std::vector<uint64_t> first = forward_bits(c, 0, true);
+      for (int i = 1; i < 2 * kSchedules; i++) EXPECT_EQ(forward_bits(c, i, true), first) << "schedule " << i;
+    }
+}
+
+TEST_P(CudaWgmma, TheTileDoesNotMatter) {
+  Case c = base();
+  c.fill = Fill::kRandom, c.C = 48, c.M = 4, c.W = 200, c.T = 136;
+  const std::vector<uint64_t> wide = forward_bits(c, 1, true);
+  for (int64_t blocks : {3, 100}) { /* one of 128 pixels by 256 outputs, of 192 by 128, of 64 by 64 */
+    set_schedule(1);
+    host::options.tensor_core = host::TensorCore::HOPPER;
+    host::options.wanted_blocks = blocks;
+    Problem p(c);
+    ASSERT_EQ(p.forward(), PNN_OK) << p.error.message;
+    EXPECT_EQ(host::product_columns, blocks == 3 ? 128 : 64);
+    EXPECT_EQ(p.output.bits(), wide);
+  }
+  host::options = {};
+}
+
+TEST_P(CudaWgmma, BoundedErrors) {
+  /* Infinities and NaN among them, which must reach no sum but their own: x beyond the maps is not read, nor 0 * inf.
+   */
+  uint64_t seed = 3300;
+  double worst = 0;
+  for (Fill fill : {Fill::kRandom, Fill::kCancelling, Fill::kSpecial})
+    for (LayoutKind kind : {LayoutKind::kContiguous, LayoutKind::kChannelsLast})
+      for (int64_t M : {1, 2, 16}) {
+        Case c = base();
+        set_layouts(c, kind);
+        c.B = 2, c.C = M == 16 ? 8 : 48, c.M = M, c.H = 3, c.W = 8, c.T = kWgmmaOutputs[seed % 3], c.fill = fill;
+        c.level = fill == Fill::kSpecial ? 1e5 : 0.25, c.seed = seed++; /* infinite as float16 */
+        SCOPED_TRACE(c.describe());
+        set_schedule(static_cast<int>(seed));
+        host::options.wanted_blocks = 1;
+        host::products = 0;
+        Problem p(c);
+        ASSERT_EQ(p.forward(), PNN_OK) << p.error.message;
+        EXPECT_GT(host::products, 0);
+        const ReferenceInput in = p.reference_input();
+        Reference<long double> reference(in);
+        ReferenceOutput<long double> out;
+        reference.forward(out);
+        expect_close(p.output, out.output, static_cast<double>(c.columns()) + 8, 0, c, "output", &worst);
+      }
+  std::printf("worst error beyond the last rounding: %.3g u sum|terms|\n", worst);
+  host::options = {};
+}
+
+TEST_P(CudaWgmma, OtherLayersAreLeftAlone) {
+  std::vector<Case> cases(10, base());
+  for (Case &c : cases) c.B = 2, c.C = 32, c.H = 4, c.W = 8, c.T = 40;
+  cases[0].T = 32;
+  cases[1].activation = PNN_ACTIVATION_IDENTITY;
+  cases[2].M = 3;
+  cases[3].W = 7;
+  cases[4].C = 24;
+  cases[5].noise = PNN_NOISE_TENSOR;
+  cases[6].norm = true;
+  set_types(cases[7], {PNN_FLOAT32, cases[7].weight_type});
+  set_types(cases[8], {PNN_FLOAT32, PNN_FLOAT32});
+  cases[9].output_layout = LayoutKind::kChannelsLast, cases[9].T = 44; /* y's channels end inside 16 bytes */
+  for (const Case &c : cases) forward_bits(c, 0, false);
+  Case c = base(); /* and the passes that go back */
+  c.B = 2, c.C = 32, c.H = 4, c.W = 8, c.T = 40, c.gradients = kGradInput | kGradWeight;
+  Problem p(c);
+  ASSERT_EQ(p.forward(), PNN_OK);
+  host::products = 0;
+  ASSERT_EQ(p.backward(), PNN_OK);
+  EXPECT_EQ(host::products, 0);
 }
 
 TEST(CudaMoments, NeitherOverflowNorCancel) {

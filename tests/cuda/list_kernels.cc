@@ -10,6 +10,7 @@ static void print(const char *kernel, int threads, int64_t shared_bytes) {
 
 int main() {
   pnn_cuda::list_forward(print);
+  pnn_cuda::list_forward_wgmma(print);
   pnn_cuda::list_input_gradient(print);
   pnn_cuda::list_weight_gradient(print);
   pnn_cuda::list_moments(print);

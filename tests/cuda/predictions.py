@@ -123,6 +123,17 @@ OPERAND_BY_ELEMENTS = {"float32": 380, "tf32": 400, "bfloat16": 680, "float16": 
 ANY_INPUT_STEP, ANY_INPUT_MAP = (176, 160), 30
 # the moments' pass over one map of one pixel.
 MOMENTS = 44
+# Hopper's asynchronous products (cuda/forward_wgmma.cu), which no GPU has run: outputs and pixels of a tile, blocks on
+# a multiprocessor; the share of FLOPS that they are taken to reach, which is cuBLAS's;
+WGMMA_TILES = ((256, 128, 1), (128, 192, 1), (64, 64, 4))
+WGMMA_REACHED = 0.75
+# a thread's instructions in a step of 64 maps of its two pixels, by outputs, with 1, 2, 4, 8 and 16 or more masks;
+WGMMA_STEP = {
+    "bfloat16": {256: (432, 384, 352, 340, 334), 128: (409, 361, 337, 324, 318), 64: (415, 363, 339, 326, 320)},
+    "float16": {256: (467, 419, 387, 375, 369), 128: (444, 396, 372, 359, 353), 64: (450, 398, 374, 361, 355)},
+}
+# and before and behind the steps. Warps are taken to wait as those of the other kernels do.
+WGMMA_TILE = {256: 870, 128: 570, 64: 440}
 
 
 @dataclass
@@ -138,6 +149,7 @@ class Kernel:
     threads: int = 128
     resident: int = 1  # blocks on a multiprocessor at a time
     waits: float = 4.0
+    reached: float | None = None  # of FLOPS, where it is not REACHED
 
     def turns(self) -> list[int]:
         """How many blocks the busiest multiprocessor has at a time, turn by turn; the last may leave others idle."""
@@ -152,7 +164,7 @@ class Kernel:
         a_block = issued / 32 / 4 / max(self.blocks, 1)  # a scheduler's share
         cycles = sum(n * a_block * (1 + self.waits / (n * self.threads / 32 / 4)) for n in turns)
         cycles += FILL * len(turns) if issued else 0
-        product = self.flops / (FLOPS[dtype] * REACHED[dtype]) * 1e6 * idle
+        product = self.flops / (FLOPS[dtype] * (self.reached or REACHED[dtype])) * 1e6 * idle
         return {
             "memory": self.device_bytes / device_bytes * 1e6,
             "L2 cache": self.cache_bytes / CACHE_BYTES * 1e6,
@@ -214,8 +226,45 @@ def by_elements(case: Case, dtype: str, layout: str) -> bool:
     return bool(pixels % run) if layout == "contiguous" else bool(channels % run or outputs % run)
 
 
-def kernels(case: Case, dtype: str, direction: str, layout: str = "contiguous", *, norm: bool = False) -> list[Kernel]:
+def wgmma_kernels(case: Case, dtype: str, layout: str) -> list[Kernel]:
+    """Forward by Hopper's asynchronous products, V's copy first; none where the layer can't have them."""
+    batch, channels, height, outputs, masks = case
+    if dtype not in WGMMA_STEP or by_elements(case, dtype, layout) or outputs <= 32:
+        return []
+    size, maps, columns = SIZE[dtype], channels * masks, batch * height * height
+    fitting = [
+        (rows, pixels, resident)
+        for rows, pixels, resident in WGMMA_TILES
+        if outputs > rows // 2 and math.ceil(outputs / rows) * math.ceil(columns / pixels) >= 128
+    ]
+    rows, pixels, resident = [*fitting, WGMMA_TILES[-1]][0]
+    row_tiles, column_tiles = math.ceil(outputs / rows), math.ceil(columns / pixels)
+    x, y, weight = channels * columns * size, outputs * columns * size, outputs * maps * size
+    blocks, threads, steps = row_tiles * column_tiles, 2 * pixels, math.ceil(maps / 64)
+    copied = row_tiles * rows * steps * 64 * size
+    # A step's V is written by cp.async and read by each warpgroup.
+    wavefronts = blocks * steps * 64 * rows * size / 128 * (1 + pixels / 64)
+    main = Kernel(
+        x + y,
+        x * row_tiles + y + copied * column_tiles,
+        2.0 * maps * columns * outputs,
+        threads * blocks * (WGMMA_TILE[rows] + steps * WGMMA_STEP[dtype][rows][min(masks, 16).bit_length() - 1]),
+        wavefronts,
+        blocks,
+        threads,
+        resident,
+        WAITS[dtype],
+        WGMMA_REACHED,
+    )
+    return [Kernel(weight, weight + copied), main]
+
+
+def kernels(
+    case: Case, dtype: str, direction: str, layout: str = "contiguous", *, norm: bool = False, wgmma: bool = False
+) -> list[Kernel]:
     """The launches of a pass, in order (cuda/api.cu)."""
+    if wgmma and direction == "forward" and not norm and (found := wgmma_kernels(case, dtype, layout)):
+        return found
     if direction == "backward":
         first = kernels(case, dtype, "weight_gradient", layout, norm=norm)
         return first + kernels(case, dtype, "input_gradient", layout, norm=norm)
@@ -313,7 +362,14 @@ def kernels(case: Case, dtype: str, direction: str, layout: str = "contiguous", 
 
 
 def predict(
-    case: Case, dtype: str, direction: str, layout: str = "contiguous", *, norm: bool = False, device: str = "H100"
+    case: Case,
+    dtype: str,
+    direction: str,
+    layout: str = "contiguous",
+    *,
+    norm: bool = False,
+    device: str = "H100",
+    wgmma: bool = False,
 ) -> Prediction:
     """A pass's prediction.
 
@@ -324,13 +380,14 @@ def predict(
         layout: "contiguous" or "channels_last".
         norm: with normalisation inside, in training.
         device: the name of the GPU; with "H200" in it, that one's memory.
+        wgmma: with `torch_pnn.backends.cuda.allow_wgmma`, which forward alone follows.
 
     Returns:
         The sums over the pass's kernels, launches included in `time_us`; `bound` is what bounds the longest kernel.
     """
     if dtype not in DTYPES or direction not in DIRECTIONS or layout not in ("contiguous", "channels_last"):
         raise ValueError(f"unknown dtype {dtype!r}, direction {direction!r} or layout {layout!r}")
-    all_kernels = kernels(case, dtype, direction, layout, norm=norm)
+    all_kernels = kernels(case, dtype, direction, layout, norm=norm, wgmma=wgmma)
     memory = H200_DEVICE_BYTES if "H200" in device else DEVICE_BYTES
     times = [kernel.times(dtype, memory) for kernel in all_kernels]
     longest = max(times, key=lambda t: max(t.values()))
@@ -426,6 +483,18 @@ class Target:
         return self.predicted_us <= self.limit_us
 
 
+WGMMA_PRODUCT = "0.75 of cuBLAS's rate"
+
+
+def wgmma_target(case: Case, dtype: str, layout: str = "contiguous") -> Target:
+    """Forward's target with asynchronous products."""
+    predicted = predict(case, dtype, "forward", layout, wgmma=True).time_us
+    forward = targets(case, dtype, layout)[0]
+    if forward.name == COPY:
+        return Target(COPY, forward.limit_us, predicted)
+    return Target(WGMMA_PRODUCT, library_us(case, dtype) / 0.75, predicted)
+
+
 def targets(case: Case, dtype: str, layout: str = "contiguous") -> list[Target]:
     """The project's targets for a case: forward by what would bound it at best, and forward with backward."""
     batch, channels, height, outputs, masks = case
@@ -457,14 +526,16 @@ def verdict(target: Target) -> str:
 def page() -> str:
     """The tables, in Markdown."""
     text = ""
-    for dtype in ("bfloat16", "tf32", "float32"):
-        name = "float32 with `allow_tf32`" if dtype == "tf32" else dtype
+    for dtype, wgmma in (("bfloat16", False), ("bfloat16", True), ("tf32", False), ("float32", False)):
+        name = "float32 with `allow_tf32`" if dtype == "tf32" else dtype + " with `allow_wgmma`" * wgmma
         text += f"\n{name}, forward (B, C, H=W, T, M; times in µs, contiguous, masks from the seed):\n\n"
         text += row("case", "MB", "GFLOP", "flop/byte", "memory", "L2", "product", "instructions", "shared memory")[:-1]
         text += row(" **predicted**", "bound by", "target").removeprefix("|")
         text += row(*["---"] * 12)
         for case in CASES:
-            p = predict(case, dtype, "forward")
+            if wgmma and not wgmma_kernels(case, dtype, "contiguous"):
+                continue
+            p = predict(case, dtype, "forward", wgmma=wgmma)
             text += row(
                 ",".join(map(str, case)),
                 p.bytes / 1e6,
@@ -477,8 +548,10 @@ def page() -> str:
                 p.shared_us,
                 f"**{p.time_us:.1f}**",
                 p.bound,
-                verdict(targets(case, dtype)[0]),
+                verdict(wgmma_target(case, dtype) if wgmma else targets(case, dtype)[0]),
             )
+        if wgmma:
+            continue
         text += f"\n{name}, the other passes (bytes in MB; normalising: what its moments add to forward):\n\n"
         text += row(
             "case",

@@ -98,7 +98,7 @@ struct Call {
   pnn_noise noise;
   pnn_activation activation;
   bool channels_last, norm;
-  bool tf32 = false;
+  bool tf32 = false, wgmma = false;
 };
 
 /* One tensor of a call, its memory and its name. */
@@ -121,9 +121,11 @@ class Runner {
     if (c.noise == PNN_NOISE_TENSOR) make(&p_.mask, PNN_FLOAT32, {c.C, c.M, c.H, c.W}, "mask");
     inputs_ = operands_.size();
     make(&p_.output, c.weight, {c.B, c.T, h, w}, "output");
-    make(&p_.grad_input, c.input, {c.B, c.C, c.H, c.W}, "grad_input");
-    make(&p_.grad_weight, c.weight, {c.T, K / c.groups, 1, 1}, "grad_weight");
-    make(&p_.grad_bias, c.weight, {c.T, 1, 1, 1}, "grad_bias");
+    if (!c.wgmma) { /* these are the other calls' */
+      make(&p_.grad_input, c.input, {c.B, c.C, c.H, c.W}, "grad_input");
+      make(&p_.grad_weight, c.weight, {c.T, K / c.groups, 1, 1}, "grad_weight");
+      make(&p_.grad_bias, c.weight, {c.T, 1, 1, 1}, "grad_bias");
+    }
     if (c.noise == PNN_NOISE_TENSOR) make(&p_.grad_mask, PNN_FLOAT32, {c.C, c.M, c.H, c.W}, "grad_mask");
     if (c.norm) {
       make(&p_.mean, real, {K, 1, 1, 1}, "mean");
@@ -137,6 +139,7 @@ class Runner {
     p_.noise = c.noise, p_.masks = c.M, p_.level = 0.25, p_.activation = c.activation, p_.groups = c.groups;
     p_.stride[0] = p_.stride[1] = c.stride, p_.norm = p_.norm_training = c.norm;
     p_.allow_tf32 = c.tf32;
+    p_.allow_wgmma = c.wgmma;
   }
   ~Runner() {
     for (Operand *o : operands_) delete o;
@@ -144,6 +147,7 @@ class Runner {
 
   std::string run() {
     for (pnn_pass pass : {PNN_PASS_FORWARD, PNN_PASS_BACKWARD}) {
+      if (c_.wgmma && pass == PNN_PASS_BACKWARD) continue; /* which has no such products */
       size_t bytes = 0;
       pnn_error error;
       if (pnn_cuda_workspace_size(&p_, pass, &bytes, &error) != PNN_OK) stop(error.message);
@@ -223,6 +227,23 @@ const Call calls[] = {
     {PNN_FLOAT32, PNN_FLOAT32, 2, 16, 64, 128, 72, 1, 1, 1, PNN_NOISE_UNIFORM, PNN_ACTIVATION_RELU, false, false, true},
     {PNN_FLOAT32, PNN_FLOAT32, 2, 40, 8, 12, 136, 2, 1, 1, PNN_NOISE_UNIFORM, PNN_ACTIVATION_RELU, true, false, true},
     {PNN_FLOAT32, PNN_BFLOAT16, 2, 16, 64, 128, 72, 1, 1, 1, PNN_NOISE_UNIFORM, PNN_ACTIVATION_RELU, false, false},
+    /* Forward by Hopper's asynchronous products: its three tiles, both ways of x and y, every number of masks. */
+    {PNN_BFLOAT16, PNN_BFLOAT16, 3, 80, 8, 8, 40, 1, 1, 1, PNN_NOISE_UNIFORM, PNN_ACTIVATION_RELU, false, false, false,
+     true},
+    {PNN_FLOAT16, PNN_FLOAT16, 3, 80, 7, 7, 40, 2, 1, 1, PNN_NOISE_UNIFORM, PNN_ACTIVATION_RELU, true, false, false,
+     true},
+    {PNN_BFLOAT16, PNN_BFLOAT16, 2, 32, 16, 16, 136, 4, 2, 1, PNN_NOISE_UNIFORM, PNN_ACTIVATION_RELU, false, false,
+     false, true},
+    {PNN_FLOAT16, PNN_FLOAT16, 2, 24, 16, 16, 104, 8, 1, 1, PNN_NOISE_UNIFORM, PNN_ACTIVATION_RELU, false, false, false,
+     true},
+    {PNN_BFLOAT16, PNN_BFLOAT16, 2, 8, 9, 11, 136, 64, 1, 2, PNN_NOISE_UNIFORM, PNN_ACTIVATION_RELU, true, false, false,
+     true},
+    {PNN_BFLOAT16, PNN_BFLOAT16, 2, 16, 96, 128, 72, 1, 1, 1, PNN_NOISE_UNIFORM, PNN_ACTIVATION_RELU, true, false,
+     false, true},
+    {PNN_FLOAT16, PNN_FLOAT16, 2, 16, 64, 128, 136, 1, 1, 1, PNN_NOISE_UNIFORM, PNN_ACTIVATION_RELU, false, false,
+     false, true},
+    {PNN_BFLOAT16, PNN_BFLOAT16, 2, 16, 64, 128, 136, 2, 1, 1, PNN_NOISE_UNIFORM, PNN_ACTIVATION_RELU, true, false,
+     false, true},
 };
 
 }  // namespace

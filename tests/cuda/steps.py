@@ -8,6 +8,8 @@ data copied, the barrier met, the product added, and, in forward and weight grad
 Threads of float32 and TF32 make theirs in every second step, so there the mean of the ways with and without it counts.
 FFMA does not count: predictions.py has the time of multiplying beside it.
 
+forward_wgmma has a loop for each number of masks, told apart by their loads of x, with four asynchronous products.
+
 They depend on the compiler, so a difference is a failure with the nvcc of tests/cuda/kernels.txt alone. The last line
 is 'N passed, N failed'.
 
@@ -183,6 +185,32 @@ def counted(folder: Path) -> Iterator[tuple[str, str, int, float | None]]:
                 yield kernel, dtype, size, count(code[name], kernel, dtype) if name in code else None
 
 
+def counted_wgmma(folder: Path) -> Iterator[tuple[str, int, int, int | None]]:
+    """(dtype, outputs, masks, instructions) of forward_wgmma's steps of 64 maps, of contiguous tensors."""
+    tool = gates.find_tool("cuobjdump")
+    assert tool is not None
+    code = read_kernels(gates.run(tool, "-sass", "-arch", "sm_90a", str(folder / "forward_wgmma.o")))
+    for dtype, expected in predictions.WGMMA_STEP.items():
+        for outputs, tile in ((256, "Wide"), (128, "Middle"), (64, "Narrow")):
+            found = count_wgmma(code.get(f"forward_wgmma {dtype} {tile} pixels", []))
+            for number in range(len(expected[outputs])):
+                yield dtype, outputs, 1 << number, found.get(1 << number)
+
+
+def count_wgmma(code: Code) -> dict[int, int | None]:
+    """A thread's instructions in a step, by masks (16: or more). With m of them a step loads 16 / m words of x."""
+    found: dict[int, int | None] = {}
+    blocks = Blocks(code) if code else None
+    for place in [address for address, text in code if re.search(r"\bHGMMA\b", text)]:
+        loops = [(to, a) for a, text in code if (to := target(text)) is not None and to <= place <= a]
+        if loops:
+            first, last = min(loops, key=lambda loop: loop[1] - loop[0])
+            loads = sum(bool(re.search(r"\bLDG\.", text)) for a, text in code if first <= a <= last)
+            work = (*STEP, Work(r"\bHGMMA\b", 4))
+            found[16 // max(loads, 1)] = blocks.shortest((first, last), work, r"(?!)") if blocks else None
+    return found
+
+
 EXPECTED = {
     "forward": predictions.FORWARD_STEP,
     "weight_gradient": predictions.WEIGHT_STEP,
@@ -207,6 +235,12 @@ def main() -> int:
         right, wrong = right + same, wrong + (not same)
         mark = "" if same else "  differs"
         print(f"{kernel:<16}  {dtype:<8}  {('large', 'small')[size]}  {number!s:>7}  {expected:>14}{mark}")
+    for dtype, outputs, masks, steps in counted_wgmma(options.build / "cuda"):
+        expected = predictions.WGMMA_STEP[dtype][outputs][masks.bit_length() - 1]
+        same = steps == expected
+        right, wrong = right + same, wrong + (not same)
+        name = f"{outputs} outputs, {masks} masks"
+        print(f"forward_wgmma     {dtype:<8}  {name}  {steps!s:>7}  {expected:>7}{'' if same else '  differs'}")
     if not known:
         print(f"steps.py: predictions.py has the counts of another nvcc than {compiler}, so they are not compared")
         right, wrong = 1, 0

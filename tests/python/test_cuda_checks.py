@@ -110,6 +110,11 @@ def test_each_forbidden_or_missing_instruction_is_seen(old: str, new: str, messa
             "input_gradient float Small depth channels",
         ),
         ("14input_gradient_kernelIfNS_5SmallELNS_7FastestE0ELNS_3WayE0EEE", "input_gradient float Small depth"),
+        (
+            "20forward_wgmma_kernelINS_8bfloat16ENS0_4WideELNS_3WayE1EEEvNS_5LayerElNS_7DividerES6_",
+            "forward_wgmma bfloat16 Wide pixels",
+        ),
+        ("19wgmma_weight_kernelINS_7float16ENS0_6NarrowEEEvNS_5LayerENS_6MatrixEPT_", "wgmma_weight float16 Narrow"),
     ],
 )
 def test_kernels_are_named_as_they_are_listed(mangled: str, name: str) -> None:
@@ -129,6 +134,40 @@ def test_double_kernels_may_use_double_and_moments_need_no_tile() -> None:
     finish = {("norm", 90): Counter({"CALL": 1, "DFMA": 1})}
     assert gates.check(finish, {("norm", 90): gates.Resources(8)}, {}, {}) == []
     assert gates.check(finish, {("norm", 90): gates.Resources(8, 16)}, {}, {}) != []
+
+
+WGMMA = "forward_wgmma bfloat16 Wide pixels"
+
+
+def wgmma_failures(sass: str) -> list[str]:
+    code = {(WGMMA, 90): gates.read_code(SASS.replace("        /*0030*/", sass + "        /*0030*/"))[NAME, 90]}
+    for operation in ("HMMA", "LDSM"):
+        del code[WGMMA, 90][operation]
+    # Another kernel, so that there is code for another architecture, which has none of this one.
+    code["norm", 80] = Counter({"FFMA": 1})
+    resources = {(WGMMA, 90): gates.Resources(8), ("norm", 80): gates.Resources(8)}
+    found: list[str] = gates.check(code, resources, {WGMMA: (256, 132096)}, {(WGMMA, 90): 1})
+    return found
+
+
+def test_asynchronous_products_must_be_there_and_overlap() -> None:
+    product = "        /*0022*/  HGMMA.64x256x16.F32.BF16 R24, R152, gdesc[UR20], R24, gsb0 ;\n"
+    one = "        /*0024*/  WARPGROUP.DEPBAR.LE gsb0, 0x3 ;\n"
+    every = one.replace("0x3", "0x0")
+    assert wgmma_failures((product + one) * 4 + every) == []
+    where = f"{WGMMA} on sm_90"
+    assert wgmma_failures((product + every) * 4) == [f"{where}: 4 waits for all products, which run one by one"]
+    assert wgmma_failures("") == [f"{where}: no HGMMA"]
+
+
+def test_kernels_of_one_architecture_are_in_the_tables_alone() -> None:
+    code = {(WGMMA, 90): Counter({"HGMMA": 4}), (NAME, 80): Counter({"HMMA": 1}), (NAME, 90): Counter({"HMMA": 2})}
+    resources = {key: gates.Resources(100) for key in code}
+    lines = gates.tables("13.0", code, resources, {NAME: (256, 1), WGMMA: (256, 2)}, dict.fromkeys(code, 1))
+    assert [line.split() for line in lines if line.startswith(WGMMA)] == [
+        [*WGMMA.split(), "256", "2", "-", "-", "100", "1"],
+        [*WGMMA.split(), *"-----", "4", "4", "0", "0", "0"],
+    ]
 
 
 def test_spilled_registers_are_seen() -> None:
@@ -285,6 +324,20 @@ def test_the_shortest_way_that_does_the_work_is_counted() -> None:
     assert step(kernel="input_gradient") == 2 + 2 + 1 + 8 + 1  # makes no operand, so it may jump over it
     with_more = PRODUCT + "\n        /*0190*/                   MOV R1, R2 ;"
     assert step(product=with_more) == 35
+
+
+def test_the_steps_of_asynchronous_products_are_told_apart_by_their_loads() -> None:
+    def loop(first: int, loads: int, products: int = 4) -> str:
+        texts = ["BAR.SYNC 0x0", "LDGSTS.E [R3], [R4]", *["LDG.E R1, desc[UR4][R2.64]"] * loads]
+        texts += ["HGMMA.64x64x16.F32.BF16 R24, R152, gdesc[UR20], R24, gsb0"] * products + [f"@P0 BRA 0x{first:x}"]
+        return "\n".join(f"        /*{first + 16 * i:04x}*/                   {t} ;" for i, t in enumerate(texts))
+
+    text = "                Function : _ZN8pnn_cuda1_14forward_kernelI\n" + "\n".join(
+        [loop(0, 16), loop(0x400, 2), loop(0x800, 1, products=3), "        /*0900*/                   EXIT ;"]
+    )
+    code = steps.read_kernels(text)["forward"]
+    assert steps.count_wgmma(code) == {1: 2 + 16 + 4 + 1, 8: 2 + 2 + 4 + 1, 16: None}  # the last lacks a product
+    assert steps.count_wgmma([]) == {}
 
 
 def test_a_step_that_does_not_do_the_work_is_not_counted() -> None:

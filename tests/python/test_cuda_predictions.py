@@ -63,6 +63,24 @@ def test_passes_add_up_and_no_resource_is_exceeded(predictions: ModuleType, dtyp
                 assert p.bound
 
 
+def test_asynchronous_products_are_predicted_of_layers_that_can_have_them(predictions: ModuleType) -> None:
+    for case in predictions.CASES:
+        for dtype in ("bfloat16", "float16"):
+            there = bool(predictions.wgmma_kernels(case, dtype, "contiguous"))
+            assert there == (case[2] % 4 == 0)  # not 14 x 14 and 7 x 7 pixels
+            both = [predictions.predict(case, dtype, "forward", wgmma=wgmma) for wgmma in (False, True)]
+            assert (both[0] == both[1]) == (not there)
+            if there:
+                assert both[1].flops == both[0].flops and both[1].launches == 2
+                assert both[1].time_us >= both[1].flops / predictions.FLOPS[dtype] * 1e6
+                assert predictions.wgmma_target(case, dtype).predicted_us == both[1].time_us
+        assert not predictions.wgmma_kernels(case, "float32", "contiguous")
+        # Other passes, and normalised ones, have none.
+        for direction, norm in (("forward", True), ("weight_gradient", False)):
+            plain = predictions.predict(case, "bfloat16", direction, norm=norm)
+            assert predictions.predict(case, "bfloat16", direction, norm=norm, wgmma=True) == plain
+
+
 def test_normalising_costs_and_more_masks_cost(predictions: ModuleType) -> None:
     case = (32, 64, 56, 64, 1)
     for dtype in predictions.DTYPES:

@@ -157,6 +157,16 @@ inline void allow_tf32(bool allowed) {
   detail::find_operator<bool(std::optional<bool>)>("torch_pnn::_allow_tf32").call(allowed);
 }
 
+// Whether bfloat16 and float16 layers on a Hopper GPU may use its asynchronous products forward, which no GPU has run
+// yet: for the whole process, false until it is set here, in Python (torch_pnn.backends.cuda.allow_wgmma) or by
+// TORCH_PNN_ALLOW_WGMMA=1 in the environment.
+inline bool wgmma_allowed() {
+  return detail::find_operator<bool(std::optional<bool>)>("torch_pnn::_allow_wgmma").call(std::nullopt);
+}
+inline void allow_wgmma(bool allowed) {
+  detail::find_operator<bool(std::optional<bool>)>("torch_pnn::_allow_wgmma").call(allowed);
+}
+
 // Whether libtorch_pnn_autograd for this LibTorch is loaded. Without it models run, but no gradient passes the layer.
 inline bool has_derivatives() {
   const auto op = c10::Dispatcher::singleton().findSchema({"torch_pnn::perturb_conv2d", ""});

@@ -1,4 +1,4 @@
-"""torch_pnn.backends.cuda.allow_tf32: one setting for the process, which changes nothing on the CPU."""
+"""torch_pnn.backends.cuda: settings for the whole process, which change nothing on the CPU."""
 
 from __future__ import annotations
 
@@ -16,12 +16,15 @@ import torch
 import torch_pnn
 from torch_pnn._library import status
 
+SETTINGS = ("allow_tf32", "allow_wgmma")
+
 
 @pytest.fixture(autouse=True)
 def restored() -> Iterator[None]:
-    before = torch_pnn.backends.cuda.allow_tf32
+    before = {name: getattr(torch_pnn.backends.cuda, name) for name in SETTINGS}
     yield
-    torch_pnn.backends.cuda.allow_tf32 = before
+    for name, value in before.items():
+        setattr(torch_pnn.backends.cuda, name, value)
 
 
 def results(layer: torch.nn.Module) -> list[torch.Tensor]:
@@ -37,22 +40,25 @@ def same(ours: list[torch.Tensor], theirs: list[torch.Tensor]) -> bool:
     return all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
 
 
-def test_is_off_until_asked_for() -> None:
-    code = "import torch_pnn; print(torch_pnn.backends.cuda.allow_tf32)"
+@pytest.mark.parametrize("name", SETTINGS)
+def test_is_off_until_asked_for(name: str) -> None:
+    code = f"import torch_pnn; print(torch_pnn.backends.cuda.{name})"
+    variable = f"TORCH_PNN_{name.upper()}"
     for value, expected in ((None, "False"), ("0", "False"), ("", "False"), ("1", "True")):
-        environment = {k: v for k, v in os.environ.items() if k != "TORCH_PNN_ALLOW_TF32"}
+        environment = {k: v for k, v in os.environ.items() if k != variable}
         if value is not None:
-            environment["TORCH_PNN_ALLOW_TF32"] = value
+            environment[variable] = value
         done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
         assert done.stdout.strip() == expected, value
 
 
-def test_is_kept_without_the_compiled_operators_too(tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", SETTINGS)
+def test_is_kept_without_the_compiled_operators_too(tmp_path: Path, name: str) -> None:
     code = (
-        "import torch_pnn; c = torch_pnn.backends.cuda; first = c.allow_tf32; c.allow_tf32 = False;"
-        "second = c.allow_tf32; c.allow_tf32 = True; print(first, second, c.allow_tf32)"
+        f"import torch_pnn; c = torch_pnn.backends.cuda; first = c.{name}; c.{name} = False;"
+        f"second = c.{name}; c.{name} = True; print(first, second, c.{name})"
     )
-    environment = {**os.environ, "TORCH_PNN_LIBRARY_DIR": str(tmp_path), "TORCH_PNN_ALLOW_TF32": "1"}
+    environment = {**os.environ, "TORCH_PNN_LIBRARY_DIR": str(tmp_path), f"TORCH_PNN_{name.upper()}": "1"}
     environment.pop("TORCH_PNN_REQUIRE_OPS", None)
     done = subprocess.run(
         [sys.executable, "-W", "ignore", "-c", code], env=environment, capture_output=True, text=True, check=True
@@ -60,20 +66,33 @@ def test_is_kept_without_the_compiled_operators_too(tmp_path: Path) -> None:
     assert done.stdout.split() == ["True", "False", "True"]
 
 
-def test_is_seen_by_every_thread() -> None:
-    torch_pnn.backends.cuda.allow_tf32 = True
+@pytest.mark.parametrize("name", SETTINGS)
+def test_is_seen_by_every_thread(name: str) -> None:
+    setattr(torch_pnn.backends.cuda, name, True)
     seen = []
-    thread = threading.Thread(target=lambda: seen.append(torch_pnn.backends.cuda.allow_tf32))
+    thread = threading.Thread(
+        target=lambda: seen.extend(getattr(torch_pnn.backends.cuda, one) for one in (name, *SETTINGS))
+    )
     thread.start()
     thread.join()
-    assert seen == [True]
+    assert seen == [True, *(one == name for one in SETTINGS)]  # and the other one is left alone
 
 
+@pytest.mark.parametrize("name", SETTINGS)
 @pytest.mark.parametrize("value", [1, None, "True", torch.tensor(True)])
-def test_refuses_what_is_not_a_bool(value: object) -> None:
-    with pytest.raises(TypeError, match=r"allow_tf32 is .*, it should be a bool"):
-        torch_pnn.backends.cuda.allow_tf32 = value  # type: ignore[assignment]
-    assert torch_pnn.backends.cuda.allow_tf32 is False
+def test_refuses_what_is_not_a_bool(name: str, value: object) -> None:
+    with pytest.raises(TypeError, match=rf"{name} is .*, it should be a bool"):
+        setattr(torch_pnn.backends.cuda, name, value)
+    assert getattr(torch_pnn.backends.cuda, name) is False
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_wgmma_changes_nothing_on_the_cpu(dtype: torch.dtype) -> None:
+    layer = torch_pnn.PerturbConv2d(16, 40, 1, seed=5).to(dtype)
+    x = torch.randn(2, 16, 4, 8, generator=torch.Generator().manual_seed(1)).to(dtype)
+    exact = layer(x)
+    torch_pnn.backends.cuda.allow_wgmma = True
+    assert torch.equal(layer(x), exact)
 
 
 def test_changes_nothing_on_the_cpu() -> None:

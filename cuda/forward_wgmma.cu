@@ -1,0 +1,417 @@
+/*
+ * forward_wgmma.cu - forward of plain 16-bit layers (response.h) by Hopper's asynchronous products, for sm_90a alone.
+ *
+ * As in forward.cu, y = start + V * response(x), but transposed: D [pixel][output] += A [pixel][map] * B [map][output],
+ * 64 pixels to a warpgroup. A is made in the very registers from which the tensor cores read it, so that it never goes
+ * to shared memory and nothing waits for it; B, which is V, comes from there by itself. A product runs while the same
+ * threads make the operand of the next ones:
+ *
+ *     x --ld.global, a step ahead--> registers --masks, relu, rounding--> A, four products in turn --> wgmma
+ *     V --cp.async, two steps ahead--> shared memory, in wgmma's order -------------------------------^
+ *
+ * A thread of such a product owns the depths {2t, 2t+1, 2t+8, 2t+9} (t = lane % 4) of rows g and g + 8 (g = lane / 4).
+ * In which order the sixteen maps of a product, the pixels of a warp and the outputs of a tile stand there is free, as
+ * long as V has the same one:
+ *
+ *     depths   thread t's, of a step's four products together, are the maps 16 t to 16 t + 15: one Philox call's
+ *     rows     g and g + 8 are neighbouring pixels: one word of x and of y
+ *     columns  thread t's, of 32, are the outputs 8 t to 8 t + 7: 16 bytes of y where the channels are contiguous
+ *
+ * wgmma_weight_kernel copies V into this order, so that a step's part is one run of bytes.
+ */
+#include <string>
+
+#include "kernels.h"
+#include "response.h"
+
+namespace pnn_cuda {
+namespace {
+
+constexpr int STEP = 64, PRODUCTS = 4; /* maps of a step, and products that they make */
+constexpr int RUNS = STEP / 8;         /* of 16 bytes that a step's maps take */
+constexpr int STAGES =
+    4; /* of V: of the last step, whose products may still run, of this one, and of two on their way */
+
+/* Tiles: as many outputs as registers hold sums of, and so many warpgroups that V travels seldom and that a
+ * multiprocessor's registers are used. */
+struct Wide {
+  static constexpr int outputs = 256, warpgroups = 2, blocks = 1;
+};
+struct Middle {
+  static constexpr int outputs = 128, warpgroups = 3, blocks = 1;
+};
+struct Narrow {
+  static constexpr int outputs = 64, warpgroups = 1, blocks = 4;
+};
+
+template <class S>
+struct Shape {
+  static constexpr int threads = 128 * S::warpgroups, columns = 64 * S::warpgroups;
+  static constexpr int stage_bytes = STEP * S::outputs * 2;
+  static constexpr int start_bytes = S::outputs * static_cast<int>(sizeof(float));
+  static constexpr int bytes = start_bytes + STAGES * stage_bytes;
+};
+
+/* ---- V in the products' order ---- */
+
+/* [group][tile of outputs][step][product][half of its depth][eight outputs][output][eight depths], zeros beyond. */
+template <class D, class S>
+__global__ void wgmma_weight_kernel(const __grid_constant__ Layer layer, Matrix weight, D *to) {
+  const int64_t steps = (layer.group_maps + STEP - 1) / STEP,
+                tiles = (layer.group_outputs + S::outputs - 1) / S::outputs;
+  const int64_t count = layer.groups * tiles * S::outputs * steps * RUNS;
+  const int64_t threads = static_cast<int64_t>(gridDim.x) * blockDim.x;
+  for (int64_t i = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x; i < count; i += threads) {
+    const int part = static_cast<int>(i % RUNS), product = part / 2, half = part % 2;
+    const int64_t step = i / RUNS % steps, row = i / RUNS / steps; /* the row among those of all tiles */
+    const int64_t tile = row / S::outputs, group = tile / tiles, t = tile % tiles * S::outputs + row % S::outputs;
+    const int output = static_cast<int>(row % S::outputs), in32 = output % 32;
+    const int column = output / 32 * 32 + in32 % 8 / 2 * 8 + in32 / 8 * 2 + in32 % 2;
+    words4 words = {{0, 0, 0, 0}};
+    if (t < layer.group_outputs) {
+      const D *const from = static_cast<const D *>(weight.data) + (group * layer.group_outputs + t) * weight.step[0];
+#pragma unroll
+      for (int quad = 0; quad < 4; quad++)
+#pragma unroll
+        for (int e = 0; e < 2; e++) {
+          const int64_t k = step * STEP + quad * 16 + product * 4 + half * 2 + e;
+          if (k < layer.group_maps) words.w[quad] |= static_cast<uint32_t>(from[k * weight.step[1]].bits) << (16 * e);
+        }
+    }
+    const int64_t run = ((tile * steps + step) * RUNS + part) * S::outputs + column;
+    store_global(reinterpret_cast<words4 *>(to) + run, words);
+  }
+}
+
+/* ---- x ---- */
+
+/* Half h (of two) of the halves' words, */
+PNN_DEVICE float half_of(bfloat16, uint32_t word, int h) { return float_of(h ? word & 0xffff0000u : word << 16); }
+PNN_DEVICE float half_of(float16, uint32_t word, int h) {
+  return widen(float16{static_cast<uint16_t>(h ? word >> 16 : word)});
+}
+
+/* x of a thread's two pixels and sixteen maps, MASKS to a channel (16 stands for more, too), as it comes from memory: a
+ * word has two pixels of a channel or, where the channels are contiguous, two channels of a pixel. */
+template <class D, bool PIXELS, int MASKS>
+struct Inputs {
+  static constexpr int CHANNELS = SIXTEEN / MASKS, WORDS = PIXELS ? CHANNELS : (CHANNELS + 1) / 2;
+  static constexpr int COUNT = PIXELS ? 1 : 2; /* pointers */
+  uint32_t words[COUNT][WORDS];
+
+  PNN_DEVICE float value(int pixel, int map) const {
+    const int c = map / MASKS;
+    return PIXELS ? half_of(D{}, words[0][c], pixel) : half_of(D{}, words[pixel][c / 2], c % 2);
+  }
+  /* The first or the second eight maps' channels, from those of the first pixel and channel on. */
+  PNN_DEVICE void load(int second, const char *const from[COUNT], int64_t step) {
+    if constexpr (PIXELS) {
+      if (CHANNELS == 1 && !second) return;
+      const int first = CHANNELS == 1 ? 0 : second * CHANNELS / 2, last = CHANNELS == 1 ? 1 : first + CHANNELS / 2;
+      const char *at = from[0] + first * step;
+#pragma unroll
+      for (int c = first; c < last; c++, at += step) words[0][c] = load_global(reinterpret_cast<const uint32_t *>(at));
+    } else {
+#pragma unroll
+      for (int p = 0; p < 2; p++) {
+        if constexpr (MASKS == 1) {
+          const words4 v = load_global(reinterpret_cast<const words4 *>(from[p]) + second);
+#pragma unroll
+          for (int i = 0; i < 4; i++) words[p][second * 4 + i] = v.w[i];
+        } else if (second) {
+          if constexpr (MASKS == 2) {
+            const words4 v = load_global(reinterpret_cast<const words4 *>(from[p]));
+#pragma unroll
+            for (int i = 0; i < 4; i++) words[p][i] = v.w[i];
+          } else if constexpr (MASKS == 16) {
+            words[p][0] = *reinterpret_cast<const uint16_t *>(from[p]);
+          } else {
+#pragma unroll
+            for (int i = 0; i < WORDS; i++) words[p][i] = load_global(reinterpret_cast<const uint32_t *>(from[p]) + i);
+          }
+        }
+      }
+    }
+  }
+  PNN_DEVICE void clear() {
+#pragma unroll
+    for (int p = 0; p < COUNT; p++)
+#pragma unroll
+      for (int i = 0; i < WORDS; i++) words[p][i] = 0;
+  }
+};
+
+/* ---- the kernel ---- */
+
+/* What a thread knows of its two pixels. */
+struct Pair {
+  uint32_t row[2], column[2];
+  const char *input[2];
+};
+
+/* d += A * B over all maps of the group; `ring` has room for STAGES steps of V, which starts at `weight`. */
+template <class D, class S, bool PIXELS, int MASKS>
+PNN_DEVICE void add_products(const Layer &layer, int64_t group, const Pair &pair, const char *weight, char *ring,
+                             float (&d)[S::outputs / 2]) {
+  using H = Shape<S>;
+  constexpr int CHUNKS = H::stage_bytes / 16;
+  const int thread = thread_index(), quad = thread % 4;
+  const int steps = static_cast<int>((layer.group_maps + STEP - 1) / STEP), maps = static_cast<int>(layer.group_maps);
+  const auto stage = [&](int step) {
+    const char *const from = weight + static_cast<int64_t>(step) * H::stage_bytes;
+    char *const to = ring + step % STAGES * H::stage_bytes;
+#pragma unroll
+    for (int i = 0; i < CHUNKS; i += H::threads)
+      if (CHUNKS % H::threads == 0 || i + thread < CHUNKS)
+        copy_async16(to + (i + thread) * 16, from + (i + thread) * 16, 16);
+  };
+
+  const PhiloxKeys keys = philox_keys(seed_read(layer));
+  uint32_t block = static_cast<uint32_t>(group * layer.group_maps / 16) + static_cast<uint32_t>(quad);
+  const int64_t channel = (PIXELS ? layer.input.channel : 1) * 2; /* bytes */
+  const char *from[2] = {pair.input[0], pair.input[1]};
+  int k = quad * 16;
+  Inputs<D, PIXELS, MASKS> x;
+  const auto move_to = [&](int k_) { /* beyond the maps to the first one, which is not used */
+                                     const int64_t c = (k_ < maps ? k_ : 0) >> layer.masks_shift;
+                                     from[0] = pair.input[0] + c * channel;
+                                     if (!PIXELS) from[1] = pair.input[1] + c * channel;
+  };
+  move_to(k);
+  x.load(0, from, channel);
+  x.load(1, from, channel);
+#pragma unroll 1
+  for (int step = 0; step < STAGES - 2; step++) {
+    if (step < steps) stage(step);
+    copy_commit();
+  }
+  uint32_t a[PRODUCTS][4];
+#pragma unroll 1
+  for (int step = 0; step < steps; step++) {
+    copy_wait<STAGES - 3>(); /* this step's V is there */
+    shared_to_products();
+    __syncthreads(); /* all threads' part of it; and no product of the step before the last one runs */
+    if (step + STAGES - 2 < steps) stage(step + STAGES - 2);
+    copy_commit();
+    float level = layer.level_float;
+    if (k >= maps) level = 0, x.clear(); /* as V is: no infinity may meet its zeros */
+    uint32_t words[2][4];
+#pragma unroll
+    for (int p = 0; p < 2; p++) {
+      words[p][0] = pair.column[p], words[p][1] = pair.row[p], words[p][2] = block, words[p][3] = 0;
+      philox(words[p], keys);
+    }
+    block += STEP / 16;
+    k += STEP;
+    move_to(k);
+    const char *const v = ring + step % STAGES * H::stage_bytes;
+#pragma unroll
+    for (int product = 0; product < PRODUCTS; product++) {
+      products_wait<PRODUCTS - 1>(); /* the one that read a[product] is done */
+#pragma unroll
+      for (int i = 0; i < 4; i++) {
+        const int p = i % 2, map = product * 4 + i / 2 * 2;
+        float u[2];
+#pragma unroll
+        for (int e = 0; e < 2; e++) u[e] = x.value(p, map + e) + level * lattice_in(words[p][product], i / 2 * 2 + e);
+        a[product][i] = round_pair_relu(D{}, u[0], u[1]);
+      }
+      products_operand(a[product]);
+      products_add(D{}, d, a[product], matrix_descriptor(v + product * 2 * S::outputs * 16, S::outputs * 16, 128));
+      products_commit();
+      if (product % 2) x.load(product / 2, from, channel);
+    }
+  }
+  products_finish(d);
+}
+
+template <class D, class S, Way WAY>
+__global__ void __launch_bounds__(Shape<S>::threads, S::blocks)
+    forward_wgmma_kernel(const __grid_constant__ Layer layer, int64_t first_tile,
+                         const __grid_constant__ Divider by_rows, const __grid_constant__ Divider by_columns) {
+  using H = Shape<S>;
+  PNN_SHARED_MEMORY(memory);
+  float *const start = reinterpret_cast<float *>(memory);
+  char *const ring = memory + H::start_bytes;
+  const int thread = thread_index(), quad = thread % 4;
+
+  int64_t row_tile, column_tile;
+  const int64_t group =
+      divide<true>(by_columns, divide<true>(by_rows, first_tile + blockIdx.x, &row_tile), &column_tile);
+  const int64_t t0 = row_tile * S::outputs, q0 = column_tile * H::columns;
+  const int columns = layer.columns - q0 < H::columns ? static_cast<int>(layer.columns - q0) : H::columns;
+  const int rows =
+      layer.group_outputs - t0 < S::outputs ? static_cast<int>(layer.group_outputs - t0) : static_cast<int>(S::outputs);
+  const int64_t output_first = group * layer.group_outputs + t0;
+
+  for (int i = thread; i < S::outputs; i += H::threads)
+    start[i] = layer.bias && i < rows
+                   ? widen(reinterpret_cast<const D *>(layer.bias)[(output_first + i) * layer.bias_step])
+                   : 0.0f;
+  /* Threads without a pixel make one's operand again, and write nothing. */
+  const int first = thread / 32 * 16 + thread % 32 / 4 * 2;
+  Pair pair;
+  D *output[2];
+#pragma unroll
+  for (int p = 0; p < 2; p++) {
+    const Place place = place_make<true>(layer, q0 + (first + p < columns ? first + p : 0));
+    const Pixel pixel = pixel_make(layer, place);
+    pair.row[p] = pixel.row, pair.column[p] = pixel.column;
+    pair.input[p] =
+        layer.input.data + (place_in(layer.input, place) + group * layer.group_channels * layer.input.channel) * 2;
+    output[p] =
+        reinterpret_cast<D *>(layer.output.data) + place_in(layer.output, place) + output_first * layer.output.channel;
+  }
+  __syncthreads();
+  float d[S::outputs / 2];
+#pragma unroll
+  for (int b = 0; b < S::outputs / 32; b++)
+#pragma unroll
+    for (int i = 0; i < 8; i++) {
+      const float value = load_shared(start + b * 32 + quad * 8 + i);
+      d[b * 16 + i / 2 * 4 + i % 2] = d[b * 16 + i / 2 * 4 + 2 + i % 2] = value;
+    }
+  products_start(d);
+
+  const int64_t steps = (layer.group_maps + STEP - 1) / STEP;
+  const char *const weight =
+      layer.weight + (group * static_cast<int64_t>(by_rows.divisor) + row_tile) * steps * H::stage_bytes;
+  if (layer.masks_shift == 0)
+    add_products<D, S, WAY == PLAIN_PIXELS, 1>(layer, group, pair, weight, ring, d);
+  else if (layer.masks_shift == 1)
+    add_products<D, S, WAY == PLAIN_PIXELS, 2>(layer, group, pair, weight, ring, d);
+  else if (layer.masks_shift == 2)
+    add_products<D, S, WAY == PLAIN_PIXELS, 4>(layer, group, pair, weight, ring, d);
+  else if (layer.masks_shift == 3)
+    add_products<D, S, WAY == PLAIN_PIXELS, 8>(layer, group, pair, weight, ring, d);
+  else
+    add_products<D, S, WAY == PLAIN_PIXELS, 16>(layer, group, pair, weight, ring, d);
+
+  /* Pixels lie in whole runs of eight, or channels do. */
+  if (layer.output_staging == STAGE_PIXELS) {
+    if (first >= columns) return;
+    const int left = rows - quad * 8;
+    D *to = output[0] + quad * 8 * layer.output.channel;
+#pragma unroll
+    for (int b = 0; b < S::outputs / 32; b++) {
+#pragma unroll
+      for (int i = 0; i < 8; i++) {
+        const float *const sums = d + b * 16 + i / 2 * 4 + i % 2;
+        store_global_if(b * 32 + i < left, reinterpret_cast<uint32_t *>(to), round_pair(D{}, sums[0], sums[2]));
+        to += layer.output.channel;
+      }
+      to += 24 * layer.output.channel;
+    }
+    return;
+  }
+#pragma unroll
+  for (int p = 0; p < 2; p++)
+#pragma unroll
+    for (int b = 0; b < S::outputs / 32; b++) {
+      words4 words;
+#pragma unroll
+      for (int i = 0; i < 4; i++)
+        words.w[i] = round_pair(D{}, d[b * 16 + i * 4 + 2 * p], d[b * 16 + i * 4 + 2 * p + 1]);
+      const int row = b * 32 + quad * 8;
+      if (first + p < columns && row < rows) store_global(reinterpret_cast<words4 *>(output[p] + row), words);
+    }
+}
+
+/* ---- the host's side ---- */
+
+/* The widest tile that the outputs fill by more than half and that gives a large GPU enough blocks. Results do not
+ * depend on it. */
+template <class S>
+bool is_chosen(const Layer &layer) {
+  return layer.group_outputs > S::outputs / 2 &&
+         ceil_div(layer.group_outputs, S::outputs) * ceil_div(layer.columns, Shape<S>::columns) * layer.groups >=
+             wanted_blocks();
+}
+
+bool has_wgmma() {
+#if defined(__CUDACC__)
+  int device = 0, major = 0, minor = 0;
+  return cudaGetDevice(&device) == cudaSuccess &&
+         cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device) == cudaSuccess &&
+         cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device) == cudaSuccess && major == 9 &&
+         minor == 0;
+#else
+  return true;
+#endif
+}
+
+template <class D, class S, Way WAY>
+Status launch(const Layer &layer, Stream stream) {
+  using H = Shape<S>;
+  const int64_t rows = ceil_div(layer.group_outputs, S::outputs), columns = ceil_div(layer.columns, H::columns);
+  const int64_t tiles = rows * columns * layer.groups;
+  Status status = STATUS_OK;
+  for (int64_t first = 0; first < tiles && status == STATUS_OK; first += GRID_MOST) {
+    const int64_t blocks = tiles - first < GRID_MOST ? tiles - first : GRID_MOST;
+    const auto kernel = forward_wgmma_kernel<D, S, WAY>;
+    PNN_LAUNCH(status, kernel, blocks, H::threads, H::bytes, stream, layer, first, divider_make(rows),
+               divider_make(columns));
+  }
+  return status;
+}
+
+template <class D, class S>
+Status run(const Layer &layer, Matrix weight, void *copy, Stream stream) {
+  Status status;
+  constexpr int THREADS = 256;
+  const int64_t runs =
+      ceil_div(layer.group_outputs, S::outputs) * S::outputs * layer.groups * ceil_div(layer.group_maps, STEP) * RUNS;
+  const int64_t blocks = ceil_div(runs, THREADS);
+  const auto kernel = wgmma_weight_kernel<D, S>;
+  PNN_LAUNCH(status, kernel, blocks < 65536 ? blocks : 65536, THREADS, 0, stream, layer, weight,
+             static_cast<D *>(copy));
+  if (status != STATUS_OK) return status;
+  Layer copied = layer;
+  copied.weight = static_cast<const char *>(copy);
+  return way_of<D>(layer) == PLAIN_PIXELS ? launch<D, S, PLAIN_PIXELS>(copied, stream)
+                                          : launch<D, S, PLAIN_CHANNELS>(copied, stream);
+}
+
+template <class D>
+Status choose(const Layer &layer, Matrix weight, void *copy, Stream stream) {
+  if (is_chosen<Wide>(layer)) return run<D, Wide>(layer, weight, copy, stream);
+  if (is_chosen<Middle>(layer)) return run<D, Middle>(layer, weight, copy, stream);
+  return run<D, Narrow>(layer, weight, copy, stream);
+}
+
+template <class S>
+void list(Visit visit, const std::string &name) {
+  for (const char *way : {" pixels", " channels"}) visit((name + way).c_str(), Shape<S>::threads, Shape<S>::bytes);
+}
+
+}  // namespace
+
+bool wgmma_fits(const Layer &layer, int product) {
+  if (product != PNN_BFLOAT16 && product != PNN_FLOAT16) return false;
+  const bool stores_vectors =
+      layer.output_staging == STAGE_PIXELS || (layer.output_staging == STAGE_CHANNELS && layer.group_outputs % 8 == 0);
+  return way_of<bfloat16>(layer) != ANY_WAY && stores_vectors && layer.group_outputs > Narrow::outputs / 2 &&
+         layer.columns > 0 && has_wgmma();
+}
+
+int64_t wgmma_weight_elements(int64_t groups, int64_t group_outputs, int64_t group_maps) {
+  const int64_t outputs = ceil_div(group_outputs, Wide::outputs) * Wide::outputs; /* the other tiles' are no more */
+  int64_t count;
+  if (__builtin_mul_overflow(groups * outputs, ceil_div(group_maps, STEP) * STEP, &count)) return INT64_MAX;
+  return count;
+}
+
+void list_forward_wgmma(Visit visit) {
+  for (const std::string type : {"bfloat16", "float16"}) {
+    list<Wide>(visit, "forward_wgmma " + type + " Wide");
+    list<Middle>(visit, "forward_wgmma " + type + " Middle");
+    list<Narrow>(visit, "forward_wgmma " + type + " Narrow");
+  }
+}
+
+Status run_forward_wgmma(const Layer &layer, int product, Matrix weight, void *copy, Stream stream) {
+  if (product == PNN_BFLOAT16) return choose<bfloat16>(layer, weight, copy, stream);
+  return choose<float16>(layer, weight, copy, stream);
+}
+
+}  // namespace pnn_cuda
