@@ -542,9 +542,12 @@ static void inputs_slab(const pnn_inputs *in, const inputs_scratch *s, int64_t g
   pnn_mask_panel(p, k_first + slab, slab_maps, range, s->mask, pnn_mask_ld(p, in->deal.pixels));
   pnn_columns columns;
   inputs_tile tiles[PNN_WIDEST / 4];
-  for (int64_t column = begin; column < end; column += in->width) {
-    pnn_columns_set(&columns, range, column, PNN_MIN(in->width, end - column));
-    const int64_t next = column + in->width, count = PNN_MIN(in->width, end - next);
+  /* The gradient of a mask that many maps share adds up image by image, and in an image map by map, however few pixels
+   * a range has: no panel has a pixel twice. */
+  const int64_t panel = in->masks && p->shared ? PNN_MIN(in->width, range->pixels) : in->width;
+  for (int64_t column = begin; column < end; column += panel) {
+    pnn_columns_set(&columns, range, column, PNN_MIN(panel, end - column));
+    const int64_t next = column + panel, count = PNN_MIN(panel, end - next);
     const int64_t tile_steps = p->group_outputs / (p->pairs ? 2 : 1) / PNN_AHEAD_DEPTH + 1;
     pnn_ahead ahead = {.streams = 0};
     if (p->grad_input.data)
@@ -552,7 +555,7 @@ static void inputs_slab(const pnn_inputs *in, const inputs_scratch *s, int64_t g
     pnn_ahead_add(p, &ahead, range, next, count, &p->grad_output, group * p->group_outputs, p->group_outputs, false);
     pnn_ahead_add(p, &ahead, range, next, count, &p->input, channel, channels, false);
     pnn_mask_ahead(p, &ahead, k_first + slab_end, PNN_MIN(in->slab, p->group_maps - slab_end), range,
-                   (column - begin) / in->width, (end - begin + in->width - 1) / in->width);
+                   (column - begin) / panel, (end - begin + panel - 1) / panel);
     pnn_ahead_spread(&ahead,
                      (end_block - first_block) * in->packing.block_tiles * (columns.padded / width) * tile_steps);
     /* But for the last outputs there is one block of maps, whose sums wait for the next ones. */

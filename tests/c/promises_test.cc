@@ -52,6 +52,15 @@ std::vector<Case> cases() {
     c.C = 260, c.T = 18, c.H = 4, c.W = 12, c.B = 5, c.norm = true, c.activation = PNN_ACTIVATION_LEAKY_RELU;
     c.eps = 1e-5, c.fill = Fill::kRandom, c.seed = seed++;
     list.push_back(c);
+    // Masks shared by many maps, trained: how many pixels a thread takes at a time must not change their gradients'
+    // order.
+    c = Case();
+    set_types(c, pair);
+    c.gradients = kGradInput | kGradMask, c.noise = PNN_NOISE_TENSOR, c.shared = true, c.fill = Fill::kRandom;
+    c.C = 33, c.T = 5, c.H = 23, c.W = 24, c.B = 9, c.level = 0.3, c.seed = seed++;
+    list.push_back(c);
+    c.C = 40, c.M = 2, c.T = 7, c.H = 7, c.W = 7, c.B = 5, c.seed = seed++;
+    list.push_back(c);
   }
   // A smaller scale (the sanitizers', say) keeps every so many.
   const size_t step = static_cast<size_t>(100 / std::min<int64_t>(scaled(100), 100));
