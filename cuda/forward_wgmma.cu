@@ -33,15 +33,15 @@ constexpr int STAGES =
     4; /* of V: of the last step, whose products may still run, of this one, and of two on their way */
 
 /* Tiles: as many outputs as registers hold sums of, and so many warpgroups that V travels seldom and that a
- * multiprocessor's registers are used. */
+ * multiprocessor's registers are used. (`blocks` to it is read by the device's compiler alone.) */
 struct Wide {
-  static constexpr int outputs = 256, warpgroups = 2, blocks = 1;
+  [[maybe_unused]] static constexpr int outputs = 256, warpgroups = 2, blocks = 1;
 };
 struct Middle {
-  static constexpr int outputs = 128, warpgroups = 3, blocks = 1;
+  [[maybe_unused]] static constexpr int outputs = 128, warpgroups = 3, blocks = 1;
 };
 struct Narrow {
-  static constexpr int outputs = 64, warpgroups = 1, blocks = 4;
+  [[maybe_unused]] static constexpr int outputs = 64, warpgroups = 1, blocks = 4;
 };
 
 template <class S>
