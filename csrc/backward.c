@@ -127,16 +127,14 @@ pnn_ahead pnn_sums_ahead(const pnn_sums *s, const pnn_sums_place *at, int64_t ch
     pnn_ahead_add(p, &ahead, &range, first, count, &p->grad_output, output + outputs,
                   PNN_MIN(outputs, at->end - output - outputs), false);
   /* The masks of the item's next range of pixels, or of the next item. */
-  const int64_t per_range = (s->chunks.pixels * p->batch + PNN_CHUNK - 1) / PNN_CHUNK;
+  const int64_t per_range = pnn_chunks_per_range(p, &s->chunks);
   const int64_t begin = PNN_MAX(range.pixel / s->chunks.pixels * per_range, at->first_chunk);
   const int64_t turn = PNN_MIN(begin / per_range * per_range + per_range, at->end_chunk);
+  const bool same_item = turn < at->end_chunk;
   pnn_range masked;
-  pnn_chunk_locate(p, &s->chunks, turn < at->end_chunk ? turn : at->first_chunk, &masked, &first);
-  if (turn < at->end_chunk)
-    pnn_mask_ahead(p, &ahead, at->k0, at->maps, &masked, (chunk - begin) * shares + i, (turn - begin) * shares);
-  else
-    pnn_mask_ahead(p, &ahead, at->next_k0, at->next_maps, &masked, (chunk - begin) * shares + i,
-                   (turn - begin) * shares);
+  pnn_chunk_locate(p, &s->chunks, same_item ? turn : at->first_chunk, &masked, &first);
+  pnn_mask_ahead(p, &ahead, same_item ? at->k0 : at->next_k0, same_item ? at->maps : at->next_maps, &masked,
+                 (chunk - begin) * shares + i, (turn - begin) * shares);
   if (++chunk < end) {
     /* Of the next chunk's input its pixels are shared out, or its channels. */
     int64_t channel = at->k0 / p->masks, channels = (at->k0 + at->maps - 1) / p->masks - channel + 1;

@@ -300,14 +300,14 @@ static void gradient_tiles(const pnn_problem *p, const pixel_run *runs, int64_t 
                               g->data + (runs[r].offset + t) * size, pixel_step(p, g), runs[r].columns, rows);
 }
 
-/* The outputs [t, t + rows) of the gradient, as bfloat16: where they stand if that is one run of pixels, else copied.
- */
 typedef struct gradient_rows {
   const char *data;
   int64_t step; /* elements from pixel to pixel */
 } gradient_rows;
 
-static gradient_rows gradient_copy(const pnn_problem *p, const pixel_run *runs, int64_t count, int64_t t, int64_t rows,
+/* The outputs [t, t + rows) of the gradient, as bfloat16: where they stand if that is one run of pixels, else a copy.
+ */
+static gradient_rows gradient_find(const pnn_problem *p, const pixel_run *runs, int64_t count, int64_t t, int64_t rows,
                                    char *copy) {
   const int64_t ld = GRADIENT_TILES * p->kernels->tile_rows, step = pixel_step(p, &p->grad_output);
   if (count == 1) return (gradient_rows){p->grad_output.data + (runs->offset + t) * p->native, step};
@@ -362,7 +362,7 @@ static void sums_part(const pnn_sums *s, const pnn_sums_place at, const sums_scr
       if (number == 0) {
         const int64_t side_by_side = PNN_MIN(packed, at.end - o);
         if (p->pairs) {
-          const gradient_rows g = gradient_copy(p, runs, run_count, o, side_by_side, t.gradient);
+          const gradient_rows g = gradient_find(p, runs, run_count, o, side_by_side, t.gradient);
           kernels->pair_bfloat16(t.outputs, packed, g.data, g.step, count, side_by_side);
           /* All outputs at once where they are one run of pixels. */
           const int64_t outputs = run_count == 1 ? at.end - o : side_by_side;

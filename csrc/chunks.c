@@ -18,9 +18,13 @@ pnn_chunks pnn_chunks_make(const pnn_problem *problem) {
   return c;
 }
 
+int64_t pnn_chunks_per_range(const pnn_problem *problem, const pnn_chunks *chunks) {
+  return (chunks->pixels * problem->batch + PNN_CHUNK - 1) / PNN_CHUNK;
+}
+
 int64_t pnn_chunk_locate(const pnn_problem *problem, const pnn_chunks *chunks, int64_t chunk, pnn_range *range,
                          int64_t *first) {
-  const int64_t per_range = (chunks->pixels * problem->batch + PNN_CHUNK - 1) / PNN_CHUNK;
+  const int64_t per_range = pnn_chunks_per_range(problem, chunks);
   const int64_t r = PNN_MIN(chunk / per_range, chunks->ranges - 1);
   range->pixel = r * chunks->pixels;
   range->pixels = PNN_MIN(chunks->pixels, problem->pixels - range->pixel);

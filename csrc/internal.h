@@ -320,6 +320,8 @@ typedef struct pnn_chunks {
 } pnn_chunks;
 
 pnn_chunks pnn_chunks_make(const pnn_problem *problem);
+/* Chunks of every range but the last, which may have fewer. */
+int64_t pnn_chunks_per_range(const pnn_problem *problem, const pnn_chunks *chunks);
 /* The chunk's range and its first column there; returns its number of columns. */
 int64_t pnn_chunk_locate(const pnn_problem *problem, const pnn_chunks *chunks, int64_t chunk, pnn_range *range,
                          int64_t *first);

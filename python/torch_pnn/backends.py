@@ -30,6 +30,12 @@ import torch
 __all__ = ["cuda"]
 
 
+def _checked(name: str, value: bool) -> bool:
+    if not isinstance(value, bool):
+        raise TypeError(f"{name} is {value!r} ({type(value).__name__}), it should be a bool")
+    return value
+
+
 class _Cuda:
     """Settings of CUDA devices."""
 
@@ -46,9 +52,7 @@ class _Cuda:
 
     @allow_tf32.setter
     def allow_tf32(self, value: bool) -> None:
-        if not isinstance(value, bool):
-            raise TypeError(f"allow_tf32 is {value!r} ({type(value).__name__}), it should be a bool")
-        torch.ops.torch_pnn._allow_tf32(value)
+        torch.ops.torch_pnn._allow_tf32(_checked("allow_tf32", value))
 
     @property
     def allow_wgmma(self) -> bool:
@@ -61,9 +65,7 @@ class _Cuda:
 
     @allow_wgmma.setter
     def allow_wgmma(self, value: bool) -> None:
-        if not isinstance(value, bool):
-            raise TypeError(f"allow_wgmma is {value!r} ({type(value).__name__}), it should be a bool")
-        torch.ops.torch_pnn._allow_wgmma(value)
+        torch.ops.torch_pnn._allow_wgmma(_checked("allow_wgmma", value))
 
 
 cuda = _Cuda()
