@@ -23,6 +23,7 @@
 
 #include "kernels.h"
 #include "response.h"
+#include "wgmma.h"
 
 namespace pnn_cuda {
 namespace {
@@ -83,71 +84,7 @@ __global__ void wgmma_weight_kernel(const __grid_constant__ Layer layer, Matrix 
   }
 }
 
-/* ---- x ---- */
-
-/* Half h (of two) of the halves' words, */
-PNN_DEVICE float half_of(bfloat16, uint32_t word, int h) { return float_of(h ? word & 0xffff0000u : word << 16); }
-PNN_DEVICE float half_of(float16, uint32_t word, int h) {
-  return widen(float16{static_cast<uint16_t>(h ? word >> 16 : word)});
-}
-
-/* x of a thread's two pixels and sixteen maps, MASKS to a channel (16 stands for more, too), as it comes from memory: a
- * word has two pixels of a channel or, where the channels are contiguous, two channels of a pixel. */
-template <class D, bool PIXELS, int MASKS>
-struct Inputs {
-  static constexpr int CHANNELS = SIXTEEN / MASKS, WORDS = PIXELS ? CHANNELS : (CHANNELS + 1) / 2;
-  static constexpr int COUNT = PIXELS ? 1 : 2; /* pointers */
-  uint32_t words[COUNT][WORDS];
-
-  PNN_DEVICE float value(int pixel, int map) const {
-    const int c = map / MASKS;
-    return PIXELS ? half_of(D{}, words[0][c], pixel) : half_of(D{}, words[pixel][c / 2], c % 2);
-  }
-  /* The first or the second eight maps' channels, from those of the first pixel and channel on. */
-  PNN_DEVICE void load(int second, const char *const from[COUNT], int64_t step) {
-    if constexpr (PIXELS) {
-      if (CHANNELS == 1 && !second) return;
-      const int first = CHANNELS == 1 ? 0 : second * CHANNELS / 2, last = CHANNELS == 1 ? 1 : first + CHANNELS / 2;
-      const char *at = from[0] + first * step;
-#pragma unroll
-      for (int c = first; c < last; c++, at += step) words[0][c] = load_global(reinterpret_cast<const uint32_t *>(at));
-    } else {
-#pragma unroll
-      for (int p = 0; p < 2; p++) {
-        if constexpr (MASKS == 1) {
-          const words4 v = load_global(reinterpret_cast<const words4 *>(from[p]) + second);
-#pragma unroll
-          for (int i = 0; i < 4; i++) words[p][second * 4 + i] = v.w[i];
-        } else if (second) {
-          if constexpr (MASKS == 2) {
-            const words4 v = load_global(reinterpret_cast<const words4 *>(from[p]));
-#pragma unroll
-            for (int i = 0; i < 4; i++) words[p][i] = v.w[i];
-          } else if constexpr (MASKS == 16) {
-            words[p][0] = *reinterpret_cast<const uint16_t *>(from[p]);
-          } else {
-#pragma unroll
-            for (int i = 0; i < WORDS; i++) words[p][i] = load_global(reinterpret_cast<const uint32_t *>(from[p]) + i);
-          }
-        }
-      }
-    }
-  }
-  PNN_DEVICE void clear() {
-#pragma unroll
-    for (int p = 0; p < COUNT; p++)
-#pragma unroll
-      for (int i = 0; i < WORDS; i++) words[p][i] = 0;
-  }
-};
-
 /* ---- the kernel ---- */
-
-/* What a thread knows of its two pixels. */
-struct Pair {
-  uint32_t row[2], column[2];
-  const char *input[2];
-};
 
 /* d += A * B over all maps of the group; `ring` has room for STAGES steps of V, which starts at `weight`. */
 template <class D, class S, bool PIXELS, int MASKS>
@@ -326,18 +263,6 @@ bool is_chosen(const Layer &layer) {
   return layer.group_outputs > S::outputs / 2 &&
          ceil_div(layer.group_outputs, S::outputs) * ceil_div(layer.columns, Shape<S>::columns) * layer.groups >=
              wanted_blocks();
-}
-
-bool has_wgmma() {
-#if defined(__CUDACC__)
-  int device = 0, major = 0, minor = 0;
-  return cudaGetDevice(&device) == cudaSuccess &&
-         cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device) == cudaSuccess &&
-         cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device) == cudaSuccess && major == 9 &&
-         minor == 0;
-#else
-  return true;
-#endif
 }
 
 template <class D, class S, Way WAY>

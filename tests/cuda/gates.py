@@ -10,9 +10,9 @@ instruction, where the threads of a warp meet again: that one is none) nor, unle
 precision (DFMA, DADD, DMUL, DSETP, DMNMX, DMMA; a float kernel converts its double `level` once, which is none of
 these); those of 16-bit types and TF32 must use the tensor cores (HMMA) and ldmatrix (LDSM; not TF32 where neither
 operand has its depth in a row); all must copy asynchronously (LDGSTS), but for the moments', which need no tile.
-forward_wgmma, of sm_90a alone, must use Hopper's asynchronous products (HGMMA) instead, and wait for all of them only
-where it ends: where the assembler can't see that registers are left to a running product it waits behind each one,
-which it tells (C7510 and the like) without failing. A block of each must fit on every multiprocessor. The kernels of
+Those named *_wgmma, of sm_90a alone, must use Hopper's asynchronous products (HGMMA) instead, and wait for all of them
+only where they end: where the assembler can't see that registers are left to a running product it waits behind each
+one, which it tells (C7510 and the like) without failing. A block of each must fit on every multiprocessor. The kernels of
 finish.cu and V's copy, which handle channels, outputs and weights, may do all but spill. (nvcc itself refuses spills in
 a build with warnings as errors.)
 
@@ -42,7 +42,7 @@ from pathlib import Path
 
 TABLE = Path(__file__).with_name("kernels.txt")
 WIDTH = 48  # of a kernel's name in the tables
-TILED = ("forward", "forward_wgmma", "input_gradient", "weight_gradient", "moments")
+TILED = ("forward", "input_gradient", "weight_gradient", "moments")
 DOUBLE = re.compile(r"^D(FMA|ADD|MUL|SETP|MNMX|MMA)$")
 COUNTED = (
     ("all", None),
@@ -184,7 +184,7 @@ def read_objects(folder: Path, jobs: int) -> tuple[dict[Key, Counter[str]], dict
 
 def made_for(kernel: str, architecture: int) -> bool:
     """Whether there is machine code of a kernel for an architecture."""
-    return architecture == 90 or not kernel.startswith("forward_wgmma")
+    return architecture == 90 or "_wgmma " not in kernel
 
 
 def check(
@@ -210,7 +210,7 @@ def check(
     for (kernel, architecture), operations in sorted(code.items()):
         where = f"{kernel} on sm_{architecture}"
         words = kernel.split()
-        tiled = words[0] in TILED
+        tiled = words[0].removesuffix("_wgmma") in TILED
         if tiled and kernel not in shapes:
             failures.append(f"{where}: in the machine code, but not listed (list_kernels.cc)")
         failures += [f"{where}: {op}, local memory" for op in ("LDL", "STL") if operations[op]]
@@ -227,7 +227,7 @@ def check(
         if "double" not in words and doubles:
             failures.append(f"{where}: {', '.join(doubles)}, double precision")
         needed = set() if words[0] == "moments" else {"LDGSTS"}
-        if words[0] == "forward_wgmma":
+        if words[0].endswith("_wgmma"):
             needed |= {"HGMMA"}
             if 2 * operations["WAIT_ALL"] > operations["HGMMA"]:
                 failures.append(f"{where}: {operations['WAIT_ALL']} waits for all products, which run one by one")
