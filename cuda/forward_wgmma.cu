@@ -87,7 +87,7 @@ __global__ void wgmma_weight_kernel(const __grid_constant__ Layer layer, Matrix 
 /* ---- the kernel ---- */
 
 /* d += A * B over all maps of the group; `ring` has room for STAGES steps of V, which starts at `weight`. */
-template <class D, class S, bool PIXELS, int MASKS>
+template <class D, class S, Reading READING, int MASKS>
 PNN_DEVICE void add_products(const Layer &layer, int64_t group, const Pair &pair, const char *weight, char *ring,
                              float (&d)[S::outputs / 2]) {
   using H = Shape<S>;
@@ -105,14 +105,15 @@ PNN_DEVICE void add_products(const Layer &layer, int64_t group, const Pair &pair
 
   const PhiloxKeys keys = philox_keys(seed_read(layer));
   uint32_t block = static_cast<uint32_t>(group * layer.group_maps / 16) + static_cast<uint32_t>(quad);
-  const int64_t channel = (PIXELS ? layer.input.channel : 1) * 2; /* bytes */
+  constexpr bool ONE_POINTER = READING == READ_PIXELS;
+  const int64_t channel = (READING == READ_CHANNELS ? 1 : layer.input.channel) * 2; /* bytes */
   const char *from[2] = {pair.input[0], pair.input[1]};
   int k = quad * 16;
-  Inputs<D, PIXELS, MASKS> x;
+  InputsOf<D, READING, MASKS> x;
   const auto move_to = [&](int k_) { /* beyond the maps to the first one, which is not used */
                                      const int64_t c = (k_ < maps ? k_ : 0) >> layer.masks_shift;
                                      from[0] = pair.input[0] + c * channel;
-                                     if (!PIXELS) from[1] = pair.input[1] + c * channel;
+                                     if (!ONE_POINTER) from[1] = pair.input[1] + c * channel;
   };
   move_to(k);
   x.load(0, from, channel);
@@ -162,8 +163,14 @@ PNN_DEVICE void add_products(const Layer &layer, int64_t group, const Pair &pair
   products_finish(d);
 }
 
-template <class D, class S, Way WAY>
-__global__ void __launch_bounds__(Shape<S>::threads, S::blocks)
+/* Elements on their way take registers that words share. */
+template <class S, Reading READING>
+constexpr int blocks_of() {
+  return READING == READ_ELEMENTS && S::blocks > 1 ? S::blocks - 1 : S::blocks;
+}
+
+template <class D, class S, Reading READING>
+__global__ void __launch_bounds__(Shape<S>::threads, blocks_of<S, READING>())
     forward_wgmma_kernel(const __grid_constant__ Layer layer, int64_t first_tile,
                          const __grid_constant__ Divider by_rows, const __grid_constant__ Divider by_columns) {
   using H = Shape<S>;
@@ -214,18 +221,17 @@ __global__ void __launch_bounds__(Shape<S>::threads, S::blocks)
   const char *const weight =
       layer.weight + (group * static_cast<int64_t>(by_rows.divisor) + row_tile) * steps * H::stage_bytes;
   if (layer.masks_shift == 0)
-    add_products<D, S, WAY == PLAIN_PIXELS, 1>(layer, group, pair, weight, ring, d);
+    add_products<D, S, READING, 1>(layer, group, pair, weight, ring, d);
   else if (layer.masks_shift == 1)
-    add_products<D, S, WAY == PLAIN_PIXELS, 2>(layer, group, pair, weight, ring, d);
+    add_products<D, S, READING, 2>(layer, group, pair, weight, ring, d);
   else if (layer.masks_shift == 2)
-    add_products<D, S, WAY == PLAIN_PIXELS, 4>(layer, group, pair, weight, ring, d);
+    add_products<D, S, READING, 4>(layer, group, pair, weight, ring, d);
   else if (layer.masks_shift == 3)
-    add_products<D, S, WAY == PLAIN_PIXELS, 8>(layer, group, pair, weight, ring, d);
+    add_products<D, S, READING, 8>(layer, group, pair, weight, ring, d);
   else
-    add_products<D, S, WAY == PLAIN_PIXELS, 16>(layer, group, pair, weight, ring, d);
+    add_products<D, S, READING, 16>(layer, group, pair, weight, ring, d);
 
-  /* Pixels lie in whole runs of eight, or channels do. */
-  if (layer.output_staging == STAGE_PIXELS) {
+  if (along_pixels(layer.output_staging)) { /* in pairs */
     if (first >= columns) return;
     const int left = rows - quad * 8;
     D *to = output[0] + quad * 8 * layer.output.channel;
@@ -241,8 +247,10 @@ __global__ void __launch_bounds__(Shape<S>::threads, S::blocks)
     }
     return;
   }
+  const bool vectors = layer.output_staging == STAGE_CHANNELS && layer.group_outputs % 8 == 0;
 #pragma unroll
-  for (int p = 0; p < 2; p++)
+  for (int p = 0; p < 2; p++) {
+    if (first + p >= columns) return;
 #pragma unroll
     for (int b = 0; b < S::outputs / 32; b++) {
       words4 words;
@@ -250,8 +258,16 @@ __global__ void __launch_bounds__(Shape<S>::threads, S::blocks)
       for (int i = 0; i < 4; i++)
         words.w[i] = round_pair(D{}, d[b * 16 + i * 4 + 2 * p], d[b * 16 + i * 4 + 2 * p + 1]);
       const int row = b * 32 + quad * 8;
-      if (first + p < columns && row < rows) store_global(reinterpret_cast<words4 *>(output[p] + row), words);
+      if (vectors) {
+        if (row < rows) store_global(reinterpret_cast<words4 *>(output[p] + row), words);
+        continue;
+      }
+      D *to = output[p] + row * layer.output.channel;
+#pragma unroll
+      for (int i = 0; i < 8; i++, to += layer.output.channel)
+        if (row + i < rows) to->bits = static_cast<uint16_t>(words.w[i / 2] >> (16 * (i % 2)));
     }
+  }
 }
 
 /* ---- the host's side ---- */
@@ -265,7 +281,7 @@ bool is_chosen(const Layer &layer) {
              wanted_blocks();
 }
 
-template <class D, class S, Way WAY>
+template <class D, class S, Reading READING>
 Status launch(const Layer &layer, Stream stream) {
   using H = Shape<S>;
   const int64_t rows = ceil_div(layer.group_outputs, S::outputs), columns = ceil_div(layer.columns, H::columns);
@@ -273,7 +289,7 @@ Status launch(const Layer &layer, Stream stream) {
   Status status = STATUS_OK;
   for (int64_t first = 0; first < tiles && status == STATUS_OK; first += GRID_MOST) {
     const int64_t blocks = tiles - first < GRID_MOST ? tiles - first : GRID_MOST;
-    const auto kernel = forward_wgmma_kernel<D, S, WAY>;
+    const auto kernel = forward_wgmma_kernel<D, S, READING>;
     PNN_LAUNCH(status, kernel, blocks, H::threads, H::bytes, stream, layer, first, divider_make(rows),
                divider_make(columns));
   }
@@ -293,8 +309,11 @@ Status run(const Layer &layer, Matrix weight, void *copy, Stream stream) {
   if (status != STATUS_OK) return status;
   Layer copied = layer;
   copied.weight = static_cast<const char *>(copy);
-  return way_of<D>(layer) == PLAIN_PIXELS ? launch<D, S, PLAIN_PIXELS>(copied, stream)
-                                          : launch<D, S, PLAIN_CHANNELS>(copied, stream);
+  switch (reading_of(layer.input_staging, layer.group_channels)) {
+    case READ_PIXELS: return launch<D, S, READ_PIXELS>(copied, stream);
+    case READ_CHANNELS: return launch<D, S, READ_CHANNELS>(copied, stream);
+    default: return launch<D, S, READ_ELEMENTS>(copied, stream);
+  }
 }
 
 template <class D>
@@ -306,17 +325,15 @@ Status choose(const Layer &layer, Matrix weight, void *copy, Stream stream) {
 
 template <class S>
 void list(Visit visit, const std::string &name) {
-  for (const char *way : {" pixels", " channels"}) visit((name + way).c_str(), Shape<S>::threads, Shape<S>::bytes);
+  for (const char *way : {" pixels", " channels", " elements"})
+    visit((name + way).c_str(), Shape<S>::threads, Shape<S>::bytes);
 }
 
 }  // namespace
 
 bool wgmma_fits(const Layer &layer, int product) {
   if (product != PNN_BFLOAT16 && product != PNN_FLOAT16) return false;
-  const bool stores_vectors =
-      layer.output_staging == STAGE_PIXELS || (layer.output_staging == STAGE_CHANNELS && layer.group_outputs % 8 == 0);
-  return way_of<bfloat16>(layer) != ANY_WAY && stores_vectors && layer.group_outputs > Narrow::outputs / 2 &&
-         layer.columns > 0 && has_wgmma();
+  return is_plain<bfloat16>(layer) && layer.group_outputs > Narrow::outputs / 2 && layer.columns > 0 && has_wgmma();
 }
 
 int64_t wgmma_weight_elements(int64_t groups, int64_t group_outputs, int64_t group_maps) {

@@ -66,6 +66,44 @@ struct Inputs {
   }
 };
 
+/* The same of any layout, element by element: a word has one. */
+template <class D, int MASKS>
+struct ElementInputs {
+  static constexpr int CHANNELS = SIXTEEN / MASKS, COUNT = 2;
+  uint32_t words[COUNT][CHANNELS];
+
+  PNN_DEVICE float value(int pixel, int map) const { return half_of(D{}, words[pixel][map / MASKS], 0); }
+  PNN_DEVICE void load(int second, const char *const from[COUNT], int64_t step) {
+    if (CHANNELS == 1 && !second) return;
+    const int first = CHANNELS == 1 ? 0 : second * CHANNELS / 2, last = CHANNELS == 1 ? 1 : first + CHANNELS / 2;
+#pragma unroll
+    for (int p = 0; p < COUNT; p++) {
+      const char *at = from[p] + first * step;
+#pragma unroll
+      for (int c = first; c < last; c++, at += step) words[p][c] = *reinterpret_cast<const uint16_t *>(at);
+    }
+  }
+  PNN_DEVICE void clear() {
+#pragma unroll
+    for (int p = 0; p < COUNT; p++)
+#pragma unroll
+      for (int c = 0; c < CHANNELS; c++) words[p][c] = 0;
+  }
+};
+
+/* Which of them x is read by. */
+enum Reading { READ_PIXELS, READ_CHANNELS, READ_ELEMENTS };
+template <class D, Reading READING, int MASKS>
+using InputsOf =
+    std::conditional_t<READING == READ_ELEMENTS, ElementInputs<D, MASKS>, Inputs<D, READING == READ_PIXELS, MASKS>>;
+
+/* In tensors whose pixels lie in aligned pairs, which no image ends inside, a word has two of them; where channels lie
+ * in runs of 16 bytes a thread takes those. `channels` are a group's. */
+inline Reading reading_of(int staging, int64_t channels) {
+  if (along_pixels(staging)) return READ_PIXELS;
+  return staging == STAGE_CHANNELS && channels % 8 == 0 ? READ_CHANNELS : READ_ELEMENTS;
+}
+
 /* What a thread knows of its two pixels. */
 struct Pair {
   uint32_t row[2], column[2];
