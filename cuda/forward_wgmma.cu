@@ -58,6 +58,7 @@ struct Shape {
 /* [group][tile of outputs][step][product][half of its depth][eight outputs][output][eight depths], zeros beyond. */
 template <class D, class S>
 __global__ void wgmma_weight_kernel(const __grid_constant__ Layer layer, Matrix weight, D *to) {
+  follow_last_kernel();
   const int64_t steps = (layer.group_maps + STEP - 1) / STEP,
                 tiles = (layer.group_outputs + S::outputs - 1) / S::outputs;
   const int64_t count = layer.groups * tiles * S::outputs * steps * RUNS;
@@ -173,6 +174,7 @@ template <class D, class S, Reading READING>
 __global__ void __launch_bounds__(Shape<S>::threads, blocks_of<S, READING>())
     forward_wgmma_kernel(const __grid_constant__ Layer layer, int64_t first_tile,
                          const __grid_constant__ Divider by_rows, const __grid_constant__ Divider by_columns) {
+  follow_last_kernel();
   using H = Shape<S>;
   PNN_SHARED_MEMORY(memory);
   float *const start = reinterpret_cast<float *>(memory);

@@ -113,11 +113,7 @@ struct Pair {
 /* Whether the current device has wgmma: compute capability 9.0. */
 inline bool has_wgmma() {
 #if defined(__CUDACC__)
-  int device = 0, major = 0, minor = 0;
-  return cudaGetDevice(&device) == cudaSuccess &&
-         cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device) == cudaSuccess &&
-         cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device) == cudaSuccess && major == 9 &&
-         minor == 0;
+  return compute_capability() == 90;
 #else
   return true;
 #endif

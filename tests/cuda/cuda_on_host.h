@@ -97,6 +97,7 @@ struct Wavefronts {
 };
 inline thread_local Wavefronts wavefronts;
 inline thread_local int64_t launches = 0;
+inline thread_local int64_t followers = 0; /* threads that called follow_last_kernel() */
 /* wgmma's, a thread's each, and the columns of the last one. */
 inline thread_local int64_t products = 0;
 inline thread_local int product_columns = 0;
