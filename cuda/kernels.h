@@ -24,6 +24,14 @@ inline int compute_capability() {
              ? 10 * major + minor
              : 0;
 }
+/* Of the current device. */
+inline int multiprocessors() {
+  int device = 0, count = 0;
+  return cudaGetDevice(&device) == cudaSuccess &&
+                 cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device) == cudaSuccess
+             ? count
+             : 1;
+}
 /* Enqueues a kernel, which may start while the last one in the stream ends: it waits itself (follow_last_kernel). */
 template <class... Parameters, class... Arguments>
 Status enqueue(void (*kernel)(Parameters...), int64_t blocks, int threads, size_t shared, Stream stream,
@@ -51,6 +59,7 @@ Status enqueue(void (*kernel)(Parameters...), int64_t blocks, int threads, size_
 using Stream = void *;
 using Status = int;
 constexpr Status STATUS_OK = 0;
+inline int multiprocessors() { return cuda_on_host::options.multiprocessors; }
 #define PNN_LAUNCH(result, kernel, blocks, threads, shared, stream, ...)                                     \
   do {                                                                                                       \
     (void)(stream);                                                                                          \

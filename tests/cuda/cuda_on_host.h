@@ -86,6 +86,7 @@ struct Options {
   bool late_products = true;
   TensorCore tensor_core = TensorCore::HOPPER;
   bool count_wavefronts = false;
+  int multiprocessors = 1;     /* for kernels whose blocks take tile after tile */
   int64_t wanted_blocks = 128; /* of larger tiles, for them to be chosen */
 };
 inline thread_local Options options;
