@@ -184,7 +184,6 @@ constexpr int MOMENTS_SHARE = 2, MOMENTS_LEAST_COLUMNS = 1;
 
 __global__ void moments_finish_kernel(const __grid_constant__ Layer layer, bool is_double, const void *parts,
                                       int columns, Vector mean, Vector variance) {
-  follow_last_kernel();
   PNN_SHARED_MEMORY(memory);
   const Part part = part_make(columns);
   const int64_t chunks = (layer.columns + MOMENTS_COLUMNS - 1) / MOMENTS_COLUMNS;
@@ -211,7 +210,6 @@ __global__ void moments_finish_kernel(const __grid_constant__ Layer layer, bool 
 
 __global__ void norm_kernel(int64_t maps, bool is_double, Vector mean, Vector variance, Vector gamma, Vector beta,
                             double eps, Norm norm) {
-  follow_last_kernel();
   for (int64_t k = first_index(); k < maps; k += index_step()) {
     const double r = 1 / sqrt(get(variance.data, variance.dtype, k * variance.step) + eps);
     norm.inverse[k] = r;
@@ -226,7 +224,6 @@ PNN_DEVICE int64_t group_map(const Layer &layer, int64_t t) { return t / layer.g
 
 /* Rows end with zeros, so that whole runs of 16 bytes may be read. */
 __global__ void weight_kernel(const __grid_constant__ Layer layer, Matrix weight, const double *scale, void *to) {
-  follow_last_kernel();
   for (int64_t i = first_index(); i < layer.outputs * layer.weight_step; i += index_step()) {
     const int64_t t = i / layer.weight_step, k = i % layer.weight_step;
     double v = 0;
@@ -241,7 +238,6 @@ __global__ void weight_kernel(const __grid_constant__ Layer layer, Matrix weight
 /* A block takes one output at a time: neighbouring lanes read neighbouring maps. */
 __global__ void start_kernel(const __grid_constant__ Layer layer, bool is_double, Matrix weight, Vector bias,
                              const double *beta, void *start) {
-  follow_last_kernel();
   PNN_SHARED_MEMORY(memory);
   const Part part = part_make(1);
   for (int64_t t = blockIdx.x; t < layer.outputs; t += gridDim.x) {
@@ -262,7 +258,6 @@ __global__ void start_kernel(const __grid_constant__ Layer layer, bool is_double
 }
 
 __global__ void waves_kernel(const int64_t *seed, int64_t count, uint32_t *waves) {
-  follow_last_kernel();
   for (int64_t k = first_index(); k < count; k += index_step())
     wave_make(static_cast<uint64_t>(*seed), static_cast<uint32_t>(k), waves + k * 4);
 }
@@ -270,7 +265,6 @@ __global__ void waves_kernel(const int64_t *seed, int64_t count, uint32_t *waves
 /* The splits' sums; may go where the first split lies. */
 __global__ void weight_store_kernel(const __grid_constant__ Layer layer, bool is_double, int columns, bool normed,
                                     Norm norm, Matrix grad_weight, Vector grad_bias) {
-  follow_last_kernel();
   PNN_SHARED_MEMORY(memory);
   const Part part = part_make(columns);
   const int64_t products = grad_weight.data ? layer.outputs * layer.group_maps : 0;
@@ -308,7 +302,6 @@ PNN_DEVICE NormSums join(const NormSums &a, const NormSums &b) {
 
 __global__ void norm_gradient_kernel(const __grid_constant__ Layer layer, bool is_double, int columns, Matrix weight,
                                      Norm norm, Vector grad_gamma, Vector grad_beta, void *offset, void *slope) {
-  follow_last_kernel();
   PNN_SHARED_MEMORY(memory);
   const Part part = part_make(columns);
   const int64_t step = static_cast<int64_t>(gridDim.x) * columns;
@@ -345,7 +338,6 @@ __global__ void norm_gradient_kernel(const __grid_constant__ Layer layer, bool i
 }
 
 __global__ void mask_join_kernel(const __grid_constant__ Layer layer, bool is_double, int columns) {
-  follow_last_kernel();
   PNN_SHARED_MEMORY(memory);
   const Part part = part_make(columns);
   const int64_t count = layer.masks * layer.pixels, step = static_cast<int64_t>(gridDim.x) * columns;
@@ -362,7 +354,6 @@ __global__ void mask_join_kernel(const __grid_constant__ Layer layer, bool is_do
 }
 
 __global__ void clear_kernel(pnn_tensor t, int64_t size) {
-  follow_last_kernel();
   const int64_t count = t.size[0] * t.size[1] * t.size[2] * t.size[3];
   for (int64_t i = first_index(); i < count; i += index_step()) {
     int64_t rest = i, at = 0;
@@ -378,7 +369,6 @@ __global__ void clear_kernel(pnn_tensor t, int64_t size) {
 
 /* A thread writes sixteen maps of a pixel: what one call of the generator gives. */
 __global__ void mask_fill_kernel(pnn_tensor mask, int noise, const int64_t *seed_) {
-  follow_last_kernel();
   Layer layer;
   layer.noise = noise;
   layer.waves = nullptr;

@@ -188,7 +188,6 @@ template <class D, class S, Way WAY>
 __global__ void __launch_bounds__(S::threads, (blocks_of<D, S, (WAY != ANY_WAY)>))
     forward_kernel(const __grid_constant__ Layer layer, int64_t first_tile, const __grid_constant__ Divider by_rows,
                    const __grid_constant__ Divider by_columns) {
-  follow_last_kernel();
   using H = Shape<D, S>;
   using R = typename H::R;
   constexpr bool PLAIN = WAY != ANY_WAY;

@@ -19,7 +19,6 @@
  *
  * wgmma_weight_kernel copies V into this order, so that a step's part is one run of bytes.
  */
-#include <algorithm>
 #include <string>
 
 #include "kernels.h"
@@ -59,7 +58,6 @@ struct Shape {
 /* [group][tile of outputs][step][product][half of its depth][eight outputs][output][eight depths], zeros beyond. */
 template <class D, class S>
 __global__ void wgmma_weight_kernel(const __grid_constant__ Layer layer, Matrix weight, D *to) {
-  follow_last_kernel();
   const int64_t steps = (layer.group_maps + STEP - 1) / STEP,
                 tiles = (layer.group_outputs + S::outputs - 1) / S::outputs;
   const int64_t count = layer.groups * tiles * S::outputs * steps * RUNS;
@@ -88,52 +86,154 @@ __global__ void wgmma_weight_kernel(const __grid_constant__ Layer layer, Matrix 
 
 /* ---- the kernel ---- */
 
-/* What a block computes: tiles of pixels first, first + step, ... of one panel of V. */
-struct Panel {
-  int64_t group, output_first;
-  const char *weight; /* V's copy */
-  int rows;           /* outputs, a tile's at most */
-  int first, step, tiles;
-};
+/* d += A * B over all maps of the group; `ring` has room for STAGES steps of V, which starts at `weight`. */
+template <class D, class S, Reading READING, int MASKS>
+PNN_DEVICE void add_products(const Layer &layer, int64_t group, const Pair &pair, const char *weight, char *ring,
+                             float (&d)[S::outputs / 2]) {
+  using H = Shape<S>;
+  constexpr int CHUNKS = H::stage_bytes / 16;
+  const int thread = thread_index(), quad = thread % 4;
+  const int steps = static_cast<int>((layer.group_maps + STEP - 1) / STEP), maps = static_cast<int>(layer.group_maps);
+  const auto stage = [&](int step) {
+    const char *const from = weight + static_cast<int64_t>(step) * H::stage_bytes;
+    char *const to = ring + step % STAGES * H::stage_bytes;
+#pragma unroll
+    for (int i = 0; i < CHUNKS; i += H::threads)
+      if (CHUNKS % H::threads == 0 || i + thread < CHUNKS)
+        copy_async16(to + (i + thread) * 16, from + (i + thread) * 16, 16);
+  };
 
-template <class S>
-PNN_DEVICE int columns_of(const Layer &layer, int tile) {
-  const int64_t left = layer.columns - static_cast<int64_t>(tile) * Shape<S>::columns;
-  return left < Shape<S>::columns ? static_cast<int>(left) : static_cast<int>(Shape<S>::columns);
+  const PhiloxKeys keys = philox_keys(seed_read(layer));
+  uint32_t block = static_cast<uint32_t>(group * layer.group_maps / 16) + static_cast<uint32_t>(quad);
+  constexpr bool ONE_POINTER = READING == READ_PIXELS;
+  const int64_t channel = (READING == READ_CHANNELS ? 1 : layer.input.channel) * 2; /* bytes */
+  const char *from[2] = {pair.input[0], pair.input[1]};
+  int k = quad * 16;
+  InputsOf<D, READING, MASKS> x;
+  const auto move_to = [&](int k_) { /* beyond the maps to the first one, which is not used */
+                                     const int64_t c = (k_ < maps ? k_ : 0) >> layer.masks_shift;
+                                     from[0] = pair.input[0] + c * channel;
+                                     if (!ONE_POINTER) from[1] = pair.input[1] + c * channel;
+  };
+  move_to(k);
+  x.load(0, from, channel);
+  x.load(1, from, channel);
+#pragma unroll 1
+  for (int step = 0; step < STAGES - 2; step++) {
+    if (step < steps) stage(step);
+    copy_commit();
+  }
+  uint32_t a[PRODUCTS][4];
+#pragma unroll 1
+  for (int step = 0; step < steps; step++) {
+    copy_wait<STAGES - 3>(); /* this step's V is there */
+    shared_to_products();
+    __syncthreads(); /* all threads' part of it; and no product of the step before the last one runs */
+    if (step + STAGES - 2 < steps) stage(step + STAGES - 2);
+    copy_commit();
+    float level = layer.level_float;
+    if (k >= maps) level = 0, x.clear(); /* as V is: no infinity may meet its zeros */
+    uint32_t words[2][4];
+#pragma unroll
+    for (int p = 0; p < 2; p++) {
+      words[p][0] = pair.column[p], words[p][1] = pair.row[p], words[p][2] = block, words[p][3] = 0;
+      philox(words[p], keys);
+    }
+    block += STEP / 16;
+    k += STEP;
+    move_to(k);
+    const char *const v = ring + step % STAGES * H::stage_bytes;
+#pragma unroll
+    for (int product = 0; product < PRODUCTS; product++) {
+      products_wait<PRODUCTS - 1>(); /* the one that read a[product] is done */
+#pragma unroll
+      for (int i = 0; i < 4; i++) {
+        const int p = i % 2, map = product * 4 + i / 2 * 2;
+        float u[2];
+#pragma unroll
+        for (int e = 0; e < 2; e++) u[e] = x.value(p, map + e) + level * lattice_in(words[p][product], i / 2 * 2 + e);
+        a[product][i] = round_pair_relu(D{}, u[0], u[1]);
+      }
+      products_operand(a[product]);
+      products_add(D{}, d, a[product], matrix_descriptor(v + product * 2 * S::outputs * 16, S::outputs * 16, 128));
+      products_commit();
+      if (product % 2) x.load(product / 2, from, channel);
+    }
+  }
+  products_finish(d);
 }
-/* This thread's pixels of a tile are number first and first + 1; beyond the tile's, its first one again. */
-template <class S>
-PNN_DEVICE Place place_of(const Layer &layer, int tile, int pixel) {
-  return place_make<true>(
-      layer, static_cast<int64_t>(tile) * Shape<S>::columns + (pixel < columns_of<S>(layer, tile) ? pixel : 0));
-}
-PNN_DEVICE int first_pixel() { return thread_index() / 32 * 16 + thread_index() % 32 / 4 * 2; }
 
-template <class S>
-PNN_DEVICE Pair pair_of(const Layer &layer, int64_t group, int tile) {
+/* Elements on their way take registers that words share. */
+template <class S, Reading READING>
+constexpr int blocks_of() {
+  return READING == READ_ELEMENTS && S::blocks > 1 ? S::blocks - 1 : S::blocks;
+}
+
+template <class D, class S, Reading READING>
+__global__ void __launch_bounds__(Shape<S>::threads, blocks_of<S, READING>())
+    forward_wgmma_kernel(const __grid_constant__ Layer layer, int64_t first_tile,
+                         const __grid_constant__ Divider by_rows, const __grid_constant__ Divider by_columns) {
+  using H = Shape<S>;
+  PNN_SHARED_MEMORY(memory);
+  float *const start = reinterpret_cast<float *>(memory);
+  char *const ring = memory + H::start_bytes;
+  const int thread = thread_index(), quad = thread % 4;
+
+  int64_t row_tile, column_tile;
+  const int64_t group =
+      divide<true>(by_columns, divide<true>(by_rows, first_tile + blockIdx.x, &row_tile), &column_tile);
+  const int64_t t0 = row_tile * S::outputs, q0 = column_tile * H::columns;
+  const int columns = layer.columns - q0 < H::columns ? static_cast<int>(layer.columns - q0) : H::columns;
+  const int rows =
+      layer.group_outputs - t0 < S::outputs ? static_cast<int>(layer.group_outputs - t0) : static_cast<int>(S::outputs);
+  const int64_t output_first = group * layer.group_outputs + t0;
+
+  for (int i = thread; i < S::outputs; i += H::threads)
+    start[i] = layer.bias && i < rows
+                   ? widen(reinterpret_cast<const D *>(layer.bias)[(output_first + i) * layer.bias_step])
+                   : 0.0f;
+  /* Threads without a pixel make one's operand again, and write nothing. */
+  const int first = thread / 32 * 16 + thread % 32 / 4 * 2;
   Pair pair;
+  D *output[2];
 #pragma unroll
   for (int p = 0; p < 2; p++) {
-    const Place place = place_of<S>(layer, tile, first_pixel() + p);
+    const Place place = place_make<true>(layer, q0 + (first + p < columns ? first + p : 0));
     const Pixel pixel = pixel_make(layer, place);
     pair.row[p] = pixel.row, pair.column[p] = pixel.column;
     pair.input[p] =
         layer.input.data + (place_in(layer.input, place) + group * layer.group_channels * layer.input.channel) * 2;
+    output[p] =
+        reinterpret_cast<D *>(layer.output.data) + place_in(layer.output, place) + output_first * layer.output.channel;
   }
-  return pair;
-}
-
-/* y of a tile. */
-template <class D, class S>
-PNN_DEVICE void store_tile(const Layer &layer, const Panel &panel, int tile, const float (&d)[S::outputs / 2]) {
-  const int first = first_pixel(), quad = thread_index() % 4, columns = columns_of<S>(layer, tile);
-  D *output[2];
+  __syncthreads();
+  float d[S::outputs / 2];
 #pragma unroll
-  for (int p = 0; p < 2; p++)
-    output[p] = reinterpret_cast<D *>(layer.output.data) + place_in(layer.output, place_of<S>(layer, tile, first + p)) +
-                panel.output_first * layer.output.channel;
+  for (int b = 0; b < S::outputs / 32; b++)
+#pragma unroll
+    for (int i = 0; i < 8; i++) {
+      const float value = load_shared(start + b * 32 + quad * 8 + i);
+      d[b * 16 + i / 2 * 4 + i % 2] = d[b * 16 + i / 2 * 4 + 2 + i % 2] = value;
+    }
+  products_start(d);
+
+  const int64_t steps = (layer.group_maps + STEP - 1) / STEP;
+  const char *const weight =
+      layer.weight + (group * static_cast<int64_t>(by_rows.divisor) + row_tile) * steps * H::stage_bytes;
+  if (layer.masks_shift == 0)
+    add_products<D, S, READING, 1>(layer, group, pair, weight, ring, d);
+  else if (layer.masks_shift == 1)
+    add_products<D, S, READING, 2>(layer, group, pair, weight, ring, d);
+  else if (layer.masks_shift == 2)
+    add_products<D, S, READING, 4>(layer, group, pair, weight, ring, d);
+  else if (layer.masks_shift == 3)
+    add_products<D, S, READING, 8>(layer, group, pair, weight, ring, d);
+  else
+    add_products<D, S, READING, 16>(layer, group, pair, weight, ring, d);
+
   if (along_pixels(layer.output_staging)) { /* in pairs */
-    const int left = first < columns ? panel.rows - quad * 8 : 0;
+    if (first >= columns) return;
+    const int left = rows - quad * 8;
     D *to = output[0] + quad * 8 * layer.output.channel;
 #pragma unroll
     for (int b = 0; b < S::outputs / 32; b++) {
@@ -159,170 +259,15 @@ PNN_DEVICE void store_tile(const Layer &layer, const Panel &panel, int tile, con
         words.w[i] = round_pair(D{}, d[b * 16 + i * 4 + 2 * p], d[b * 16 + i * 4 + 2 * p + 1]);
       const int row = b * 32 + quad * 8;
       if (vectors) {
-        if (row < panel.rows) store_global(reinterpret_cast<words4 *>(output[p] + row), words);
+        if (row < rows) store_global(reinterpret_cast<words4 *>(output[p] + row), words);
         continue;
       }
       D *to = output[p] + row * layer.output.channel;
 #pragma unroll
       for (int i = 0; i < 8; i++, to += layer.output.channel)
-        if (row + i < panel.rows) to->bits = static_cast<uint16_t>(words.w[i / 2] >> (16 * (i % 2)));
+        if (row + i < rows) to->bits = static_cast<uint16_t>(words.w[i / 2] >> (16 * (i % 2)));
     }
   }
-}
-
-/* A block's tiles, MASKS to a channel. The pipeline runs on from tile to tile: x of the next one is asked for in the
- * last step. `start` has the sums' first values; `ring` has room for STAGES steps of V: where there are no more, they
- * stay there. */
-template <class D, class S, Reading READING, int MASKS>
-PNN_DEVICE void compute_tiles(const Layer &layer, const Panel &panel, const float *start, char *ring) {
-  using H = Shape<S>;
-  constexpr int CHUNKS = H::stage_bytes / 16;
-  const int thread = thread_index(), quad = thread % 4;
-  const int steps = static_cast<int>((layer.group_maps + STEP - 1) / STEP), maps = static_cast<int>(layer.group_maps);
-  const bool stays = steps <= STAGES;
-  const auto stage = [&](int step, int slot) {
-    const char *const from = panel.weight + static_cast<int64_t>(step) * H::stage_bytes;
-    char *const to = ring + slot * H::stage_bytes;
-#pragma unroll
-    for (int i = 0; i < CHUNKS; i += H::threads)
-      if (CHUNKS % H::threads == 0 || i + thread < CHUNKS)
-        copy_async16(to + (i + thread) * 16, from + (i + thread) * 16, 16);
-  };
-
-  const PhiloxKeys keys = philox_keys(seed_read(layer));
-  constexpr bool ONE_POINTER = READING == READ_PIXELS;
-  const int64_t channel = (READING == READ_CHANNELS ? 1 : layer.input.channel) * 2; /* bytes */
-  Pair pair = pair_of<S>(layer, panel.group, panel.first);
-  const char *from[2] = {pair.input[0], pair.input[1]};
-  InputsOf<D, READING, MASKS> x;
-  const auto move_to = [&](int k) { /* beyond the maps to the first one, which is not used */
-                                    const int64_t c = (k < maps ? k : 0) >> layer.masks_shift;
-                                    from[0] = pair.input[0] + c * channel;
-                                    if (!ONE_POINTER) from[1] = pair.input[1] + c * channel;
-  };
-  move_to(quad * 16);
-  x.load(0, from, channel);
-  x.load(1, from, channel);
-  int ahead = 0, ahead_slot = 0; /* the step of V that is sent for next, and where it goes */
-  const auto stage_next = [&] {
-    stage(ahead, ahead_slot);
-    if (++ahead == steps) ahead = 0;
-    ahead_slot = (ahead_slot + 1) % STAGES;
-  };
-#pragma unroll 1
-  for (int i = 0; i < (stays ? steps : STAGES - 2); i++) {
-    stage_next();
-    copy_commit();
-  }
-  if (stays) copy_wait<0>();
-  shared_to_products();
-  __syncthreads(); /* V, if it stays; and `start` */
-  int slot = 0;
-  uint32_t a[PRODUCTS][4];
-#pragma unroll 1
-  for (int tile = panel.first; tile < panel.tiles; tile += panel.step) {
-    float d[S::outputs / 2];
-#pragma unroll
-    for (int b = 0; b < S::outputs / 32; b++)
-#pragma unroll
-      for (int i = 0; i < 8; i++) {
-        const float value = load_shared(start + b * 32 + quad * 8 + i);
-        d[b * 16 + i / 2 * 4 + i % 2] = d[b * 16 + i / 2 * 4 + 2 + i % 2] = value;
-      }
-    products_start(d);
-    uint32_t block = static_cast<uint32_t>(panel.group * layer.group_maps / 16) + static_cast<uint32_t>(quad);
-    int k = quad * 16;
-#pragma unroll 1
-    for (int step = 0; step < steps; step++) {
-      if (!stays) {
-        copy_wait<STAGES - 3>(); /* this step's V is there */
-        shared_to_products();
-        __syncthreads(); /* all threads' part of it; and no product of the step before the last one runs */
-        stage_next();
-        copy_commit();
-      }
-      float level = layer.level_float;
-      if (k >= maps) level = 0, x.clear(); /* as V is: no infinity may meet its zeros */
-      uint32_t words[2][4];
-#pragma unroll
-      for (int p = 0; p < 2; p++) {
-        words[p][0] = pair.column[p], words[p][1] = pair.row[p], words[p][2] = block, words[p][3] = 0;
-        philox(words[p], keys);
-      }
-      block += STEP / 16;
-      k += STEP;
-      if (step + 1 == steps) {
-        const int next = tile + panel.step;
-        pair = pair_of<S>(layer, panel.group, next < panel.tiles ? next : tile);
-        k = quad * 16;
-      }
-      move_to(k);
-      const char *const v = ring + slot * H::stage_bytes;
-      slot = stays && step + 1 == steps ? 0 : (slot + 1) % STAGES;
-#pragma unroll
-      for (int product = 0; product < PRODUCTS; product++) {
-        products_wait<PRODUCTS - 1>(); /* the one that read a[product] is done */
-#pragma unroll
-        for (int i = 0; i < 4; i++) {
-          const int p = i % 2, map = product * 4 + i / 2 * 2;
-          float u[2];
-#pragma unroll
-          for (int e = 0; e < 2; e++) u[e] = x.value(p, map + e) + level * lattice_in(words[p][product], i / 2 * 2 + e);
-          a[product][i] = round_pair_relu(D{}, u[0], u[1]);
-        }
-        products_operand(a[product]);
-        products_add(D{}, d, a[product], matrix_descriptor(v + product * 2 * S::outputs * 16, S::outputs * 16, 128));
-        products_commit();
-        if (product % 2) x.load(product / 2, from, channel);
-      }
-    }
-    products_finish(d);
-    store_tile<D, S>(layer, panel, tile, d);
-  }
-  copy_wait<0>();
-}
-
-/* Elements on their way take registers that words share. */
-template <class S, Reading READING>
-constexpr int blocks_of() {
-  return READING == READ_ELEMENTS && S::blocks > 1 ? S::blocks - 1 : S::blocks;
-}
-
-/* Block b takes panel b % panels, so that neighbours read the same x. */
-template <class D, class S, Reading READING>
-__global__ void __launch_bounds__(Shape<S>::threads, blocks_of<S, READING>())
-    forward_wgmma_kernel(const __grid_constant__ Layer layer, const __grid_constant__ Divider by_panels,
-                         const __grid_constant__ Divider by_rows, int tiles) {
-  follow_last_kernel();
-  using H = Shape<S>;
-  PNN_SHARED_MEMORY(memory);
-  float *const start = reinterpret_cast<float *>(memory);
-  char *const ring = memory + H::start_bytes;
-
-  int64_t which, row_tile;
-  Panel panel;
-  panel.first = static_cast<int>(divide<true>(by_panels, blockIdx.x, &which));
-  panel.group = divide<true>(by_rows, which, &row_tile);
-  panel.step = static_cast<int>(gridDim.x) / static_cast<int>(by_panels.divisor);
-  panel.tiles = tiles;
-  const int64_t t0 = row_tile * S::outputs, left = layer.group_outputs - t0;
-  panel.rows = left < S::outputs ? static_cast<int>(left) : static_cast<int>(S::outputs);
-  panel.output_first = panel.group * layer.group_outputs + t0;
-  panel.weight = layer.weight + which * ((layer.group_maps + STEP - 1) / STEP) * H::stage_bytes;
-  for (int i = thread_index(); i < S::outputs; i += H::threads)
-    start[i] = layer.bias && i < panel.rows
-                   ? widen(reinterpret_cast<const D *>(layer.bias)[(panel.output_first + i) * layer.bias_step])
-                   : 0.0f;
-  if (layer.masks_shift == 0)
-    compute_tiles<D, S, READING, 1>(layer, panel, start, ring);
-  else if (layer.masks_shift == 1)
-    compute_tiles<D, S, READING, 2>(layer, panel, start, ring);
-  else if (layer.masks_shift == 2)
-    compute_tiles<D, S, READING, 4>(layer, panel, start, ring);
-  else if (layer.masks_shift == 3)
-    compute_tiles<D, S, READING, 8>(layer, panel, start, ring);
-  else
-    compute_tiles<D, S, READING, 16>(layer, panel, start, ring);
 }
 
 /* ---- the host's side ---- */
@@ -336,27 +281,18 @@ bool is_chosen(const Layer &layer) {
              wanted_blocks();
 }
 
-/* As many blocks to a panel as take the fewest turns, of `resident` blocks at a time. */
-int64_t blocks_to_a_panel(int64_t panels, int64_t tiles, int64_t resident) {
-  int64_t best = 1, fewest = INT64_MAX;
-  for (int64_t turns = 1; turns <= 4; turns++) {
-    const int64_t blocks = std::min(tiles, std::max<int64_t>(1, resident * turns / panels));
-    const int64_t cost = ceil_div(tiles, blocks) * ceil_div(panels * blocks, resident);
-    if (cost < fewest) best = blocks, fewest = cost;
-  }
-  return best;
-}
-
 template <class D, class S, Reading READING>
 Status launch(const Layer &layer, Stream stream) {
   using H = Shape<S>;
-  const int64_t rows = ceil_div(layer.group_outputs, S::outputs), panels = rows * layer.groups;
-  const int64_t tiles = ceil_div(layer.columns, H::columns);
-  const int64_t each = blocks_to_a_panel(panels, tiles, multiprocessors() * blocks_of<S, READING>());
-  Status status;
-  const auto kernel = forward_wgmma_kernel<D, S, READING>;
-  PNN_LAUNCH(status, kernel, panels * each, H::threads, H::bytes, stream, layer, divider_make(panels),
-             divider_make(rows), static_cast<int>(tiles));
+  const int64_t rows = ceil_div(layer.group_outputs, S::outputs), columns = ceil_div(layer.columns, H::columns);
+  const int64_t tiles = rows * columns * layer.groups;
+  Status status = STATUS_OK;
+  for (int64_t first = 0; first < tiles && status == STATUS_OK; first += GRID_MOST) {
+    const int64_t blocks = tiles - first < GRID_MOST ? tiles - first : GRID_MOST;
+    const auto kernel = forward_wgmma_kernel<D, S, READING>;
+    PNN_LAUNCH(status, kernel, blocks, H::threads, H::bytes, stream, layer, first, divider_make(rows),
+               divider_make(columns));
+  }
   return status;
 }
 

@@ -235,7 +235,6 @@ struct PlainGradient {
 template <class D, class S, Fastest G, Way WAY>
 __global__ void __launch_bounds__(S::threads, (blocks_of<D, S, (WAY != ANY_WAY)>))
     input_gradient_kernel(const __grid_constant__ Layer layer, const __grid_constant__ Grid grid) {
-  follow_last_kernel();
   using H = Shape<D, S, G>;
   using R = typename H::R;
   constexpr int DEPTH = H::DEPTH;

@@ -15,58 +15,25 @@ namespace pnn_cuda {
 using Stream = cudaStream_t;
 using Status = cudaError_t;
 constexpr Status STATUS_OK = cudaSuccess;
-/* The compute capability of the current device, ten times the major number with the minor one; 0 without a device. */
-inline int compute_capability() {
-  int device = 0, major = 0, minor = 0;
-  return cudaGetDevice(&device) == cudaSuccess &&
-                 cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device) == cudaSuccess &&
-                 cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device) == cudaSuccess
-             ? 10 * major + minor
-             : 0;
-}
-/* Of the current device. */
-inline int multiprocessors() {
-  int device = 0, count = 0;
-  return cudaGetDevice(&device) == cudaSuccess &&
-                 cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device) == cudaSuccess
-             ? count
-             : 1;
-}
-/* Enqueues a kernel, which may start while the last one in the stream ends: it waits itself (follow_last_kernel). */
-template <class... Parameters, class... Arguments>
-Status enqueue(void (*kernel)(Parameters...), int64_t blocks, int threads, size_t shared, Stream stream,
-               const Arguments &...arguments) {
-  if (shared > 48 * 1024) {
-    const Status status =
-        cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared));
-    if (status != STATUS_OK) return status;
-  }
-  cudaLaunchAttribute attribute = {};
-  attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  attribute.val.programmaticStreamSerializationAllowed = 1;
-  cudaLaunchConfig_t config = {};
-  config.gridDim = dim3(static_cast<unsigned>(blocks));
-  config.blockDim = dim3(static_cast<unsigned>(threads));
-  config.dynamicSmemBytes = shared;
-  config.stream = stream;
-  config.attrs = &attribute;
-  config.numAttrs = compute_capability() >= 90 ? 1 : 0;
-  return cudaLaunchKernelEx(&config, kernel, Parameters(arguments)...);
-}
-#define PNN_LAUNCH(result, kernel, blocks, threads, shared, stream, ...) \
-  (result) = enqueue(kernel, blocks, threads, static_cast<size_t>(shared), stream, __VA_ARGS__)
+#define PNN_LAUNCH(result, kernel, blocks, threads, shared, stream, ...)                                             \
+  do {                                                                                                               \
+    Status status_ = STATUS_OK;                                                                                      \
+    if ((shared) > 48 * 1024)                                                                                        \
+      status_ = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared)); \
+    if (status_ == STATUS_OK) {                                                                                      \
+      kernel<<<dim3(static_cast<unsigned>(blocks)), dim3(threads), (shared), (stream)>>>(__VA_ARGS__);               \
+      status_ = cudaGetLastError();                                                                                  \
+    }                                                                                                                \
+    (result) = status_;                                                                                              \
+  } while (0)
 #else
 using Stream = void *;
 using Status = int;
 constexpr Status STATUS_OK = 0;
-inline int multiprocessors() { return cuda_on_host::options.multiprocessors; }
 #define PNN_LAUNCH(result, kernel, blocks, threads, shared, stream, ...)                                     \
   do {                                                                                                       \
     (void)(stream);                                                                                          \
-    cuda_on_host::followers = 0;                                                                             \
     cuda_on_host::launch(kernel, dim3(static_cast<unsigned>(blocks)), dim3(threads), (shared), __VA_ARGS__); \
-    if (cuda_on_host::followers != static_cast<int64_t>(blocks) * static_cast<int64_t>(threads))             \
-      cuda_on_host::fail("a kernel whose threads don't all call follow_last_kernel()");                      \
     (result) = STATUS_OK;                                                                                    \
   } while (0)
 #endif

@@ -59,7 +59,6 @@ template <class D>
 __global__ void __launch_bounds__(THREADS, sizeof(D) == 8 ? 1 : 2)
     moments_kernel(const __grid_constant__ Layer layer, int64_t first_tile, const __grid_constant__ Divider by_runs,
                    typename RealOf<D>::type *parts) {
-  follow_last_kernel();
   using R = typename RealOf<D>::type;
   PNN_SHARED_MEMORY(memory);
   R *const shared = reinterpret_cast<R *>(memory);

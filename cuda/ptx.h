@@ -49,15 +49,6 @@ struct alignas(16) words4 {
 
 PNN_DEVICE uint32_t shared_address(const void *p) { return static_cast<uint32_t>(__cvta_generic_to_shared(p)); }
 
-/* Every kernel's first statement. From compute capability 9.0 on PNN_LAUNCH lets a kernel's blocks start while the
- * stream's last one ends (programmatic dependent launch): here they wait until its writes are there, having let the
- * next kernel come as near themselves. */
-PNN_DEVICE void follow_last_kernel() {
-#if __CUDA_ARCH__ >= 900
-  asm volatile("griddepcontrol.launch_dependents; griddepcontrol.wait;" ::: "memory");
-#endif
-}
-
 /* 16 bytes from global to shared memory, of which the first `valid` are read and the rest become zero. */
 PNN_DEVICE void copy_async16(void *to, const void *from, int valid) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(to)), "l"(from), "r"(valid)
@@ -490,7 +481,6 @@ void products_wait() {
   cuda_on_host::products_wait(PENDING);
 }
 inline void shared_to_products() { cuda_on_host::shared_to_products(); }
-inline void follow_last_kernel() { cuda_on_host::followers++; }
 
 inline void check_shared_alignment(const void *p, unsigned bytes) {
   if (reinterpret_cast<uintptr_t>(p) % bytes) cuda_on_host::fail("a misaligned access to shared memory");

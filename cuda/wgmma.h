@@ -113,7 +113,11 @@ struct Pair {
 /* Whether the current device has wgmma: compute capability 9.0. */
 inline bool has_wgmma() {
 #if defined(__CUDACC__)
-  return compute_capability() == 90;
+  int device = 0, major = 0, minor = 0;
+  return cudaGetDevice(&device) == cudaSuccess &&
+         cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device) == cudaSuccess &&
+         cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device) == cudaSuccess && major == 9 &&
+         minor == 0;
 #else
   return true;
 #endif

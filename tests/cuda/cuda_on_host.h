@@ -86,7 +86,6 @@ struct Options {
   bool late_products = true;
   TensorCore tensor_core = TensorCore::HOPPER;
   bool count_wavefronts = false;
-  int multiprocessors = 1;     /* for kernels whose blocks take tile after tile */
   int64_t wanted_blocks = 128; /* of larger tiles, for them to be chosen */
 };
 inline thread_local Options options;
@@ -98,7 +97,6 @@ struct Wavefronts {
 };
 inline thread_local Wavefronts wavefronts;
 inline thread_local int64_t launches = 0;
-inline thread_local int64_t followers = 0; /* threads that called follow_last_kernel() */
 /* wgmma's, a thread's each, and the columns of the last one. */
 inline thread_local int64_t products = 0;
 inline thread_local int product_columns = 0;

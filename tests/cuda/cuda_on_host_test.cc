@@ -6,7 +6,6 @@
 
 #include <vector>
 
-#include "kernels.h"
 #include "ptx.h"
 
 namespace {
@@ -130,17 +129,6 @@ TEST(CudaOnHostDeathTest, OverReadIsTheAddressSanitizers) {
 }
 
 __global__ void masked_barrier(bool wrong) { __syncwarp(wrong && threadIdx.x == 3 ? 0x0fu : 0xffffffffu); }
-
-void starting_kernel(int followers) {
-  if (thread_index() < followers) follow_last_kernel();
-}
-
-TEST(CudaOnHostDeathTest, EveryThreadMustFollowTheLastKernel) {
-  Status status = STATUS_OK + 1;
-  PNN_LAUNCH(status, starting_kernel, 3, 32, 0, nullptr, 32);
-  EXPECT_EQ(status, STATUS_OK);
-  EXPECT_DEATH(PNN_LAUNCH(status, starting_kernel, 3, 32, 0, nullptr, 31), "follow_last_kernel");
-}
 
 TEST(CudaOnHostDeathTest, WarpBarrierMasksMustAgree) {
   host::launch(masked_barrier, dim3(1), dim3(32), 0, false);

@@ -14,8 +14,7 @@ Those named *_wgmma, of sm_90a alone, must use Hopper's asynchronous products (H
 only where they end: where the assembler can't see that registers are left to a running product it waits behind each
 one, which it tells (C7510 and the like) without failing. A block of each must fit on every multiprocessor. The kernels
 of finish.cu and V's copy, which handle channels, outputs and weights, may do all but spill. (nvcc itself refuses spills
-in a build with warnings as errors.) From sm_90 on each lets the next kernel start and waits for the last one (PREEXIT,
-ACQBULK: follow_last_kernel).
+in a build with warnings as errors.)
 
 Registers, shared memory, the blocks that fit on a multiprocessor (by NVIDIA's cuda_occupancy.h, see occupancy.cc) and
 the numbers of instructions are printed as two tables, which must equal tests/cuda/kernels.txt: a change is to be looked
@@ -218,10 +217,6 @@ def check(
         if tiled and kernel not in shapes:
             failures.append(f"{where}: in the machine code, but not listed (list_kernels.cc)")
         failures += [f"{where}: {op}, local memory" for op in ("LDL", "STL") if operations[op]]
-        if architecture >= 90:
-            failures += [
-                f"{where}: no {op} (follow_last_kernel)" for op in ("PREEXIT", "ACQBULK") if not operations[op]
-            ]
         used = resources.get((kernel, architecture))
         if used is None:
             failures.append(f"{where}: no figures of its registers")
