@@ -247,8 +247,9 @@ Status launch(const Layer &layer, Stream stream) {
 
 template <class D, class S>
 Status run(const Layer &layer, Matrix weight, void *copy, Stream stream) {
-  const WeightOrder order = {layer.groups,      layer.group_outputs, layer.group_maps, layer.group_outputs * weight.step[0],
-                             weight.step[0], weight.step[1]};
+  const WeightOrder order = {layer.groups,     layer.group_outputs,
+                             layer.group_maps, layer.group_outputs * weight.step[0],
+                             weight.step[0],   weight.step[1]};
   const Status status = run_wgmma_weight<D, S::outputs, 32, false>(order, weight.data, copy, stream);
   if (status != STATUS_OK) return status;
   Layer copied = layer;

@@ -117,8 +117,8 @@ struct Operand {
   }
 };
 
-/* The two pixels of this thread in a tile; those beyond the last column are the first one of all. A plain layer's columns
- * are below 2^31. */
+/* The two pixels of this thread in a tile; those beyond the last column are the first one of all. A plain layer's
+ * columns are below 2^31. */
 PNN_DEVICE void place_pixels(const Layer &layer, int tile, Place place[2], bool there[2]) {
   const int thread = thread_index() % 128, first = thread / 32 * 16 + thread % 32 / 4 * 2;
 #pragma unroll
@@ -143,7 +143,8 @@ PNN_DEVICE void philox_both(uint32_t words[2][4], uint64_t seed) {
 
 /* dx of two pixels' COUNT channels, the first of which is at `to`. */
 template <class D, int COUNT>
-PNN_DEVICE void store_channels(const Layer &layer, const Grid &grid, char *const to[2], const bool there[2], const float sum[2][COUNT]) {
+PNN_DEVICE void store_channels(const Layer &layer, const Grid &grid, char *const to[2], const bool there[2],
+                               const float sum[2][COUNT]) {
   if (layer.grad_input_staging == STAGE_PIXELS) { /* in whole runs of eight: both are there or neither */
     char *at = to[0];
 #pragma unroll
@@ -222,7 +223,8 @@ PNN_DEVICE void run_block(const Layer &layer, const Grid &grid, int64_t group, i
       row[p] = pixel.row, column[p] = pixel.column;
       from[p] = layer.input.data + place_in(layer.input, place[p]) * 2 +
                 (channels + ((own < maps ? own : 0) >> shift)) * grid.input;
-      to[p] = layer.grad_input.data + place_in(layer.grad_input, place[p]) * 2 + (channels + (own >> shift)) * grid.grad_input;
+      to[p] = layer.grad_input.data + place_in(layer.grad_input, place[p]) * 2 +
+              (channels + (own >> shift)) * grid.grad_input;
     }
     Inputs<D, ALONG, MASKS> x;
     x.load(0, from, grid.input);
@@ -246,11 +248,11 @@ PNN_DEVICE void run_block(const Layer &layer, const Grid &grid, int64_t group, i
     }
     /* What could be made of these before the products would wait in registers until here. */
     const int here = keep(first);
-    uint32_t words[2][4], number = static_cast<uint32_t>(group * layer.group_maps / 16) + static_cast<uint32_t>(here / 16);
+    uint32_t words[2][4],
+        number = static_cast<uint32_t>(group * layer.group_maps / 16) + static_cast<uint32_t>(here / 16);
     const auto generate = [&] {
 #pragma unroll
-      for (int p = 0; p < 2; p++)
-        words[p][0] = column[p], words[p][1] = row[p], words[p][2] = number, words[p][3] = 0;
+      for (int p = 0; p < 2; p++) words[p][0] = column[p], words[p][1] = row[p], words[p][2] = number, words[p][3] = 0;
       philox_both(words, seed);
       number += 64 / 16;
     };
@@ -363,7 +365,8 @@ int64_t weight_bytes(const Layer &layer, int64_t maps) { return ceil_div(layer.g
 template <class S>
 bool is_chosen(const Layer &layer) {
   return layer.group_maps > S::maps / 2 && weight_bytes(layer, S::maps) <= MOST_BYTES &&
-         ceil_div(layer.group_maps, S::maps) * ceil_div(layer.columns, S::warpgroups * int64_t{PIXELS}) * layer.groups >=
+         ceil_div(layer.group_maps, S::maps) * ceil_div(layer.columns, S::warpgroups * int64_t{PIXELS}) *
+                 layer.groups >=
              wanted_blocks();
 }
 
@@ -371,8 +374,12 @@ template <class D, class S, Fastest G, Way WAY>
 Status launch(const Layer &layer, Stream stream) {
   const int64_t map_tiles = ceil_div(layer.group_maps, S::maps), rows = map_tiles * layer.groups;
   const int64_t tiles = ceil_div(layer.columns, PIXELS), pieces = pieces_of(rows, tiles);
-  const Grid grid = {divider_make(rows), divider_make(map_tiles), static_cast<int>(tiles / pieces),
-                     static_cast<int>(tiles % pieces), layer.input.channel * 2, layer.grad_output.channel * 2,
+  const Grid grid = {divider_make(rows),
+                     divider_make(map_tiles),
+                     static_cast<int>(tiles / pieces),
+                     static_cast<int>(tiles % pieces),
+                     layer.input.channel * 2,
+                     layer.grad_output.channel * 2,
                      layer.grad_input.channel * 2};
   const auto kernel = input_gradient_wgmma_kernel<D, S, G, WAY>;
   Status status;
@@ -389,8 +396,9 @@ Status choose_way(const Layer &layer, Stream stream) {
 
 template <class D, class S>
 Status run(const Layer &layer, Matrix weight, void *copy, Stream stream) {
-  const WeightOrder order = {layer.groups,   layer.group_maps, layer.group_outputs, layer.group_outputs * weight.step[0],
-                             weight.step[1], weight.step[0]};
+  const WeightOrder order = {layer.groups,        layer.group_maps,
+                             layer.group_outputs, layer.group_outputs * weight.step[0],
+                             weight.step[1],      weight.step[0]};
   const Status status = run_wgmma_weight<D, S::maps, 64, true>(order, weight.data, copy, stream);
   if (status != STATUS_OK) return status;
   Layer copied = layer;
@@ -409,8 +417,7 @@ Status choose(const Layer &layer, Matrix weight, void *copy, Stream stream) {
 template <class S>
 void list(Visit visit, const std::string &name) {
   for (const char *order : {" depth", " rows"})
-    for (const char *way : {" pixels", " channels"})
-      visit((name + order + way).c_str(), Shape<S>::threads, MOST_BYTES);
+    for (const char *way : {" pixels", " channels"}) visit((name + order + way).c_str(), Shape<S>::threads, MOST_BYTES);
 }
 
 }  // namespace

@@ -46,8 +46,7 @@ __global__ void wgmma_weight_kernel(const __grid_constant__ WeightOrder order, c
 #pragma unroll
         for (int e = 0; e < 2; e++) {
           const int64_t k = step * STEP + quad * 16 + product * 4 + half * 2 + e;
-          if (k < order.depth)
-            words.w[quad] |= static_cast<uint32_t>(first[k * order.depth_step].bits) << (16 * e);
+          if (k < order.depth) words.w[quad] |= static_cast<uint32_t>(first[k * order.depth_step].bits) << (16 * e);
         }
     }
     store_global(reinterpret_cast<words4 *>(to) + ((tile * steps + step) * RUNS + part) * TILE + place, words);
@@ -57,13 +56,12 @@ __global__ void wgmma_weight_kernel(const __grid_constant__ WeightOrder order, c
 template <class D, int TILE, int BLOCK, bool COLUMNS_FIRST>
 Status run_wgmma_weight(const WeightOrder &order, const void *from, void *to, Stream stream) {
   constexpr int THREADS = 256;
-  const int64_t runs =
-      ceil_div(order.columns, TILE) * TILE * order.groups * ceil_div(order.depth, STEP) * RUNS;
+  const int64_t runs = ceil_div(order.columns, TILE) * TILE * order.groups * ceil_div(order.depth, STEP) * RUNS;
   const int64_t blocks = ceil_div(runs, THREADS);
   const auto kernel = wgmma_weight_kernel<D, TILE, BLOCK, COLUMNS_FIRST>;
   Status status;
-  PNN_LAUNCH(status, kernel, blocks < 65536 ? blocks : 65536, THREADS, 0, stream, order,
-             static_cast<const D *>(from), static_cast<D *>(to));
+  PNN_LAUNCH(status, kernel, blocks < 65536 ? blocks : 65536, THREADS, 0, stream, order, static_cast<const D *>(from),
+             static_cast<D *>(to));
   return status;
 }
 
