@@ -241,6 +241,13 @@ const Call calls[] = {
      false, true},
     {PNN_BFLOAT16, PNN_BFLOAT16, 2, 16, 64, 128, 136, 2, 1, 1, PNN_NOISE_UNIFORM, PNN_ACTIVATION_RELU, true, false,
      false, true},
+    /* The input's gradient by them, in its larger tiles. */
+    {PNN_BFLOAT16, PNN_BFLOAT16, 2, 144, 64, 128, 24, 1, 1, 1, PNN_NOISE_UNIFORM, PNN_ACTIVATION_RELU, false, false,
+     false, true},
+    {PNN_FLOAT16, PNN_FLOAT16, 2, 40, 64, 128, 24, 4, 1, 1, PNN_NOISE_UNIFORM, PNN_ACTIVATION_RELU, true, false, false,
+     true},
+    {PNN_FLOAT16, PNN_FLOAT16, 2, 40, 96, 128, 24, 2, 1, 1, PNN_NOISE_UNIFORM, PNN_ACTIVATION_RELU, false, false, false,
+     true},
 };
 
 }  // namespace
