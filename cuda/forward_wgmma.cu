@@ -9,15 +9,13 @@
  *     x --ld.global, a step ahead--> registers --masks, relu, rounding--> A, four products in turn --> wgmma
  *     V --cp.async, two steps ahead--> shared memory, in wgmma's order -------------------------------^
  *
- * A thread of such a product owns the depths {2t, 2t+1, 2t+8, 2t+9} (t = lane % 4) of rows g and g + 8 (g = lane / 4).
- * In which order the sixteen maps of a product, the pixels of a warp and the outputs of a tile stand there is free, as
- * long as V has the same one:
+ * Depths, rows and columns of a product stand in the order of wgmma.h:
  *
  *     depths   thread t's, of a step's four products together, are the maps 16 t to 16 t + 15: one Philox call's
  *     rows     g and g + 8 are neighbouring pixels: one word of x and of y
  *     columns  thread t's, of 32, are the outputs 8 t to 8 t + 7: 16 bytes of y where the channels are contiguous
  *
- * wgmma_weight_kernel copies V into this order, so that a step's part is one run of bytes.
+ * wgmma_weight_kernel copies V into this order.
  */
 #include <string>
 
@@ -28,8 +26,6 @@
 namespace pnn_cuda {
 namespace {
 
-constexpr int STEP = 64, PRODUCTS = 4; /* maps of a step, and products that they make */
-constexpr int RUNS = STEP / 8;         /* of 16 bytes that a step's maps take */
 constexpr int STAGES =
     4; /* of V: of the last step, whose products may still run, of this one, and of two on their way */
 
@@ -52,37 +48,6 @@ struct Shape {
   static constexpr int start_bytes = S::outputs * static_cast<int>(sizeof(float));
   static constexpr int bytes = start_bytes + STAGES * stage_bytes;
 };
-
-/* ---- V in the products' order ---- */
-
-/* [group][tile of outputs][step][product][half of its depth][eight outputs][output][eight depths], zeros beyond. */
-template <class D, class S>
-__global__ void wgmma_weight_kernel(const __grid_constant__ Layer layer, Matrix weight, D *to) {
-  const int64_t steps = (layer.group_maps + STEP - 1) / STEP,
-                tiles = (layer.group_outputs + S::outputs - 1) / S::outputs;
-  const int64_t count = layer.groups * tiles * S::outputs * steps * RUNS;
-  const int64_t threads = static_cast<int64_t>(gridDim.x) * blockDim.x;
-  for (int64_t i = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x; i < count; i += threads) {
-    const int part = static_cast<int>(i % RUNS), product = part / 2, half = part % 2;
-    const int64_t step = i / RUNS % steps, row = i / RUNS / steps; /* the row among those of all tiles */
-    const int64_t tile = row / S::outputs, group = tile / tiles, t = tile % tiles * S::outputs + row % S::outputs;
-    const int output = static_cast<int>(row % S::outputs), in32 = output % 32;
-    const int column = output / 32 * 32 + in32 % 8 / 2 * 8 + in32 / 8 * 2 + in32 % 2;
-    words4 words = {{0, 0, 0, 0}};
-    if (t < layer.group_outputs) {
-      const D *const from = static_cast<const D *>(weight.data) + (group * layer.group_outputs + t) * weight.step[0];
-#pragma unroll
-      for (int quad = 0; quad < 4; quad++)
-#pragma unroll
-        for (int e = 0; e < 2; e++) {
-          const int64_t k = step * STEP + quad * 16 + product * 4 + half * 2 + e;
-          if (k < layer.group_maps) words.w[quad] |= static_cast<uint32_t>(from[k * weight.step[1]].bits) << (16 * e);
-        }
-    }
-    const int64_t run = ((tile * steps + step) * RUNS + part) * S::outputs + column;
-    store_global(reinterpret_cast<words4 *>(to) + run, words);
-  }
-}
 
 /* ---- the kernel ---- */
 
@@ -302,14 +267,10 @@ Status launch(const Layer &layer, Stream stream) {
 
 template <class D, class S>
 Status run(const Layer &layer, Matrix weight, void *copy, Stream stream) {
-  Status status;
-  constexpr int THREADS = 256;
-  const int64_t runs =
-      ceil_div(layer.group_outputs, S::outputs) * S::outputs * layer.groups * ceil_div(layer.group_maps, STEP) * RUNS;
-  const int64_t blocks = ceil_div(runs, THREADS);
-  const auto kernel = wgmma_weight_kernel<D, S>;
-  PNN_LAUNCH(status, kernel, blocks < 65536 ? blocks : 65536, THREADS, 0, stream, layer, weight,
-             static_cast<D *>(copy));
+  const WeightOrder order = {layer.groups,     layer.group_outputs,
+                             layer.group_maps, layer.group_outputs * weight.step[0],
+                             weight.step[0],   weight.step[1]};
+  const Status status = run_wgmma_weight<D, S::outputs, 32, false>(order, weight.data, copy, stream);
   if (status != STATUS_OK) return status;
   Layer copied = layer;
   copied.weight = static_cast<const char *>(copy);
@@ -340,10 +301,10 @@ bool wgmma_fits(const Layer &layer, int product) {
   return is_plain<bfloat16>(layer) && layer.group_outputs > Narrow::outputs / 2 && layer.columns > 0 && has_wgmma();
 }
 
-int64_t wgmma_weight_elements(int64_t groups, int64_t group_outputs, int64_t group_maps) {
-  const int64_t outputs = ceil_div(group_outputs, Wide::outputs) * Wide::outputs; /* the other tiles' are no more */
+int64_t wgmma_weight_elements(int64_t groups, int64_t columns, int64_t depth) {
+  const int64_t whole = ceil_div(columns, Wide::outputs) * Wide::outputs; /* the other tiles' are no more */
   int64_t count;
-  if (__builtin_mul_overflow(groups * outputs, ceil_div(group_maps, STEP) * STEP, &count)) return INT64_MAX;
+  if (__builtin_mul_overflow(groups * whole, ceil_div(depth, STEP) * STEP, &count)) return INT64_MAX;
   return count;
 }
 
