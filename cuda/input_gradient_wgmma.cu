@@ -58,9 +58,10 @@ struct Grid {
   int64_t input, grad_output, grad_input; /* bytes from channel to channel */
 };
 
-/* g of a thread's two pixels and sixteen outputs, as it comes from memory, zeros beyond the outputs: no infinity may
- * meet V's zeros there. A word has two pixels of an output or, where the channels are contiguous, two outputs of a
- * pixel. */
+/* g of a thread's two pixels and sixteen outputs, as it comes from memory. A word has two pixels of an output or, where
+ * the channels are contiguous, two outputs of a pixel. Beyond the outputs A is 0: no infinity may meet V's zeros there.
+ * (The channels' words are made zeros when A is made, of any number that is there: were they copied to A as they are,
+ * that would be done, and waited for, at the load.) */
 template <Fastest G>
 struct Operand {
   static constexpr bool ROWS = G == ROWS_FASTEST;
@@ -75,7 +76,8 @@ struct Operand {
     left = wanted ? static_cast<int>(layer.group_outputs) - quad * 16 : 0;
 #pragma unroll
     for (int p = 0; p < (ROWS ? 1 : 2); p++)
-      from[p] = g.data + place_in(g, place[p]) * 2 + (group * layer.group_outputs + quad * 16) * grid.grad_output;
+      from[p] = g.data + place_in(g, place[p]) * 2 +
+                (group * layer.group_outputs + (left > 0 ? quad * 16 : 0)) * grid.grad_output;
   }
   /* Goes on where `other` is. */
   PNN_DEVICE void follow_if(bool wanted, const Operand &other) {
@@ -93,26 +95,26 @@ struct Operand {
       }
       if (product == PRODUCTS - 1) from[0] += (STEP - 16) * grid.grad_output;
     } else if (product % 2) { /* eight outputs, there or not */
-      const int half = product / 2;
+      const int half = product / 2, offset = half && left > 8 ? 16 : 0, step = left > STEP ? STEP * 2 : 0;
 #pragma unroll
       for (int p = 0; p < 2; p++) {
-        const words4 v = load_global_or_zero(half * 8 < left, reinterpret_cast<const words4 *>(from[p]) + half);
+        const words4 v = load_global(reinterpret_cast<const words4 *>(from[p] + offset));
 #pragma unroll
         for (int i = 0; i < 4; i++) words[p * 8 + half * 4 + i] = v.w[i];
-        if (half) from[p] += STEP * 2;
+        if (half) from[p] += step;
       }
     }
     if (product == PRODUCTS - 1) left -= STEP;
   }
-  /* A of a product. */
-  PNN_DEVICE void make(int product, uint32_t a[4]) const {
+  /* A of a product; `here` of the outputs are left from this thread's first one on. */
+  PNN_DEVICE void make(int product, int here, uint32_t a[4]) const {
 #pragma unroll
     for (int i = 0; i < 4; i++) {
       const int p = i % 2, k = product * 4 + i / 2 * 2;
       if constexpr (ROWS)
         a[i] = permute(words[k], words[k + 1], p ? 0x7632 : 0x5410);
       else
-        a[i] = words[p * 8 + k / 2];
+        a[i] = words[p * 8 + k / 2] & (k / 8 * 8 < here ? 0xffffffffu : 0);
     }
   }
 };
@@ -188,7 +190,8 @@ PNN_DEVICE void run_block(const Layer &layer, const Grid &grid, int64_t group, i
   /* This thread's maps are sixteen of each 64 from the first on, of `maps` in all; x of those that aren't there is the
    * last one's that is, or the group's first, and not used. */
   const int first = static_cast<int>(map_first) + quad * 16, maps = static_cast<int>(layer.group_maps);
-  const int in_tile = maps - static_cast<int>(map_first); /* or more */
+  const int in_tile = maps - static_cast<int>(map_first);                /* or more */
+  const int outputs = static_cast<int>(layer.group_outputs) - quad * 16; /* from this thread's first one on */
   const uint64_t seed = seed_read(layer);
 
   Place place[2];
@@ -239,7 +242,7 @@ PNN_DEVICE void run_block(const Layer &layer, const Grid &grid, int64_t group, i
 #pragma unroll
       for (int product = 0; product < PRODUCTS; product++) {
         products_wait<PRODUCTS - 1>(); /* the one that read a[product] is done */
-        g.make(product, a[product]);
+        g.make(product, outputs - step * STEP, a[product]);
         products_operand(a[product]);
         products_add(D{}, d, a[product], matrix_descriptor(v + product * 2 * S::maps * 16, S::maps * 16, 128));
         products_commit();
