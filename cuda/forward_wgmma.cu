@@ -35,7 +35,7 @@ struct Wide {
   [[maybe_unused]] static constexpr int outputs = 256, warpgroups = 2, blocks = 1;
 };
 struct Middle {
-  [[maybe_unused]] static constexpr int outputs = 128, warpgroups = 3, blocks = 1;
+  [[maybe_unused]] static constexpr int outputs = 128, warpgroups = 1, blocks = 3;
 };
 struct Narrow {
   [[maybe_unused]] static constexpr int outputs = 64, warpgroups = 1, blocks = 4;

@@ -493,7 +493,7 @@ TEST_P(CudaWgmma, ExactSums) {
 
 TEST_P(CudaWgmma, Sizes) {
   uint64_t seed = 3100;
-  for (int64_t pixels : {8, 64, 72, 200, 264}) { /* of tiles of 64, 128 and 192 */
+  for (int64_t pixels : {8, 64, 72, 200, 264}) { /* of tiles of 64 and 128 */
     Case c = base();
     c.C = 16, c.W = pixels, c.T = kWgmmaOutputs[seed % 3], c.seed = seed++;
     check_wgmma(c);
@@ -569,7 +569,7 @@ TEST_P(CudaWgmma, TheTileDoesNotMatter) {
   Case c = base();
   c.fill = Fill::kRandom, c.C = 48, c.M = 4, c.W = 200, c.T = 136;
   const std::vector<uint64_t> wide = forward_bits(c, 1, true);
-  for (int64_t blocks : {3, 100}) { /* one of 128 pixels by 256 outputs, of 192 by 128, of 64 by 64 */
+  for (int64_t blocks : {3, 100}) { /* two of 128 pixels by 256 outputs, of 64 by 128, of 64 by 64 */
     set_schedule(1);
     host::options.tensor_core = host::TensorCore::HOPPER;
     host::options.wanted_blocks = blocks;
