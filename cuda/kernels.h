@@ -102,6 +102,18 @@ Status run_forward_wgmma(const Layer &layer, int product, Matrix weight, void *c
 
 Status run_input_gradient(const Layer &layer, int product, bool masks, Stream stream);
 Status run_weight_gradient(const Layer &layer, int product, Stream stream);
+
+/* The same of plain 16-bit layers on Hopper, where the user has allowed it (weight_gradient_wgmma.cu): whether layers
+ * of such sizes may be done so, the tiles of one piece and how many blocks run at a time on a large GPU, and whether
+ * this layer and this device can. */
+struct WgmmaTiles {
+  int64_t tiles, blocks;
+};
+bool wgmma_weights_may_fit(const Layer &layer, int product);
+WgmmaTiles wgmma_weights_tiles(const Layer &layer);
+bool wgmma_weights_fit(const Layer &layer, int product);
+Status run_weight_gradient_wgmma(const Layer &layer, int product, Stream stream);
+
 Status run_moments(const Layer &layer, int dtype, void *parts, Stream stream);
 
 /* Calls visit(kernel, threads, shared memory in bytes) for each kernel of a file, named as in the machine code: for the
@@ -111,6 +123,7 @@ void list_forward(Visit visit);
 void list_forward_wgmma(Visit visit);
 void list_input_gradient(Visit visit);
 void list_weight_gradient(Visit visit);
+void list_weight_gradient_wgmma(Visit visit);
 void list_moments(Visit visit);
 
 /* ---- per channel, in double (finish.cu) ---- */
