@@ -33,7 +33,7 @@ namespace pnn_cuda {
 namespace {
 
 constexpr int STEP = 64, HALF = STEP / 2; /* pixels */
-constexpr int BUFFERS = 3; /* of B: of this step, of the one whose products may run, of the last one's second half */
+constexpr int BUFFERS = 3; /* of B: of this step, of the last one, of the one before, whose products may still run */
 constexpr int TABLES = 4;  /* of this step, of the next two, and of this one for threads that lag behind */
 
 /* Tiles, as many outputs as registers hold sums of: operand B is made once for each of them. */
@@ -121,7 +121,9 @@ struct Gradient {
       }
     }
   }
-  PNN_DEVICE void operand(const uint32_t (&raw)[WORDS], uint32_t (&a)[2][S::row_blocks][4]) const {
+  /* `all` is all ones, which the compiler does not know: it would move what is loaded to where the products want it at
+   * the load, and wait for it there. */
+  PNN_DEVICE void operand(const uint32_t (&raw)[WORDS], uint32_t all, uint32_t (&a)[2][S::row_blocks][4]) const {
 #pragma unroll
     for (int b = 0; b < S::row_blocks; b++)
 #pragma unroll
@@ -129,7 +131,7 @@ struct Gradient {
 #pragma unroll
         for (int r = 0; r < 2; r++)
           a[w / 2][b][w % 2 * 2 + r] =
-              G == DEPTH_FASTEST ? raw[(b * 2 + r) * 4 + w]
+              G == DEPTH_FASTEST ? raw[(b * 2 + r) * 4 + w] & all
                                  : permute(raw[2 * w * S::row_blocks + b], raw[(2 * w + 1) * S::row_blocks + b],
                                            r ? 0x7632u : 0x5410u);
   }
@@ -198,7 +200,7 @@ PNN_DEVICE void add_products(const Layer &layer, const Part &part, char *memory,
   const PhiloxKeys keys = philox_keys(seed_read(layer));
   const float level = layer.level_float;
 
-  /* Where pixel j of a step stands among all. */
+  /* Which pixel of all is pixel j of a step. */
   const auto pixel_at = [&](int step, int j) {
     const int in_part = step == 0 ? part.pixels - first + j : (step - 1) * STEP + j;
     return part.q_begin + (step < steps && (step > 0 || j < first) ? in_part : 0);
@@ -217,50 +219,61 @@ PNN_DEVICE void add_products(const Layer &layer, const Part &part, char *memory,
   const Gradient<D, S, G> gradient(layer, part.gradient_step, part.group * layer.group_outputs + part.t0, row,
                                    part.outputs);
   /* g's half h of a step. */
-  const auto gradient_at = [&](int step, int h) {
-    return G == DEPTH_FASTEST ? tables[step % TABLES].gradient[h * 4 + quad]
-                              : pixel_at(step, h * HALF + quad * 8) * gradient.step;
+  const auto gradient_at = [&](auto first_, int step, int h) {
+    constexpr bool FIRST = decltype(first_)::value;
+    if (G == DEPTH_FASTEST) return tables[step % TABLES].gradient[h * 4 + quad];
+    const int j = h * HALF + quad * 8;
+    return (FIRST ? pixel_at(0, j) : part.q_begin + (step - 1) * STEP + j) * gradient.step;
   };
   uint32_t raw[Gradient<D, S, G>::WORDS], a[2][2][R][4];
-  Inputs<D, PIXELS, MASKS> x;
-  const auto load_input = [&](int second, int step, int h) {
+  const uint32_t all = ~static_cast<uint32_t>(layer.split_columns >> 32);
+  /* x of the pair that is made, and, where a channel's maps need few words, of the next one; elsewhere each half of the
+   * sixteen is loaded when it has been used. */
+  constexpr bool TWO = MASKS > 1;
+  Inputs<D, PIXELS, MASKS> x, next;
+  const auto load_input = [&](Inputs<D, PIXELS, MASKS> &to_, int second, int step, int h) {
     const int64_t *const place = tables[step % TABLES].input + pair + h * HALF;
     const char *const from[2] = {input + place[0], PIXELS ? nullptr : input + place[1]};
-    x.load(second, from, channel);
+    to_.load(second, from, channel);
   };
-  /* Enqueues the products of a half: the ones before the last have read a[h]. */
-  const auto add = [&](int h, const char *buffer) {
-    products_wait<1>();
-    gradient.operand(raw, a[h]);
-#pragma unroll
-    for (int product = 0; product < 2; product++)
-#pragma unroll
-      for (int b = 0; b < R; b++) products_operand(a[h][product][b]);
-#pragma unroll
-    for (int product = 0; product < 2; product++) {
-      const uint64_t descriptor = matrix_descriptor_transposed(buffer + (h * 2 + product) * 2 * H::depth_step,
-                                                               H::depth_step, H::column_step);
-#pragma unroll
-      for (int b = 0; b < R; b++) products_add_transposed(D{}, d[b], a[h][product][b], descriptor);
+  /* Enqueues product i (of four) of the step whose B this is. Each half's first one makes the operands of both, where
+   * those of the last step's half were: only the two groups behind these may still run. */
+  const auto add = [&](int i, const char *buffer) {
+    const int h = i / 2;
+    if (i % 2 == 0) {
+      products_wait<2>();
+      gradient.operand(raw, all, a[h]);
     }
+#pragma unroll
+    for (int b = 0; b < R; b++) products_operand(a[h][i % 2][b]);
+    const uint64_t descriptor =
+        matrix_descriptor_transposed(buffer + i * 2 * H::depth_step, H::depth_step, H::column_step);
+#pragma unroll
+    for (int b = 0; b < R; b++) products_add_transposed(D{}, d[b], a[h][i % 2][b], descriptor);
     products_commit();
   };
 
   for (int i = thread; i < 2 * STEP; i += H::threads) look_up(i / STEP, i % STEP);
   if (part.totals) store_shared(total, words4{{0, 0, 0, 0}});
   __syncthreads();
-  load_input(0, 0, 0);
-  load_input(1, 0, 0);
+  load_input(x, 0, 0, 0);
+  load_input(x, 1, 0, 0);
   int now = 0, last = 0; /* B of this step and of the last one */
 
+  /* Makes a step's B, in four pieces, between which the last step's products 1 to 3 and then this one's product 0 are
+   * enqueued. */
   const auto body = [&](auto first_, int step) {
     constexpr bool FIRST = decltype(first_)::value;
     const Table &table = tables[step % TABLES];
     uint32_t words[2][4];
 #pragma unroll
-    for (int h = 0; h < 2; h++) {
-      const int own = H::ITEMS == 2 ? h : 0; /* half that is made, of the thread's */
-      if (H::ITEMS == 2 || h == 0) {
+    for (int piece = 0; piece < 4; piece++) {
+      const int own = H::ITEMS == 2 ? piece / 2 : 0; /* half that is made, of the thread's */
+      const int run = H::ITEMS == 2 ? piece % 2 : piece / 2;
+      const bool begins = H::ITEMS == 2 ? piece % 2 == 0 : piece == 0, ends = H::ITEMS == 2 ? piece % 2 : piece == 3;
+      const int next_step = H::ITEMS == 2 && piece < 2 ? step : step + 1, next_half = H::ITEMS == 2 && piece < 2;
+      if (begins) {
+        if (TWO) load_input(next, 0, next_step, next_half), load_input(next, 1, next_step, next_half);
         const words4 places = load_shared(reinterpret_cast<const words4 *>(table.place[pair + own * HALF]));
 #pragma unroll
         for (int p = 0; p < 2; p++) {
@@ -269,33 +282,33 @@ PNN_DEVICE void add_products(const Layer &layer, const Part &part, char *memory,
         }
       }
 #pragma unroll
-      for (int run = 0; run < 2; run++) {
-        if (H::ITEMS == 1 && run != h) continue;
+      for (int p = 0; p < 2; p++) {
+        if (H::ITEMS == 1 && p != piece % 2) continue;
+        words4 v;
 #pragma unroll
-        for (int p = 0; p < 2; p++) {
-          words4 v;
+        for (int i = 0; i < 4; i++) {
+          float u[2];
 #pragma unroll
-          for (int i = 0; i < 4; i++) {
-            float u[2];
-#pragma unroll
-            for (int e = 0; e < 2; e++) {
-              const int map = run * RUN + i * 2 + e;
-              u[e] = x.value(p, map) + level * lattice_in(words[p][map / 4], map % 4);
-            }
-            v.w[i] = round_pair_relu(D{}, u[0], u[1]);
-            if (FIRST && (half + own) * HALF + pair_quad * 8 + pair_word * 2 + p >= first) v.w[i] = 0;
+          for (int e = 0; e < 2; e++) {
+            const int map = run * RUN + i * 2 + e;
+            u[e] = x.value(p, map) + level * lattice_in(words[p][map / 4], map % 4);
           }
-          store_shared_whole(reinterpret_cast<words4 *>(memory + now + to + own * 4 * H::depth_step +
-                                                        run * H::column_step + p * 16),
-                             v);
+          v.w[i] = round_pair_relu(D{}, u[0], u[1]);
+          if (FIRST && (half + own) * HALF + pair_quad * 8 + pair_word * 2 + p >= first) v.w[i] = 0;
         }
-        if (H::ITEMS == 1 || h == 1)
-          load_input(run, step + 1, 0);
-        else
-          load_input(run, step, 1);
+        char *const at = memory + now + to + own * 4 * H::depth_step + run * H::column_step + p * 16;
+        store_shared_whole(reinterpret_cast<words4 *>(at), v);
       }
-      if (h == 0) {
-        if (!FIRST) add(1, memory + last);
+      if (piece == 3) {
+        shared_to_products();
+        __syncthreads(); /* all of B; and what the step before the last one's products read may be written again */
+        add(0, memory + now);
+      } else if (!FIRST && piece != 1) {
+        add(piece + 1, memory + last);
+      }
+      if (!TWO && (H::ITEMS == 2 || piece % 2 == 1)) load_input(x, run, next_step, next_half);
+      if (TWO && ends) x = next;
+      if (piece == 1) { /* no branch may stand between an operand and its product */
         if (thread / STEP == step % (H::threads / STEP)) look_up(step + 2, thread % STEP);
         if (part.totals) {
           float sums[2 * R];
@@ -303,24 +316,24 @@ PNN_DEVICE void add_products(const Layer &layer, const Part &part, char *memory,
 #pragma unroll
           for (int i = 0; i < 2 * R; i++) sums[i] = float_of(known.w[i]);
 #pragma unroll
-          for (int i = 0; i < 2; i++) {
+          for (int h = 0; h < 2; h++) {
             uint32_t again[Gradient<D, S, G>::WORDS];
-            gradient.load_some(gradient_at(step, i), FIRST ? first - i * HALF - quad * 8 : 8, again);
+            gradient.load_some(gradient_at(first_, step, h), FIRST ? first - h * HALF - quad * 8 : 8, again);
             gradient.add_to(again, sums);
           }
 #pragma unroll
           for (int i = 0; i < 2 * R; i++) known.w[i] = bits_of(sums[i]);
           store_shared(total, known);
         }
-      } else {
-        shared_to_products();
-        __syncthreads(); /* all of B; and what the step before the last one's products read may be written again */
-        add(0, memory + now);
+        if (!FIRST) add(2, memory + last);
       }
-      if (FIRST)
-        gradient.load_some(gradient_at(step, h), first - h * HALF - quad * 8, raw);
-      else
-        gradient.load(gradient_at(step, h), raw);
+      if (piece % 2 == 1) {
+        const int h = piece / 2;
+        if (FIRST)
+          gradient.load_some(gradient_at(first_, step, h), first - h * HALF - quad * 8, raw);
+        else
+          gradient.load(gradient_at(first_, step, h), raw);
+      }
     }
     last = now;
     now = now == (BUFFERS - 1) * H::buffer_bytes ? 0 : now + H::buffer_bytes;
@@ -329,7 +342,8 @@ PNN_DEVICE void add_products(const Layer &layer, const Part &part, char *memory,
   body(std::true_type{}, 0);
 #pragma unroll 1
   for (int step = 1; step < steps; step++) body(std::false_type{}, step);
-  add(1, memory + last);
+#pragma unroll
+  for (int i = 1; i < 4; i++) add(i, memory + last);
 #pragma unroll
   for (int b = 0; b < R; b++) products_finish(d[b]);
 }
@@ -339,27 +353,31 @@ struct Grid {
   Divider by_outputs, by_maps, by_groups;
 };
 
+template <class S>
+PNN_DEVICE Part part_make(const Layer &layer, const Grid &grid) {
+  Part part;
+  int64_t output_tile, map_tile;
+  const int64_t tile = grid.first_tile + keep(static_cast<uint32_t>(blockIdx.x));
+  const int64_t outputs_done = divide<true>(grid.by_outputs, tile, &output_tile);
+  part.split = divide<true>(grid.by_groups, divide<true>(grid.by_maps, outputs_done, &map_tile), &part.group);
+  part.t0 = output_tile * Shape<S>::outputs, part.k0 = map_tile * S::maps;
+  const int64_t outputs = layer.group_outputs - part.t0, maps = layer.group_maps - part.k0;
+  part.outputs = static_cast<int>(outputs < Shape<S>::outputs ? outputs : Shape<S>::outputs);
+  part.maps = static_cast<int>(maps < S::maps ? maps : S::maps);
+  part.q_begin = part.split * layer.split_columns;
+  const int64_t pixels = layer.columns - part.q_begin;
+  part.pixels = static_cast<int>(pixels < layer.split_columns ? pixels : layer.split_columns);
+  part.gradient_step = grid.gradient_step;
+  part.totals = map_tile == 0;
+  return part;
+}
+
 template <class D, class S, Fastest G, Way WAY>
 __global__ void __launch_bounds__(Shape<S>::threads, S::blocks)
     weight_gradient_wgmma_kernel(const __grid_constant__ Layer layer, const __grid_constant__ Grid grid) {
   using H = Shape<S>;
   constexpr int R = S::row_blocks;
   PNN_SHARED_MEMORY(memory);
-  Part part;
-  int64_t output_tile, map_tile;
-  const int64_t outputs_done = divide<true>(grid.by_outputs, grid.first_tile + blockIdx.x, &output_tile);
-  part.split = divide<true>(grid.by_groups, divide<true>(grid.by_maps, outputs_done, &map_tile), &part.group);
-  part.t0 = output_tile * H::outputs, part.k0 = map_tile * S::maps;
-  part.outputs = layer.group_outputs - part.t0 < H::outputs ? static_cast<int>(layer.group_outputs - part.t0)
-                                                            : static_cast<int>(H::outputs);
-  part.maps = layer.group_maps - part.k0 < S::maps ? static_cast<int>(layer.group_maps - part.k0)
-                                                   : static_cast<int>(S::maps);
-  part.q_begin = part.split * layer.split_columns;
-  part.pixels = static_cast<int>(layer.columns - part.q_begin < layer.split_columns ? layer.columns - part.q_begin
-                                                                                    : layer.split_columns);
-  part.gradient_step = grid.gradient_step;
-  part.totals = map_tile == 0;
-
   float d[R][S::maps / 2];
 #pragma unroll
   for (int b = 0; b < R; b++) {
@@ -368,16 +386,18 @@ __global__ void __launch_bounds__(Shape<S>::threads, S::blocks)
     products_start(d[b]);
   }
   if (layer.masks_shift == 0)
-    add_products<D, S, G, WAY == PLAIN_PIXELS, 1>(layer, part, memory, d);
+    add_products<D, S, G, WAY == PLAIN_PIXELS, 1>(layer, part_make<S>(layer, grid), memory, d);
   else if (layer.masks_shift == 1)
-    add_products<D, S, G, WAY == PLAIN_PIXELS, 2>(layer, part, memory, d);
+    add_products<D, S, G, WAY == PLAIN_PIXELS, 2>(layer, part_make<S>(layer, grid), memory, d);
   else if (layer.masks_shift == 2)
-    add_products<D, S, G, WAY == PLAIN_PIXELS, 4>(layer, part, memory, d);
+    add_products<D, S, G, WAY == PLAIN_PIXELS, 4>(layer, part_make<S>(layer, grid), memory, d);
   else if (layer.masks_shift == 3)
-    add_products<D, S, G, WAY == PLAIN_PIXELS, 8>(layer, part, memory, d);
+    add_products<D, S, G, WAY == PLAIN_PIXELS, 8>(layer, part_make<S>(layer, grid), memory, d);
   else
-    add_products<D, S, G, WAY == PLAIN_PIXELS, 16>(layer, part, memory, d);
+    add_products<D, S, G, WAY == PLAIN_PIXELS, 16>(layer, part_make<S>(layer, grid), memory, d);
 
+  /* Made again: kept, it would take registers all the way. */
+  const Part part = part_make<S>(layer, grid);
   const int thread = thread_index(), lane = thread % 32, quad = thread % 4;
   const int row = (thread / 128 * 64 + thread / 32 % 4 * 16) * R + lane / 4 * 2 * R;
   const int64_t first = part.split * layer.outputs + part.group * layer.group_outputs + part.t0 + row;
