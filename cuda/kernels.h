@@ -64,8 +64,10 @@ constexpr int blocks_of = !on_tensor_cores<D> || (sizeof(D) == 4 && !PLAIN) ? S:
  * many pieces as it takes, where there are rows and columns for them. Results do not depend on it. */
 #if defined(__CUDACC__)
 inline int64_t wanted_blocks() { return 128; }
+inline int64_t multiprocessors() { return 132; }
 #else
 inline int64_t wanted_blocks() { return cuda_on_host::options.wanted_blocks; }
+inline int64_t multiprocessors() { return cuda_on_host::options.multiprocessors; }
 #endif
 inline bool enough_blocks(const Layer &layer, int64_t rows) {
   return ceil_div(rows, Large::rows) * ceil_div(layer.columns, Large::columns) * layer.groups >= wanted_blocks();

@@ -68,6 +68,29 @@ struct Shape {
   static constexpr int bytes = BUFFERS * buffer_bytes + TABLES * static_cast<int>(sizeof(Table)) + totals_bytes;
 };
 
+/* Philox for two pixels at once, with the keys of every EVERYth round in registers: for the others one addition serves
+ * both pixels. */
+template <int EVERY>
+struct PairKeys {
+  static_assert(10 % EVERY == 0, "whole groups of rounds");
+  uint32_t of[10 / EVERY][2];
+  PNN_DEVICE explicit PairKeys(uint64_t seed) {
+    const PhiloxKeys keys = philox_keys(seed);
+#pragma unroll
+    for (int i = 0; i < 10 / EVERY; i++) of[i][0] = keys.of[i * EVERY][0], of[i][1] = keys.of[i * EVERY][1];
+  }
+  PNN_DEVICE void philox(uint32_t (&words)[2][4]) const {
+    uint32_t key[2] = {};
+#pragma unroll
+    for (int round = 0; round < 10; round++) {
+      key[0] = round % EVERY ? keep(key[0]) + 0x9E3779B9u : of[round / EVERY][0];
+      key[1] = round % EVERY ? keep(key[1]) + 0xBB67AE85u : of[round / EVERY][1];
+#pragma unroll
+      for (int p = 0; p < 2; p++) philox_round(words[p], key[0], key[1]);
+    }
+  }
+};
+
 /* Of the pair of pixels with number `quad` * 4 + `word` in a half (pixels 8 quad + 2 word and the next one). */
 PNN_DEVICE int pair_of(int half, int quad, int word) { return (half * 4 + word) * 4 + quad; }
 
@@ -197,7 +220,7 @@ PNN_DEVICE void add_products(const Layer &layer, const Part &part, char *memory,
   const int64_t channel = (PIXELS ? layer.input.channel : 1) * 2;
   const char *const input =
       layer.input.data + (part.group * layer.group_channels + (k >> layer.masks_shift)) * channel;
-  const PhiloxKeys keys = philox_keys(seed_read(layer));
+  const PairKeys<R> keys(seed_read(layer)); /* all where the sums take few registers */
   const float level = layer.level_float;
 
   /* Which pixel of all is pixel j of a step. */
@@ -276,10 +299,9 @@ PNN_DEVICE void add_products(const Layer &layer, const Part &part, char *memory,
         if (TWO) load_input(next, 0, next_step, next_half), load_input(next, 1, next_step, next_half);
         const words4 places = load_shared(reinterpret_cast<const words4 *>(table.place[pair + own * HALF]));
 #pragma unroll
-        for (int p = 0; p < 2; p++) {
+        for (int p = 0; p < 2; p++)
           words[p][0] = places.w[p * 2 + 1], words[p][1] = places.w[p * 2], words[p][2] = block, words[p][3] = 0;
-          philox(words[p], keys);
-        }
+        keys.philox(words);
       }
 #pragma unroll
       for (int p = 0; p < 2; p++) {
@@ -447,7 +469,7 @@ bool is_chosen(const Layer &layer) {
 template <class S>
 WgmmaTiles tiles_of(const Layer &layer) {
   return {ceil_div(layer.group_outputs, Shape<S>::outputs) * ceil_div(layer.group_maps, S::maps) * layer.groups,
-          132 * S::blocks};
+          multiprocessors() * S::blocks};
 }
 
 template <class D, class S, Fastest G, Way WAY>

@@ -86,7 +86,8 @@ struct Options {
   bool late_products = true;
   TensorCore tensor_core = TensorCore::HOPPER;
   bool count_wavefronts = false;
-  int64_t wanted_blocks = 128; /* of larger tiles, for them to be chosen */
+  int64_t wanted_blocks = 128;   /* of larger tiles, for them to be chosen */
+  int64_t multiprocessors = 132; /* that sums are cut into pieces for */
 };
 inline thread_local Options options;
 

@@ -627,13 +627,13 @@ INSTANTIATE_TEST_SUITE_P(Cuda, CudaWgmmaWeights, testing::Values(2, 3), type_nam
 
 /* The gradients' bits; `wgmma` tells whether the products must be asynchronous ones. Of tiles of 64 outputs by 64 maps,
  * or of 128 or 256 outputs by 128 maps, the widest are chosen that give `wanted_blocks`. */
-std::vector<uint64_t> weight_bits(const Case &c, int schedule, bool wgmma, int64_t wanted_blocks = 1) {
+std::vector<uint64_t> weight_bits(const Case &c, int schedule, bool wgmma, int64_t wanted_blocks = 1,
+                                  int64_t multiprocessors = 132) {
   set_schedule(schedule);
   host::options.tensor_core = host::TensorCore::HOPPER;
-  host::options.wanted_blocks = wanted_blocks;
-  Problem p(c);
-  EXPECT_EQ(p.forward(), PNN_OK) << p.error.message;
+  host::options.wanted_blocks = wanted_blocks, host::options.multiprocessors = multiprocessors;
   host::products = 0;
+  Problem p(c);
   EXPECT_EQ(p.backward(), PNN_OK) << p.error.message;
   EXPECT_EQ(host::products > 0, wgmma) << c.describe();
   if (wgmma) {
@@ -651,8 +651,8 @@ std::vector<uint64_t> weight_bits(const Case &c, int schedule, bool wgmma, int64
   return all;
 }
 
-/* Against the other kernel, whose sums have another order, and against the plain loops: exact ones, all the same bits.
- */
+/* Against the other kernel, whose sums have another order, and one case of five against the plain loops: exact ones,
+ * all the same bits. */
 void check_wgmma_weights(const Case &c) {
   static int next = 0;
   const int schedule = next++;
@@ -661,6 +661,7 @@ void check_wgmma_weights(const Case &c) {
   Case other = c;
   other.wgmma = false;
   EXPECT_EQ(bits, weight_bits(other, schedule, false));
+  if (schedule % 5) return;
   set_schedule(schedule);
   host::options.wanted_blocks = 1;
   check_exact(c, 0);
@@ -743,10 +744,10 @@ TEST_P(CudaWgmmaWeights, EveryScheduleGivesTheSameBits) {
       Case c = base();
       set_layouts(c, kind);
       c.fill = Fill::kRandom, c.level = 0.25;
-      c.B = 1, c.C = 80, c.M = 2, c.H = 1, c.W = 232, c.T = outputs; /* four steps, the first one short */
-      if (kind == LayoutKind::kChannelsLast) c.C = 96, c.M = 1, c.W = 237;
-      const std::vector<uint64_t> first = weight_bits(c, 0, true);
-      for (int i = 1; i < 2 * kSchedules; i++) EXPECT_EQ(weight_bits(c, i, true), first) << "schedule " << i;
+      c.B = 1, c.C = 80, c.M = 2, c.H = 1, c.W = 456, c.T = outputs; /* eight steps, the first one short */
+      if (kind == LayoutKind::kChannelsLast) c.C = 160, c.M = 1, c.W = 453;
+      const std::vector<uint64_t> first = weight_bits(c, 0, true, 1, 1);
+      for (int i = 1; i < kSchedules; i++) EXPECT_EQ(weight_bits(c, i, true, 1, 1), first) << "schedule " << i;
     }
 }
 
@@ -772,20 +773,19 @@ TEST_P(CudaWgmmaWeights, BoundedErrors) {
       for (int64_t M : {1, 2, 16}) {
         Case c = base();
         set_layouts(c, kind);
-        c.B = 2, c.C = M == 16 ? 8 : 48, c.M = M, c.H = 9, c.W = 16, c.T = kWgmmaOutputs[seed % 3], c.fill = fill;
+        c.B = 2, c.C = M == 16 ? 3 : 48 / M, c.M = M, c.H = 5, c.W = 16, c.T = kWgmmaOutputs[seed % 3], c.fill = fill;
+        if (kind == LayoutKind::kChannelsLast && M > 1) c.C = M == 16 ? 8 : 24;
         c.level = fill == Fill::kSpecial ? 1e5 : 0.25, c.seed = seed++; /* infinite as float16 */
         SCOPED_TRACE(c.describe());
         set_schedule(static_cast<int>(seed));
         host::options.wanted_blocks = 1;
-        Problem p(c);
-        ASSERT_EQ(p.forward(), PNN_OK) << p.error.message;
-        const ReferenceInput in = p.reference_input();
         host::products = 0;
+        Problem p(c);
+        const ReferenceInput in = p.reference_input();
         ASSERT_EQ(p.backward(), PNN_OK) << p.error.message;
         EXPECT_GT(host::products, 0);
         Reference<long double> reference(in);
         ReferenceOutput<long double> out;
-        reference.forward(out, &in.mean, &in.variance);
         reference.backward(out, in.mean, in.variance);
         const double n = static_cast<double>(c.samples());
         expect_close(p.grad_weight, out.grad_weight, n + 8, 0, c, "grad_weight", &worst);
