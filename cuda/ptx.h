@@ -273,15 +273,15 @@ PNN_DEVICE void note_store(void *, int) {}
 #define PNN_SUMS_128 PNN_SUMS_64, PNN_SUMS_16(64), PNN_SUMS_16(80), PNN_SUMS_16(96), PNN_SUMS_16(112)
 
 /* The registers stand among the operands so that no write to them moves behind the fence, no read before the wait. */
-#define PNN_PRODUCTS(n, sums, a0, a1, a2, a3, b, one)                                \
-  PNN_DEVICE void products_start(float(&d)[sums]) {                                  \
-    asm volatile("wgmma.fence.sync.aligned;" : PNN_SUMS_##sums : : "memory");        \
-  }                                                                                  \
-  PNN_DEVICE void products_finish(float(&d)[sums]) {                                 \
-    asm volatile("wgmma.wait_group.sync.aligned 0;" : PNN_SUMS_##sums : : "memory"); \
-  }                                                                                  \
-  PNN_PRODUCT(products_add, 0, bfloat16, "bf16", n, sums, a0, a1, a2, a3, b, one)    \
-  PNN_PRODUCT(products_add, 0, float16, "f16", n, sums, a0, a1, a2, a3, b, one)      \
+#define PNN_PRODUCTS(n, sums, a0, a1, a2, a3, b, one)                                        \
+  PNN_DEVICE void products_start(float(&d)[sums]) {                                          \
+    asm volatile("wgmma.fence.sync.aligned;" : PNN_SUMS_##sums : : "memory");                \
+  }                                                                                          \
+  PNN_DEVICE void products_finish(float(&d)[sums]) {                                         \
+    asm volatile("wgmma.wait_group.sync.aligned 0;" : PNN_SUMS_##sums : : "memory");         \
+  }                                                                                          \
+  PNN_PRODUCT(products_add, 0, bfloat16, "bf16", n, sums, a0, a1, a2, a3, b, one)            \
+  PNN_PRODUCT(products_add, 0, float16, "f16", n, sums, a0, a1, a2, a3, b, one)              \
   PNN_PRODUCT(products_add_transposed, 1, bfloat16, "bf16", n, sums, a0, a1, a2, a3, b, one) \
   PNN_PRODUCT(products_add_transposed, 1, float16, "f16", n, sums, a0, a1, a2, a3, b, one)
 #define PNN_PRODUCT(function, transposed, type, name, n, sums, a0, a1, a2, a3, b, one)                             \

@@ -153,10 +153,10 @@ struct Gradient {
       for (int w = 0; w < 4; w++)
 #pragma unroll
         for (int r = 0; r < 2; r++)
-          a[w / 2][b][w % 2 * 2 + r] =
-              G == DEPTH_FASTEST ? raw[(b * 2 + r) * 4 + w] & all
-                                 : permute(raw[2 * w * S::row_blocks + b], raw[(2 * w + 1) * S::row_blocks + b],
-                                           r ? 0x7632u : 0x5410u);
+          a[w / 2][b][w % 2 * 2 + r] = G == DEPTH_FASTEST
+                                           ? raw[(b * 2 + r) * 4 + w] & all
+                                           : permute(raw[2 * w * S::row_blocks + b],
+                                                     raw[(2 * w + 1) * S::row_blocks + b], r ? 0x7632u : 0x5410u);
   }
   /* Adds this thread's pixels to its rows' sums, in order. */
   PNN_DEVICE void add_to(const uint32_t (&raw)[WORDS], float (&sums)[ROWS]) const {
@@ -190,7 +190,8 @@ struct Part {
 
 /* d = A * B over the block's pixels; h's sums are left in shared memory. */
 template <class D, class S, Fastest G, bool PIXELS, int MASKS>
-PNN_DEVICE void add_products(const Layer &layer, const Part &part, char *memory, float (&d)[S::row_blocks][S::maps / 2]) {
+PNN_DEVICE void add_products(const Layer &layer, const Part &part, char *memory,
+                             float (&d)[S::row_blocks][S::maps / 2]) {
   using H = Shape<S>;
   constexpr int R = S::row_blocks;
   Table *const tables = reinterpret_cast<Table *>(memory + BUFFERS * H::buffer_bytes);
@@ -218,8 +219,7 @@ PNN_DEVICE void add_products(const Layer &layer, const Part &part, char *memory,
   const int k = static_cast<int>(part.k0) + (sixteen * SIXTEEN < part.maps ? sixteen * SIXTEEN : 0);
   const uint32_t block = static_cast<uint32_t>((part.group * layer.group_maps + k) / SIXTEEN);
   const int64_t channel = (PIXELS ? layer.input.channel : 1) * 2;
-  const char *const input =
-      layer.input.data + (part.group * layer.group_channels + (k >> layer.masks_shift)) * channel;
+  const char *const input = layer.input.data + (part.group * layer.group_channels + (k >> layer.masks_shift)) * channel;
   const PairKeys<R> keys(seed_read(layer)); /* all where the sums take few registers */
   const float level = layer.level_float;
 
@@ -460,10 +460,10 @@ int64_t gradient_step(const Layer &layer) {
  * pixels. Results do not depend on it, but for the number of pieces. */
 template <class S>
 bool is_chosen(const Layer &layer) {
-  return layer.group_outputs > Shape<S>::outputs / 2 &&
-         ceil_div(layer.group_outputs, Shape<S>::outputs) * ceil_div(layer.group_maps, S::maps) * layer.groups *
-                 ceil_div(layer.columns, 256) >=
-             wanted_blocks() * S::blocks;
+  return layer.group_outputs > Shape<S>::outputs / 2 && ceil_div(layer.group_outputs, Shape<S>::outputs) *
+                                                                ceil_div(layer.group_maps, S::maps) * layer.groups *
+                                                                ceil_div(layer.columns, 256) >=
+                                                            wanted_blocks() * S::blocks;
 }
 
 template <class S>
@@ -529,9 +529,9 @@ WgmmaTiles wgmma_weights_tiles(const Layer &layer) {
 
 bool wgmma_weights_fit(const Layer &layer, int product) {
   if (!wgmma_weights_may_fit(layer, product) || way_of<bfloat16>(layer) == ANY_WAY || !layer.products) return false;
-  const bool whole = layer.grad_output_staging == STAGE_PIXELS ||
-                     (layer.grad_output_staging == STAGE_CHANNELS && layer.group_outputs % 8 == 0 &&
-                      gradient_step(layer) != 0);
+  const bool whole =
+      layer.grad_output_staging == STAGE_PIXELS ||
+      (layer.grad_output_staging == STAGE_CHANNELS && layer.group_outputs % 8 == 0 && gradient_step(layer) != 0);
   return whole && has_wgmma();
 }
 

@@ -637,7 +637,8 @@ std::vector<uint64_t> weight_bits(const Case &c, int schedule, bool wgmma, int64
   EXPECT_EQ(p.backward(), PNN_OK) << p.error.message;
   EXPECT_EQ(host::products > 0, wgmma) << c.describe();
   if (wgmma) {
-    const int64_t outputs = c.T / c.groups, tiles = c.groups * ((c.columns() + 127) / 128) * ((c.samples() + 255) / 256);
+    const int64_t outputs = c.T / c.groups,
+                  tiles = c.groups * ((c.columns() + 127) / 128) * ((c.samples() + 255) / 256);
     const bool wide = outputs > 128 && tiles * ((outputs + 255) / 256) >= wanted_blocks;
     const bool middle = outputs > 64 && tiles * ((outputs + 127) / 128) >= 2 * wanted_blocks;
     EXPECT_EQ(host::product_columns, wide || middle ? 128 : 64) << c.describe();
