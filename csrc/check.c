@@ -414,4 +414,5 @@ void pnn_params_init(pnn_params *params) {
   params->groups = 1;
   params->activation = PNN_ACTIVATION_RELU;
   params->norm_eps = 1e-5;
+  params->allow_wgmma = 1;
 }

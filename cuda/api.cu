@@ -168,6 +168,8 @@ Plan plan_make(const pnn_problem &p, pnn_pass pass, pnn_arena *arena) {
 #if defined(PNN_CUDA_WGMMA)
     if (!backward && params.allow_wgmma && element == 2)
       count = PNN_MAX(count, wgmma_weight_elements(p.groups, p.group_outputs, p.group_maps));
+    if (backward && params.grad_input.data && params.allow_wgmma && element == 2)
+      count = PNN_MAX(count, wgmma_weight_elements(p.groups, p.group_maps, p.group_outputs));
 #endif
     w.weight = pnn_arena_take(arena, count, element);
   }
@@ -273,6 +275,10 @@ Status backward(const pnn_problem &p, Plan &plan, Stream stream) {
     if (params.grad_mask.data) PNN_STOP_IF(run_clear(params.grad_mask, pnn_dtype_size(params.grad_mask.dtype), stream));
   }
   if (l.columns == 0) return STATUS_OK;
+#if defined(PNN_CUDA_WGMMA)
+  if (params.grad_input.data && params.allow_wgmma && input_gradient_wgmma_fits(l, plan.product)) /* no mask tensor */
+    return run_input_gradient_wgmma(l, plan.product, weight, w.weight, stream);
+#endif
   if (!plan.direct) PNN_STOP_IF(run_weight(l, weight, p.norm ? w.norm.scale : nullptr, w.weight, stream));
   l.offset = w.offset;
   l.slope = w.slope;

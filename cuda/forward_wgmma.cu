@@ -9,15 +9,13 @@
  *     x --ld.global, a step ahead--> registers --masks, relu, rounding--> A, four products in turn --> wgmma
  *     V --cp.async, two steps ahead--> shared memory, in wgmma's order -------------------------------^
  *
- * A thread of such a product owns the depths {2t, 2t+1, 2t+8, 2t+9} (t = lane % 4) of rows g and g + 8 (g = lane / 4).
- * In which order the sixteen maps of a product, the pixels of a warp and the outputs of a tile stand there is free, as
- * long as V has the same one:
+ * Depths, rows and columns of a product stand in the order of wgmma.h:
  *
  *     depths   thread t's, of a step's four products together, are the maps 16 t to 16 t + 15: one Philox call's
  *     rows     g and g + 8 are neighbouring pixels: one word of x and of y
  *     columns  thread t's, of 32, are the outputs 8 t to 8 t + 7: 16 bytes of y where the channels are contiguous
  *
- * wgmma_weight_kernel copies V into this order, so that a step's part is one run of bytes.
+ * wgmma_weight_kernel copies V into this order.
  */
 #include <string>
 
@@ -28,8 +26,6 @@
 namespace pnn_cuda {
 namespace {
 
-constexpr int STEP = 64, PRODUCTS = 4; /* maps of a step, and products that they make */
-constexpr int RUNS = STEP / 8;         /* of 16 bytes that a step's maps take */
 constexpr int STAGES =
     4; /* of V: of the last step, whose products may still run, of this one, and of two on their way */
 
@@ -53,41 +49,10 @@ struct Shape {
   static constexpr int bytes = start_bytes + STAGES * stage_bytes;
 };
 
-/* ---- V in the products' order ---- */
-
-/* [group][tile of outputs][step][product][half of its depth][eight outputs][output][eight depths], zeros beyond. */
-template <class D, class S>
-__global__ void wgmma_weight_kernel(const __grid_constant__ Layer layer, Matrix weight, D *to) {
-  const int64_t steps = (layer.group_maps + STEP - 1) / STEP,
-                tiles = (layer.group_outputs + S::outputs - 1) / S::outputs;
-  const int64_t count = layer.groups * tiles * S::outputs * steps * RUNS;
-  const int64_t threads = static_cast<int64_t>(gridDim.x) * blockDim.x;
-  for (int64_t i = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x; i < count; i += threads) {
-    const int part = static_cast<int>(i % RUNS), product = part / 2, half = part % 2;
-    const int64_t step = i / RUNS % steps, row = i / RUNS / steps; /* the row among those of all tiles */
-    const int64_t tile = row / S::outputs, group = tile / tiles, t = tile % tiles * S::outputs + row % S::outputs;
-    const int output = static_cast<int>(row % S::outputs), in32 = output % 32;
-    const int column = output / 32 * 32 + in32 % 8 / 2 * 8 + in32 / 8 * 2 + in32 % 2;
-    words4 words = {{0, 0, 0, 0}};
-    if (t < layer.group_outputs) {
-      const D *const from = static_cast<const D *>(weight.data) + (group * layer.group_outputs + t) * weight.step[0];
-#pragma unroll
-      for (int quad = 0; quad < 4; quad++)
-#pragma unroll
-        for (int e = 0; e < 2; e++) {
-          const int64_t k = step * STEP + quad * 16 + product * 4 + half * 2 + e;
-          if (k < layer.group_maps) words.w[quad] |= static_cast<uint32_t>(from[k * weight.step[1]].bits) << (16 * e);
-        }
-    }
-    const int64_t run = ((tile * steps + step) * RUNS + part) * S::outputs + column;
-    store_global(reinterpret_cast<words4 *>(to) + run, words);
-  }
-}
-
 /* ---- the kernel ---- */
 
 /* d += A * B over all maps of the group; `ring` has room for STAGES steps of V, which starts at `weight`. */
-template <class D, class S, bool PIXELS, int MASKS>
+template <class D, class S, Reading READING, int MASKS>
 PNN_DEVICE void add_products(const Layer &layer, int64_t group, const Pair &pair, const char *weight, char *ring,
                              float (&d)[S::outputs / 2]) {
   using H = Shape<S>;
@@ -105,14 +70,15 @@ PNN_DEVICE void add_products(const Layer &layer, int64_t group, const Pair &pair
 
   const PhiloxKeys keys = philox_keys(seed_read(layer));
   uint32_t block = static_cast<uint32_t>(group * layer.group_maps / 16) + static_cast<uint32_t>(quad);
-  const int64_t channel = (PIXELS ? layer.input.channel : 1) * 2; /* bytes */
+  constexpr bool ONE_POINTER = READING == READ_PIXELS;
+  const int64_t channel = (READING == READ_CHANNELS ? 1 : layer.input.channel) * 2; /* bytes */
   const char *from[2] = {pair.input[0], pair.input[1]};
   int k = quad * 16;
-  Inputs<D, PIXELS, MASKS> x;
+  InputsOf<D, READING, MASKS> x;
   const auto move_to = [&](int k_) { /* beyond the maps to the first one, which is not used */
                                      const int64_t c = (k_ < maps ? k_ : 0) >> layer.masks_shift;
                                      from[0] = pair.input[0] + c * channel;
-                                     if (!PIXELS) from[1] = pair.input[1] + c * channel;
+                                     if (!ONE_POINTER) from[1] = pair.input[1] + c * channel;
   };
   move_to(k);
   x.load(0, from, channel);
@@ -130,8 +96,12 @@ PNN_DEVICE void add_products(const Layer &layer, int64_t group, const Pair &pair
     __syncthreads(); /* all threads' part of it; and no product of the step before the last one runs */
     if (step + STAGES - 2 < steps) stage(step + STAGES - 2);
     copy_commit();
+    /* Beyond the maps A is 0, as V is: no infinity may meet its zeros. To clear x is to wait for it here, which many
+     * warps hide; else what is made of it is cleared, for a register more. */
+    constexpr bool CLEARS_INPUT = S::blocks > 1 || READING == READ_ELEMENTS;
     float level = layer.level_float;
-    if (k >= maps) level = 0, x.clear(); /* as V is: no infinity may meet its zeros */
+    if (CLEARS_INPUT && k >= maps) level = 0, x.clear();
+    const uint32_t there = CLEARS_INPUT || k < maps ? 0xffffffffu : 0;
     uint32_t words[2][4];
 #pragma unroll
     for (int p = 0; p < 2; p++) {
@@ -151,7 +121,7 @@ PNN_DEVICE void add_products(const Layer &layer, int64_t group, const Pair &pair
         float u[2];
 #pragma unroll
         for (int e = 0; e < 2; e++) u[e] = x.value(p, map + e) + level * lattice_in(words[p][product], i / 2 * 2 + e);
-        a[product][i] = round_pair_relu(D{}, u[0], u[1]);
+        a[product][i] = round_pair_relu(D{}, u[0], u[1]) & there;
       }
       products_operand(a[product]);
       products_add(D{}, d, a[product], matrix_descriptor(v + product * 2 * S::outputs * 16, S::outputs * 16, 128));
@@ -162,8 +132,14 @@ PNN_DEVICE void add_products(const Layer &layer, int64_t group, const Pair &pair
   products_finish(d);
 }
 
-template <class D, class S, Way WAY>
-__global__ void __launch_bounds__(Shape<S>::threads, S::blocks)
+/* Elements on their way take registers that words share. */
+template <class S, Reading READING>
+constexpr int blocks_of() {
+  return READING == READ_ELEMENTS && S::blocks > 1 ? S::blocks - 1 : S::blocks;
+}
+
+template <class D, class S, Reading READING>
+__global__ void __launch_bounds__(Shape<S>::threads, blocks_of<S, READING>())
     forward_wgmma_kernel(const __grid_constant__ Layer layer, int64_t first_tile,
                          const __grid_constant__ Divider by_rows, const __grid_constant__ Divider by_columns) {
   using H = Shape<S>;
@@ -214,18 +190,17 @@ __global__ void __launch_bounds__(Shape<S>::threads, S::blocks)
   const char *const weight =
       layer.weight + (group * static_cast<int64_t>(by_rows.divisor) + row_tile) * steps * H::stage_bytes;
   if (layer.masks_shift == 0)
-    add_products<D, S, WAY == PLAIN_PIXELS, 1>(layer, group, pair, weight, ring, d);
+    add_products<D, S, READING, 1>(layer, group, pair, weight, ring, d);
   else if (layer.masks_shift == 1)
-    add_products<D, S, WAY == PLAIN_PIXELS, 2>(layer, group, pair, weight, ring, d);
+    add_products<D, S, READING, 2>(layer, group, pair, weight, ring, d);
   else if (layer.masks_shift == 2)
-    add_products<D, S, WAY == PLAIN_PIXELS, 4>(layer, group, pair, weight, ring, d);
+    add_products<D, S, READING, 4>(layer, group, pair, weight, ring, d);
   else if (layer.masks_shift == 3)
-    add_products<D, S, WAY == PLAIN_PIXELS, 8>(layer, group, pair, weight, ring, d);
+    add_products<D, S, READING, 8>(layer, group, pair, weight, ring, d);
   else
-    add_products<D, S, WAY == PLAIN_PIXELS, 16>(layer, group, pair, weight, ring, d);
+    add_products<D, S, READING, 16>(layer, group, pair, weight, ring, d);
 
-  /* Pixels lie in whole runs of eight, or channels do. */
-  if (layer.output_staging == STAGE_PIXELS) {
+  if (along_pixels(layer.output_staging)) { /* in pairs */
     if (first >= columns) return;
     const int left = rows - quad * 8;
     D *to = output[0] + quad * 8 * layer.output.channel;
@@ -241,8 +216,10 @@ __global__ void __launch_bounds__(Shape<S>::threads, S::blocks)
     }
     return;
   }
+  const bool vectors = layer.output_staging == STAGE_CHANNELS && layer.group_outputs % 8 == 0;
 #pragma unroll
-  for (int p = 0; p < 2; p++)
+  for (int p = 0; p < 2; p++) {
+    if (first + p >= columns) return;
 #pragma unroll
     for (int b = 0; b < S::outputs / 32; b++) {
       words4 words;
@@ -250,8 +227,16 @@ __global__ void __launch_bounds__(Shape<S>::threads, S::blocks)
       for (int i = 0; i < 4; i++)
         words.w[i] = round_pair(D{}, d[b * 16 + i * 4 + 2 * p], d[b * 16 + i * 4 + 2 * p + 1]);
       const int row = b * 32 + quad * 8;
-      if (first + p < columns && row < rows) store_global(reinterpret_cast<words4 *>(output[p] + row), words);
+      if (vectors) {
+        if (row < rows) store_global(reinterpret_cast<words4 *>(output[p] + row), words);
+        continue;
+      }
+      D *to = output[p] + row * layer.output.channel;
+#pragma unroll
+      for (int i = 0; i < 8; i++, to += layer.output.channel)
+        if (row + i < rows) to->bits = static_cast<uint16_t>(words.w[i / 2] >> (16 * (i % 2)));
     }
+  }
 }
 
 /* ---- the host's side ---- */
@@ -265,7 +250,7 @@ bool is_chosen(const Layer &layer) {
              wanted_blocks();
 }
 
-template <class D, class S, Way WAY>
+template <class D, class S, Reading READING>
 Status launch(const Layer &layer, Stream stream) {
   using H = Shape<S>;
   const int64_t rows = ceil_div(layer.group_outputs, S::outputs), columns = ceil_div(layer.columns, H::columns);
@@ -273,7 +258,7 @@ Status launch(const Layer &layer, Stream stream) {
   Status status = STATUS_OK;
   for (int64_t first = 0; first < tiles && status == STATUS_OK; first += GRID_MOST) {
     const int64_t blocks = tiles - first < GRID_MOST ? tiles - first : GRID_MOST;
-    const auto kernel = forward_wgmma_kernel<D, S, WAY>;
+    const auto kernel = forward_wgmma_kernel<D, S, READING>;
     PNN_LAUNCH(status, kernel, blocks, H::threads, H::bytes, stream, layer, first, divider_make(rows),
                divider_make(columns));
   }
@@ -282,19 +267,18 @@ Status launch(const Layer &layer, Stream stream) {
 
 template <class D, class S>
 Status run(const Layer &layer, Matrix weight, void *copy, Stream stream) {
-  Status status;
-  constexpr int THREADS = 256;
-  const int64_t runs =
-      ceil_div(layer.group_outputs, S::outputs) * S::outputs * layer.groups * ceil_div(layer.group_maps, STEP) * RUNS;
-  const int64_t blocks = ceil_div(runs, THREADS);
-  const auto kernel = wgmma_weight_kernel<D, S>;
-  PNN_LAUNCH(status, kernel, blocks < 65536 ? blocks : 65536, THREADS, 0, stream, layer, weight,
-             static_cast<D *>(copy));
+  const WeightOrder order = {layer.groups,     layer.group_outputs,
+                             layer.group_maps, layer.group_outputs * weight.step[0],
+                             weight.step[0],   weight.step[1]};
+  const Status status = run_wgmma_weight<D, S::outputs, 32, false>(order, weight.data, copy, stream);
   if (status != STATUS_OK) return status;
   Layer copied = layer;
   copied.weight = static_cast<const char *>(copy);
-  return way_of<D>(layer) == PLAIN_PIXELS ? launch<D, S, PLAIN_PIXELS>(copied, stream)
-                                          : launch<D, S, PLAIN_CHANNELS>(copied, stream);
+  switch (reading_of(layer.input_staging, layer.group_channels)) {
+    case READ_PIXELS: return launch<D, S, READ_PIXELS>(copied, stream);
+    case READ_CHANNELS: return launch<D, S, READ_CHANNELS>(copied, stream);
+    default: return launch<D, S, READ_ELEMENTS>(copied, stream);
+  }
 }
 
 template <class D>
@@ -306,23 +290,21 @@ Status choose(const Layer &layer, Matrix weight, void *copy, Stream stream) {
 
 template <class S>
 void list(Visit visit, const std::string &name) {
-  for (const char *way : {" pixels", " channels"}) visit((name + way).c_str(), Shape<S>::threads, Shape<S>::bytes);
+  for (const char *way : {" pixels", " channels", " elements"})
+    visit((name + way).c_str(), Shape<S>::threads, Shape<S>::bytes);
 }
 
 }  // namespace
 
 bool wgmma_fits(const Layer &layer, int product) {
   if (product != PNN_BFLOAT16 && product != PNN_FLOAT16) return false;
-  const bool stores_vectors =
-      layer.output_staging == STAGE_PIXELS || (layer.output_staging == STAGE_CHANNELS && layer.group_outputs % 8 == 0);
-  return way_of<bfloat16>(layer) != ANY_WAY && stores_vectors && layer.group_outputs > Narrow::outputs / 2 &&
-         layer.columns > 0 && has_wgmma();
+  return is_plain<bfloat16>(layer) && layer.group_outputs > Narrow::outputs / 2 && layer.columns > 0 && has_wgmma();
 }
 
-int64_t wgmma_weight_elements(int64_t groups, int64_t group_outputs, int64_t group_maps) {
-  const int64_t outputs = ceil_div(group_outputs, Wide::outputs) * Wide::outputs; /* the other tiles' are no more */
+int64_t wgmma_weight_elements(int64_t groups, int64_t columns, int64_t depth) {
+  const int64_t whole = ceil_div(columns, Wide::outputs) * Wide::outputs; /* the other tiles' are no more */
   int64_t count;
-  if (__builtin_mul_overflow(groups * outputs, ceil_div(group_maps, STEP) * STEP, &count)) return INT64_MAX;
+  if (__builtin_mul_overflow(groups * whole, ceil_div(depth, STEP) * STEP, &count)) return INT64_MAX;
   return count;
 }
 

@@ -97,12 +97,17 @@ struct Matrix {
 Status run_forward(const Layer &layer, int product, Stream stream);
 
 /* The same of plain 16-bit layers on Hopper, where the user has allowed it (forward_wgmma.cu): whether this layer and
- * this device can, and the elements that V's copy takes, which is written first, from `weight` as the user has it. */
+ * this device can, and the elements that V's copy takes, which is written first, from `weight` as the user has it. The
+ * columns and the depth of forward's products are a group's outputs and maps, those of the input gradient's its maps
+ * and outputs. */
 bool wgmma_fits(const Layer &layer, int product);
-int64_t wgmma_weight_elements(int64_t groups, int64_t group_outputs, int64_t group_maps);
+int64_t wgmma_weight_elements(int64_t groups, int64_t columns, int64_t depth);
 Status run_forward_wgmma(const Layer &layer, int product, Matrix weight, void *copy, Stream stream);
 
 Status run_input_gradient(const Layer &layer, int product, bool masks, Stream stream);
+/* dx of plain 16-bit layers on Hopper, as run_forward_wgmma (input_gradient_wgmma.cu). */
+bool input_gradient_wgmma_fits(const Layer &layer, int product);
+Status run_input_gradient_wgmma(const Layer &layer, int product, Matrix weight, void *copy, Stream stream);
 Status run_weight_gradient(const Layer &layer, int product, Stream stream);
 
 /* The same of plain 16-bit layers on Hopper, where the user has allowed it (weight_gradient_wgmma.cu): whether layers
@@ -124,6 +129,7 @@ using Visit = void (*)(const char *kernel, int threads, int64_t shared_bytes);
 void list_forward(Visit visit);
 void list_forward_wgmma(Visit visit);
 void list_input_gradient(Visit visit);
+void list_input_gradient_wgmma(Visit visit);
 void list_weight_gradient(Visit visit);
 void list_weight_gradient_wgmma(Visit visit);
 void list_moments(Visit visit);

@@ -58,9 +58,10 @@ PNN_DEVICE void philox(uint32_t w[4], const PhiloxKeys &keys) {
 /* (2u - 255) / 256 for a byte, exactly: 256 + (2u + 1) / 256 by its bits, of which u is the second byte, then one
  * subtraction. */
 PNN_DEVICE float lattice(uint32_t byte) { return float_of(0x43800080u | byte << 8) - 257.0f; }
-/* The same of byte i of a word. */
-PNN_DEVICE float lattice_in(uint32_t word, int i) {
-  return float_of(permute(word, 0x43800080u, 0x7604u | static_cast<uint32_t>(i) << 4)) - 257.0f;
+/* The same of byte i of a word; `constant` is for a thread that has it in a register. */
+constexpr uint32_t LATTICE = 0x43800080u;
+PNN_DEVICE float lattice_in(uint32_t word, int i, uint32_t constant = LATTICE) {
+  return float_of(permute(word, constant, 0x7604u | static_cast<uint32_t>(i) << 4)) - 257.0f;
 }
 
 PNN_DEVICE uint32_t byte_sum(uint32_t a, uint32_t b) {

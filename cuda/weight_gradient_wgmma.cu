@@ -32,7 +32,7 @@
 namespace pnn_cuda {
 namespace {
 
-constexpr int STEP = 64, HALF = STEP / 2; /* pixels */
+constexpr int HALF = STEP / 2; /* pixels */
 constexpr int BUFFERS = 3; /* of B: of this step, of the last one, of the one before, whose products may still run */
 constexpr int TABLES = 4;  /* of this step, of the next two, and of this one for threads that lag behind */
 

@@ -7,16 +7,17 @@
 
 namespace {
 
-bool environment_allows(const char* variable) {
+// By an environment variable that is not empty: "0" forbids, anything else allows.
+bool environment_allows(const char* variable, bool otherwise) {
   const char* value = std::getenv(variable);
-  return value != nullptr && *value != '\0' && std::strcmp(value, "0") != 0;
+  return value == nullptr || *value == '\0' ? otherwise : std::strcmp(value, "0") != 0;
 }
 std::atomic<bool>& tf32() {
-  static std::atomic<bool> allowed(environment_allows("TORCH_PNN_ALLOW_TF32"));
+  static std::atomic<bool> allowed(environment_allows("TORCH_PNN_ALLOW_TF32", false));
   return allowed;
 }
 std::atomic<bool>& wgmma() {
-  static std::atomic<bool> allowed(environment_allows("TORCH_PNN_ALLOW_WGMMA"));
+  static std::atomic<bool> allowed(environment_allows("TORCH_PNN_ALLOW_WGMMA", true));
   return allowed;
 }
 

@@ -9,7 +9,7 @@
 extern "C" __attribute__((visibility("default"))) bool torch_pnn_tf32_allowed();
 extern "C" __attribute__((visibility("default"))) void torch_pnn_allow_tf32(bool allowed);
 
-// Whether Hopper's asynchronous products may be used, by TORCH_PNN_ALLOW_WGMMA in the same way.
+// Whether Hopper's asynchronous products may be used, true until TORCH_PNN_ALLOW_WGMMA=0 or a caller says no.
 extern "C" __attribute__((visibility("default"))) bool torch_pnn_wgmma_allowed();
 extern "C" __attribute__((visibility("default"))) void torch_pnn_allow_wgmma(bool allowed);
 

@@ -122,9 +122,10 @@ def _kernel(name: str, silent: str | None, once: _Once) -> Callable[..., Any]:
     return kernel
 
 
-def _setting(variable: str) -> Callable[[bool | None], bool]:
+def _setting(variable: str, default: bool) -> Callable[[bool | None], bool]:
     """A setting that an environment variable starts: takes the new value, or None to ask only, and returns it."""
-    state = [os.environ.get(variable, "0") not in ("", "0")]
+    given = os.environ.get(variable, "")
+    state = [given != "0" if given else default]
 
     def ask(value: bool | None = None) -> bool:
         if value is not None:
@@ -149,8 +150,8 @@ def register_kernels(library: torch.library.Library, *, with_cpu: bool) -> None:
     if with_cpu:
         library.impl("_isa_name", lambda: "none", "CompositeExplicitAutograd")
         library.impl("_library_version", lambda: "none", "CompositeExplicitAutograd")
-        library.impl("_allow_tf32", _setting("TORCH_PNN_ALLOW_TF32"), "CompositeExplicitAutograd")
-        library.impl("_allow_wgmma", _setting("TORCH_PNN_ALLOW_WGMMA"), "CompositeExplicitAutograd")
+        library.impl("_allow_tf32", _setting("TORCH_PNN_ALLOW_TF32", False), "CompositeExplicitAutograd")
+        library.impl("_allow_wgmma", _setting("TORCH_PNN_ALLOW_WGMMA", True), "CompositeExplicitAutograd")
 
 
 # --------------------------------------------------------------------------------------------------------------------

@@ -197,10 +197,10 @@ int main(int argc, char** argv) try {
   torch_pnn::allow_tf32(true);
   TORCH_CHECK(torch_pnn::tf32_allowed(), "TF32 is not allowed, it should be");
   torch_pnn::allow_tf32(false);
-  TORCH_CHECK(!torch_pnn::wgmma_allowed(), "wgmma is allowed, it should not be until it is asked for");
-  torch_pnn::allow_wgmma(true);
-  TORCH_CHECK(torch_pnn::wgmma_allowed(), "wgmma is not allowed, it should be");
+  TORCH_CHECK(torch_pnn::wgmma_allowed(), "wgmma is not allowed, it should be until it is forbidden");
   torch_pnn::allow_wgmma(false);
+  TORCH_CHECK(!torch_pnn::wgmma_allowed(), "wgmma is allowed, it should not be");
+  torch_pnn::allow_wgmma(true);
   std::cout << "libpnn " << torch_pnn::library_version() << " on " << torch_pnn::isa_name() << std::endl;
   const Data data = read(argv[1]);
   functions(data);

@@ -98,6 +98,9 @@ def short_name(mangled: str) -> str:
         way = re.search(r"3WayE(\d)E", arguments)
         if way:
             parts += [[], ["pixels"], ["channels"]][int(way[1])]
+        reading = re.search(r"7ReadingE(\d)E", arguments)
+        if reading:
+            parts.append(["pixels", "channels", "elements"][int(reading[1])])
     return " ".join(parts)
 
 

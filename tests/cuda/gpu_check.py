@@ -16,7 +16,7 @@ Needs a GPU, PyTorch 2.11 or newer with CUDA, CMake, Ninja and nvcc 13; no netwo
   kernels    each kernel's own time in the same cases, by PyTorch's profiler, with and without normalisation
   timings    the cases of benchmarks/ and larger ones, forward and forward + backward, in CUDA graphs with the L2 cache
              flushed, beside the plain composition, torch.compile, cuDNN's 1x1 and 3x3 convolutions, a copy and cuBLAS,
-             with peak memory, and beside what predictions.py says; forward in bfloat16 with allow_wgmma, too
+             with peak memory, and beside what predictions.py says; bfloat16 without allow_wgmma, too
 
 Each phase has its share of the budget and a process of its own, which is ended when its time is up; what it has found
 by then is kept, a phase that fails or crashes does not stop the next ones, and the JSON is written after each.

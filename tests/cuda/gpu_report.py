@@ -18,8 +18,6 @@ MISSED = 1.5
 COPY, PRODUCT, COMPILED = 1.15, 0.55, 0.7
 """Targets: at most this many copies where memory-bound, at least this share of cuBLAS's rate where compute-bound, at
 most this share of torch.compile's time for forward and backward."""
-WGMMA_PRODUCT = 0.75
-"""That of cuBLAS's rate for Hopper's asynchronous products."""
 
 
 def phase_line(name: str, found: dict[str, Any]) -> str:
@@ -152,33 +150,20 @@ def targets(rows: list[dict[str, Any]]) -> list[str]:
     return table(["target", "met", "worst, as a share of what is allowed"], body) if body else []
 
 
-def wgmma(rows: list[dict[str, Any]]) -> list[str]:
-    """Forward by Hopper's asynchronous products beside the other kernel's and the predicted time."""
+def products(rows: list[dict[str, Any]]) -> list[str]:
+    """Microseconds with Hopper's asynchronous products, as they are by default, beside those with mma.sync's."""
     body = []
     for row in rows:
-        ours, other, guess = row.get("wgmma ours"), row.get("forward ours"), row.get("wgmma predicted")
-        if guess is None:
+        if "forward mma.sync" not in row:
             continue
-        of_guess, product = ratio(ours, guess), of_case(rows, row, "cublas")
-        of_copy, of_product = ratio(ours, of_case(rows, row, "copy")), ratio(product, ours)
-        bad_copy = memory_bound(row) and of_copy is not None and of_copy > COPY
-        bad_product = not memory_bound(row) and of_product is not None and of_product < WGMMA_PRODUCT
-        missed = of_guess is not None and not 1 / MISSED <= of_guess <= MISSED
-        body.append(
-            [
-                case_text(row),
-                row["layout"],
-                cell(other, 1),
-                cell(ours, 1),
-                cell(ratio(ours, other)),
-                cell(guess, 1),
-                cell(of_guess, 2, missed),
-                cell(of_copy, 2, bad_copy),
-                cell(of_product, 2, bad_product),
-            ]
-        )
-    head = ["B,C,H,T,M", "layout", "mma.sync", "wgmma", "wgmma / mma.sync", "predicted", "wgmma / predicted"]
-    return table([*head, "wgmma / copy", "cuBLAS / wgmma"], body)
+        body.append([case_text(row), row["type"], row["layout"]])
+        for direction in ("forward", "forward+backward"):
+            other, ours = row.get(f"{direction} mma.sync"), row.get(f"{direction} ours")
+            body[-1] += [cell(other, 1), cell(ours, 1), cell(ratio(ours, other))]
+    each = ["mma.sync", "default", "default / mma.sync"]
+    return table(
+        ["B,C,H,T,M", "type", "layout", *(f"forward, {e}" for e in each), *(f"with backward, {e}" for e in each)], body
+    )
 
 
 PASSES = ("forward", "weight_gradient", "weight_store", "input_gradient", "moments")
@@ -240,7 +225,7 @@ def report(results: dict[str, Any]) -> str:
         for direction in ("forward", "forward+backward"):
             lines += [f"## {direction}: measured beside predicted", "", *predicted(rows, direction), ""]
             lines += [f"## {direction}: beside others, in us", "", *compared(rows, direction), ""]
-        lines += ["## forward by asynchronous products (allow_wgmma), bfloat16, in us", "", *wgmma(rows), ""]
+        lines += ["## With asynchronous products and without (allow_wgmma), in us", "", *products(rows), ""]
         lines += ["## Peak memory, forward + backward, MiB", "", *memory(rows), ""]
     rows = phases.get("kernels", {}).get("rows", [])
     if any(row["kernels_us"] for row in rows):

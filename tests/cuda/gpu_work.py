@@ -316,7 +316,7 @@ def normalised_one(work: Work, dtype: torch.dtype, layout: str, training: bool) 
 
 
 def reference_phase(work: Work) -> None:
-    """Every type, layout and kind of mask; then strides, groups, activations, shared masks, large tiles, wgmma."""
+    """Every type, layout and kind of mask; then strides, groups, activations, shared masks, large tiles."""
     failures: list[str] = []
     worst: dict[str, float] = {}
     cases = skipped = 0
@@ -342,10 +342,14 @@ def reference_phase(work: Work) -> None:
         for layout in LAYOUTS:
             for masks in (1, 2, 4, 8, 16, 64):
                 sizes = (3, 80 if masks < 8 else 24, 8, 8, (40, 72, 136)[masks % 3], masks)
-                todo.append((dtype, dtype, sizes, layout, "uniform", relu | {"wgmma": True}))
+                for kind in ("float32", MMA_SYNC):
+                    todo.append((dtype, dtype, sizes, layout, "uniform", relu | {"kind": kind}))
             # 128 blocks of the two wider tiles.
-            todo.append((dtype, dtype, (4, 80, 80, 80, 72, 1), layout, "uniform", relu | {"wgmma": True}))
-            todo.append((dtype, dtype, (4, 80, 64, 64, 136, 1), layout, "uniform", relu | {"wgmma": True}))
+            todo.append((dtype, dtype, (4, 80, 80, 80, 72, 1), layout, "uniform", relu))
+            # Pixels in pairs and one by one, in whole sixteens of maps.
+            todo.append((dtype, dtype, (3, 32, 14, 14, 136, 2), layout, "uniform", relu))
+            todo.append((dtype, dtype, (5, 64, 7, 7, 72, 1), layout, "uniform", relu))
+            todo.append((dtype, dtype, (4, 80, 64, 64, 136, 1), layout, "uniform", relu | {"kind": MMA_SYNC}))
     if work.rehearse:
         todo = todo[:: len(todo) // 40]
     for one in todo:
@@ -356,9 +360,8 @@ def reference_phase(work: Work) -> None:
         name = f"{str(dtype)[6:]}/{str(weight_dtype)[6:]}"
         where = f"{name} {layout} {noise} {sizes} {options}"
         try:
-            with arithmetic(WGMMA if options.get("wgmma") else "float32"):
-                plain = {key: value for key, value in options.items() if key != "wgmma"}
-                ratios = compare_one(work, *one[:5], plain)
+            with arithmetic(options.get("kind", "float32")):
+                ratios = compare_one(work, *one[:5], {key: value for key, value in options.items() if key != "kind"})
         except (RuntimeError, AssertionError) as error:
             failures.append(f"{where}: {str(error)[:300]}")
             if "CUDA error" in str(error):
@@ -442,7 +445,7 @@ def device_phase(work: Work) -> None:
 
     def float32_is_the_cpus() -> None:
         generator = torch.Generator().manual_seed(4)
-        x, weight = torch.randn(3, 40, 9, 9, generator=generator), torch.randn(24, 80, 1, 1, generator=generator)
+        x, weight = torch.randn(3, 40, 9, 9, generator=generator), torch.randn(72, 80, 1, 1, generator=generator)
         for dtype in (torch.float32, torch.float64):
             ours = both(x.to(device, dtype), weight.to(device, dtype))[:2]
             assert same(ours, both(x.to(dtype), weight.to(dtype))[:2]), f"{dtype}: other bits than the CPU's"
@@ -456,7 +459,7 @@ def device_phase(work: Work) -> None:
         generator = torch.Generator().manual_seed(6)
         side = 8 if work.rehearse else 64
         x = torch.randn(batch, 40, side, side, generator=generator).to(device, dtype)
-        return x, torch.randn(24, 80, 1, 1, generator=generator).to(device, dtype)
+        return x, torch.randn(72, 80, 1, 1, generator=generator).to(device, dtype)
 
     def repeated() -> None:
         for dtype in UNIT:
@@ -718,17 +721,17 @@ def arithmetic(kind: str) -> Iterator[None]:
     torch.backends.cudnn.allow_tf32 = allowed
     torch.backends.cuda.matmul.allow_tf32 = allowed
     torch_pnn.backends.cuda.allow_tf32 = allowed
-    torch_pnn.backends.cuda.allow_wgmma = kind == WGMMA
+    torch_pnn.backends.cuda.allow_wgmma = kind != MMA_SYNC
     try:
         yield
     finally:
-        torch_pnn.backends.cuda.allow_tf32 = torch_pnn.backends.cuda.allow_wgmma = False
+        torch_pnn.backends.cuda.allow_tf32, torch_pnn.backends.cuda.allow_wgmma = False, True
 
 
 KINDS = ("bfloat16", "float32", "tf32")
 """The rows' types, the most telling first."""
-WGMMA = "bfloat16 wgmma"
-"""bfloat16 with Hopper's asynchronous products allowed, forward."""
+MMA_SYNC = "bfloat16 mma.sync"
+"""bfloat16 without Hopper's asynchronous products."""
 
 
 def cases(work: Work) -> list[tuple[int, int, int, int, int]]:
@@ -761,7 +764,7 @@ def kernel_name(whole: str) -> str:
     'forward_kernel<Small, 1>'
     """
     name = re.sub(
-        r"^void |pnn_cuda::|\(anonymous namespace\)::|<unnamed>::|\((?:pnn_cuda::)?(?:Way|Fastest)\)", "", whole
+        r"^void |pnn_cuda::|\(anonymous namespace\)::|<unnamed>::|\((?:pnn_cuda::)?(?:Way|Fastest|Reading)\)", "", whole
     )
     return name.partition("(")[0]
 
@@ -784,9 +787,9 @@ def kernels_phase(work: Work) -> None:
         )  # fmt: skip
 
     for case in cases(work):
-        for kind in (*KINDS, WGMMA):
+        for kind in (*KINDS, MMA_SYNC):
             for layout in LAYOUTS:
-                for norm in (False, True) if kind != WGMMA else (False,):
+                for norm in (False, True) if kind != MMA_SYNC else (False,):
                     key = {"case": list(case), "type": kind, "layout": layout, "norm": norm}
                     if not work.time_left():
                         work.found["unfinished"].append(str(key))
@@ -871,13 +874,10 @@ def time_ours(work: Work, row: dict[str, Any], layer: Layer, timed: Callable[...
         row[f"{direction} predicted"] = round(prediction.time_us, 3)
         row[f"{direction} bound"] = prediction.bound
     timed(row, "forward ours", layer, layer.forward(layer.ours))
-    if layer.kind == "bfloat16" and predictions.wgmma_kernels(layer.case, layer.kind, layer.layout):
-        prediction = predictions.predict(
-            layer.case, layer.kind, "forward", layer.layout, device=work.device_name, wgmma=True
-        )
-        row["wgmma predicted"] = round(prediction.time_us, 3)
-        timed(row, "wgmma ours", layer, layer.forward(layer.ours), WGMMA)
     timed(row, "forward+backward ours", layer, layer.training(layer.ours))
+    if layer.kind == "bfloat16":
+        timed(row, "forward mma.sync", layer, layer.forward(layer.ours), MMA_SYNC)
+        timed(row, "forward+backward mma.sync", layer, layer.training(layer.ours), MMA_SYNC)
     row["clock_mhz"] = clock(work)
     row["peak_bytes ours"] = peak_bytes(work, layer.ours, (layer.x, layer.weight))
 

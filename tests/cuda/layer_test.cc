@@ -531,6 +531,27 @@ TEST_P(CudaWgmma, MixedLayouts) {
   check_wgmma(c);
 }
 
+TEST_P(CudaWgmma, PairsAndSinglePixels) {
+  /* x and y by words of two pixels where no more lie in a row, by elements where an image ends inside a pair. */
+  uint64_t seed = 3250;
+  for (auto [height, width] : {std::pair<int, int>{3, 14}, {7, 7}, {1, 1}, {9, 15}})
+    for (int64_t M : {1, 2, 4, 8, 16})
+      for (int groups : {1, 2}) {
+        Case c = base();
+        c.B = height * width == 1 ? 70 : 3, c.C = M > 8 ? 6 : 32, c.M = M, c.H = height, c.W = width, c.groups = groups;
+        c.T = groups * kWgmmaOutputs[seed % 3] + groups, c.seed = seed++;
+        check_wgmma(c);
+      }
+  for (LayoutKind input : {LayoutKind::kChannelsLast, LayoutKind::kNegative}) { /* y's channels end inside 16 bytes */
+    Case c = base();
+    c.input_layout = input, c.output_layout = LayoutKind::kChannelsLast;
+    c.B = 2, c.C = 32, c.H = 4, c.W = 7, c.T = 44, c.seed = seed++;
+    check_wgmma(c);
+    c.input_layout = LayoutKind::kChannelsLast, c.groups = 2, c.C = 32 + 8, c.M = 4, c.T = 80; /* x's do */
+    check_wgmma(c);
+  }
+}
+
 TEST_P(CudaWgmma, EveryScheduleGivesTheSameBits) {
   for (int64_t outputs : kWgmmaOutputs)
     for (LayoutKind kind : {LayoutKind::kContiguous, LayoutKind::kChannelsLast}) {
@@ -590,26 +611,211 @@ TEST_P(CudaWgmma, BoundedErrors) {
 }
 
 TEST_P(CudaWgmma, OtherLayersAreLeftAlone) {
-  std::vector<Case> cases(10, base());
+  std::vector<Case> cases(8, base());
   for (Case &c : cases) c.B = 2, c.C = 32, c.H = 4, c.W = 8, c.T = 40;
   cases[0].T = 32;
   cases[1].activation = PNN_ACTIVATION_IDENTITY;
   cases[2].M = 3;
+  cases[3].C = 24;
+  cases[4].noise = PNN_NOISE_TENSOR;
+  cases[5].norm = true;
+  set_types(cases[6], {PNN_FLOAT32, cases[6].weight_type});
+  set_types(cases[7], {PNN_FLOAT32, PNN_FLOAT32});
+  for (const Case &c : cases) forward_bits(c, 0, false);
+}
+
+/* ---- the input's gradient by them (input_gradient_wgmma.cu) ---- */
+
+/* Tiles of 64, 128 and 256 maps, chosen as those of outputs are. */
+const int64_t kWgmmaMaps[] = {48, 80, 144};
+
+class CudaWgmmaGradient : public CudaWgmma {
+ protected:
+  Case base() const {
+    Case c = CudaWgmma::base();
+    c.gradients = kGradInput;
+    return c;
+  }
+};
+INSTANTIATE_TEST_SUITE_P(Cuda, CudaWgmmaGradient, testing::Values(2, 3), type_name);
+
+/* dx's bits; `wgmma` tells whether the products must be asynchronous ones. */
+std::vector<uint64_t> gradient_bits(const Case &c, int schedule, bool wgmma, int64_t blocks = 1) {
+  set_schedule(schedule);
+  host::options.tensor_core = host::TensorCore::HOPPER;
+  host::options.wanted_blocks = blocks;
+  Problem p(c);
+  if (c.norm) { /* its statistics */
+    EXPECT_EQ(p.forward(), PNN_OK) << p.error.message;
+  }
+  host::products = 0;
+  EXPECT_EQ(p.backward(), PNN_OK) << p.error.message;
+  EXPECT_EQ(host::products > 0, wgmma) << c.describe();
+  EXPECT_TRUE(p.grad_input.intact_outside()) << c.describe();
+  if (wgmma && blocks == 1) {
+    EXPECT_EQ(host::product_columns, columns_of(c.K() / c.groups)) << c.describe();
+  }
+  host::options = {};
+  return p.grad_input.bits();
+}
+
+void check_gradient(const Case &c) {
+  static int next = 0;
+  const int schedule = next++;
+  SCOPED_TRACE(c.describe());
+  const std::vector<uint64_t> bits = gradient_bits(c, schedule, true);
+  Case other = c;
+  other.wgmma = false;
+  EXPECT_EQ(bits, gradient_bits(other, schedule, false));
+  set_schedule(schedule);
+  host::options.wanted_blocks = 1;
+  check_exact(c, 0);
+  host::options = {};
+}
+
+TEST_P(CudaWgmmaGradient, ExactSums) {
+  /* Outputs that end inside a step of 64, pixels inside a warpgroup's 64, maps inside a tile, groups. */
+  uint64_t seed = 3400;
+  for (LayoutKind kind : {LayoutKind::kContiguous, LayoutKind::kChannelsLast})
+    for (int64_t M : {1, 2, 4, 8, 16, 32, 64}) {
+      Case c = base();
+      set_layouts(c, kind);
+      c.B = 2, c.H = 5, c.W = 8, c.M = M, c.level = M % 2 ? 0.5 : -1;
+      c.C = M > 8 ? 8 : (kWgmmaMaps[seed % 3] / M + 7) / 8 * 8, c.T = seed % 2 ? 72 : 40, c.seed = seed++;
+      check_gradient(c);
+      c.groups = 2, c.C = M > 8 ? 16 : 2 * c.C, c.T = seed % 2 ? 144 : 16, c.B = 1, c.seed = seed++;
+      check_gradient(c);
+    }
+}
+
+TEST_P(CudaWgmmaGradient, Sizes) {
+  uint64_t seed = 3500;
+  for (int64_t pixels : {8, 64, 72, 200, 264, 520}) { /* of tiles of 64 that warpgroups take in turn */
+    Case c = base();
+    c.T = 16, c.W = pixels, c.C = kWgmmaMaps[seed % 3], c.seed = seed++;
+    check_gradient(c);
+    set_layouts(c, LayoutKind::kChannelsLast);
+    c.W = pixels - 3, c.C = kWgmmaMaps[seed % 3], c.seed = seed++;
+    check_gradient(c);
+  }
+  for (int64_t outputs : {1, 7, 16, 33, 63, 64, 65, 129, 200}) { /* contiguous, they end anywhere */
+    Case c = base();
+    c.T = outputs, c.W = 8, c.C = kWgmmaMaps[seed % 3], c.seed = seed++;
+    check_gradient(c);
+    if (outputs % 8) continue;
+    set_layouts(c, LayoutKind::kChannelsLast);
+    check_gradient(c);
+  }
+  for (int64_t maps : {48, 64, 80, 128, 144, 256, 272, 400}) {
+    Case c = base();
+    c.T = 16, c.W = 8, c.C = maps, c.seed = seed++;
+    check_gradient(c);
+  }
+}
+
+TEST_P(CudaWgmmaGradient, MixedLayouts) {
+  /* x, g and dx each contiguous or channels-last; weights in any layout. */
+  uint64_t seed = 3600;
+  const int64_t masks[] = {1, 4, 2, 16, 8, 1, 32, 2};
+  for (unsigned mixture = 0; mixture < 8; mixture++) {
+    const auto layout = [&](unsigned bit) {
+      return mixture & bit ? LayoutKind::kChannelsLast : LayoutKind::kContiguous;
+    };
+    Case c = base();
+    c.input_layout = layout(1), c.grad_output_layout = layout(2), c.grad_input_layout = layout(4);
+    if (mixture % 2) c.weight_layout = LayoutKind::kNegative;
+    c.M = masks[mixture], c.B = 3, c.T = 24, c.H = 4, c.W = 8, c.C = c.M < 8 ? 48 : 8, c.seed = seed++;
+    check_gradient(c);
+  }
+  Case c = base(); /* channels-last under a stride */
+  set_layouts(c, LayoutKind::kChannelsLast);
+  c.B = 2, c.C = 48, c.H = 9, c.W = 11, c.stride_h = c.stride_w = 2, c.T = 72, c.seed = seed;
+  check_gradient(c);
+}
+
+TEST_P(CudaWgmmaGradient, EveryScheduleGivesTheSameBits) {
+  for (int64_t maps : kWgmmaMaps)
+    for (LayoutKind kind : {LayoutKind::kContiguous, LayoutKind::kChannelsLast}) {
+      Case c = base();
+      set_layouts(c, kind);
+      c.fill = Fill::kRandom, c.level = 0.25;
+      /* Two steps, the last one ragged; of two, three and four warpgroups some have a second tile of pixels. */
+      c.B = 1, c.T = 72, c.M = 2, c.H = 1, c.W = maps > 128 ? 136 : maps > 64 ? 200 : 264, c.C = maps / 2;
+      const std::vector<uint64_t> first = gradient_bits(c, 0, true);
+      for (int i = 1; i < 2 * kSchedules; i++) EXPECT_EQ(gradient_bits(c, i, true), first) << "schedule " << i;
+    }
+}
+
+TEST_P(CudaWgmmaGradient, TheTileDoesNotMatter) {
+  for (int64_t M : {1, 4, 64}) {
+    Case c = base();
+    c.fill = Fill::kRandom, c.C = 192 / M, c.M = M, c.W = 456, c.T = 72;
+    const std::vector<uint64_t> wide = gradient_bits(c, 1, true);
+    for (int64_t blocks : {4, 5, 9, 100}) { /* 4 of 128 pixels by 256 maps, 6 of 192 by 128; then of 64 */
+      EXPECT_EQ(gradient_bits(c, 1, true, blocks), wide);
+      EXPECT_EQ(host::product_columns, blocks == 4 ? 256 : blocks == 5 ? 128 : 64);
+    }
+  }
+}
+
+TEST_P(CudaWgmmaGradient, BoundedErrors) {
+  /* Infinities and NaN among them, in x and in g, which must reach no sum but their own. */
+  uint64_t seed = 3700;
+  double worst = 0;
+  for (Fill fill : {Fill::kRandom, Fill::kCancelling, Fill::kSpecial})
+    for (LayoutKind kind : {LayoutKind::kContiguous, LayoutKind::kChannelsLast})
+      for (int64_t M : {1, 2, 32}) {
+        Case c = base();
+        set_layouts(c, kind);
+        c.B = 2, c.C = M == 32 ? 8 : 48, c.M = M, c.H = 3, c.W = 8, c.T = seed % 2 ? 72 : 24, c.fill = fill;
+        c.level = fill == Fill::kSpecial ? 1e5 : 0.25, c.seed = seed++; /* infinite as float16 */
+        SCOPED_TRACE(c.describe());
+        set_schedule(static_cast<int>(seed));
+        host::options.wanted_blocks = 1;
+        Problem p(c);
+        ASSERT_EQ(p.forward(), PNN_OK) << p.error.message;
+        host::products = 0;
+        ASSERT_EQ(p.backward(), PNN_OK) << p.error.message;
+        EXPECT_GT(host::products, 0);
+        const ReferenceInput in = p.reference_input();
+        Reference<long double> reference(in);
+        ReferenceOutput<long double> out;
+        reference.forward(out);
+        reference.backward(out, in.mean, in.variance);
+        expect_close(p.grad_input, out.grad_input, static_cast<double>(c.T + M) + 8, 0, c, "grad_input", &worst);
+      }
+  std::printf("worst error beyond the last rounding: %.3g u sum|terms|\n", worst);
+  host::options = {};
+}
+
+TEST_P(CudaWgmmaGradient, OtherLayersAreLeftAlone) {
+  std::vector<Case> cases(15, base());
+  for (Case &c : cases) c.B = 2, c.C = 48, c.H = 4, c.W = 8, c.T = 40;
+  cases[0].C = 32;
+  cases[1].activation = PNN_ACTIVATION_IDENTITY;
+  cases[2].M = 3;
   cases[3].W = 7;
-  cases[4].C = 24;
+  cases[4].C = 40;
   cases[5].noise = PNN_NOISE_TENSOR;
   cases[6].norm = true;
   set_types(cases[7], {PNN_FLOAT32, cases[7].weight_type});
   set_types(cases[8], {PNN_FLOAT32, PNN_FLOAT32});
-  cases[9].output_layout = LayoutKind::kChannelsLast, cases[9].T = 44; /* y's channels end inside 16 bytes */
-  for (const Case &c : cases) forward_bits(c, 0, false);
-  Case c = base(); /* and the passes that go back */
-  c.B = 2, c.C = 32, c.H = 4, c.W = 8, c.T = 40, c.gradients = kGradInput;
+  cases[9].grad_output_layout = LayoutKind::kChannelsLast, cases[9].T = 44; /* g's channels end inside 16 bytes */
+  cases[10].grad_input_layout = LayoutKind::kChannelsLast, cases[10].M = 4, cases[10].C = 20; /* dx's */
+  cases[11].C = 1, cases[11].M = 128;
+  cases[12].T = 1793, cases[12].W = 16; /* more outputs than shared memory has room for */
+  cases[13].grad_output_layout = LayoutKind::kNegative;
+  cases[14].grad_input_layout = LayoutKind::kNegative;
+  for (const Case &c : cases) gradient_bits(c, 0, false);
+  Case c = base(); /* without products, and with x's */
+  c.B = 2, c.C = 48, c.H = 4, c.W = 8, c.T = 40, c.gradients = kGradBias;
   Problem p(c);
   ASSERT_EQ(p.forward(), PNN_OK);
   host::products = 0;
   ASSERT_EQ(p.backward(), PNN_OK);
   EXPECT_EQ(host::products, 0);
+  c.gradients |= kGradInput;
+  check_gradient(c);
 }
 
 /* ---- the weight's gradient by asynchronous products (weight_gradient_wgmma.cu) ---- */

@@ -121,11 +121,9 @@ class Runner {
     if (c.noise == PNN_NOISE_TENSOR) make(&p_.mask, PNN_FLOAT32, {c.C, c.M, c.H, c.W}, "mask");
     inputs_ = operands_.size();
     make(&p_.output, c.weight, {c.B, c.T, h, w}, "output");
-    if (!c.wgmma) { /* these are the other calls' */
-      make(&p_.grad_input, c.input, {c.B, c.C, c.H, c.W}, "grad_input");
-      make(&p_.grad_weight, c.weight, {c.T, K / c.groups, 1, 1}, "grad_weight");
-      make(&p_.grad_bias, c.weight, {c.T, 1, 1, 1}, "grad_bias");
-    }
+    make(&p_.grad_input, c.input, {c.B, c.C, c.H, c.W}, "grad_input");
+    make(&p_.grad_weight, c.weight, {c.T, K / c.groups, 1, 1}, "grad_weight");
+    make(&p_.grad_bias, c.weight, {c.T, 1, 1, 1}, "grad_bias");
     if (c.noise == PNN_NOISE_TENSOR) make(&p_.grad_mask, PNN_FLOAT32, {c.C, c.M, c.H, c.W}, "grad_mask");
     if (c.norm) {
       make(&p_.mean, real, {K, 1, 1, 1}, "mean");
@@ -147,7 +145,6 @@ class Runner {
 
   std::string run() {
     for (pnn_pass pass : {PNN_PASS_FORWARD, PNN_PASS_BACKWARD}) {
-      if (c_.wgmma && pass == PNN_PASS_BACKWARD) continue; /* which has no such products */
       size_t bytes = 0;
       pnn_error error;
       if (pnn_cuda_workspace_size(&p_, pass, &bytes, &error) != PNN_OK) stop(error.message);
@@ -244,6 +241,13 @@ const Call calls[] = {
      false, true},
     {PNN_BFLOAT16, PNN_BFLOAT16, 2, 16, 64, 128, 136, 2, 1, 1, PNN_NOISE_UNIFORM, PNN_ACTIVATION_RELU, true, false,
      false, true},
+    /* The input's gradient by them, in its larger tiles. */
+    {PNN_BFLOAT16, PNN_BFLOAT16, 2, 144, 64, 128, 24, 1, 1, 1, PNN_NOISE_UNIFORM, PNN_ACTIVATION_RELU, false, false,
+     false, true},
+    {PNN_FLOAT16, PNN_FLOAT16, 2, 40, 64, 128, 24, 4, 1, 1, PNN_NOISE_UNIFORM, PNN_ACTIVATION_RELU, true, false, false,
+     true},
+    {PNN_FLOAT16, PNN_FLOAT16, 2, 40, 96, 128, 24, 2, 1, 1, PNN_NOISE_UNIFORM, PNN_ACTIVATION_RELU, false, false, false,
+     true},
 };
 
 }  // namespace

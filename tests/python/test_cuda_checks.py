@@ -111,8 +111,8 @@ def test_each_forbidden_or_missing_instruction_is_seen(old: str, new: str, messa
         ),
         ("14input_gradient_kernelIfNS_5SmallELNS_7FastestE0ELNS_3WayE0EEE", "input_gradient float Small depth"),
         (
-            "20forward_wgmma_kernelINS_8bfloat16ENS0_4WideELNS_3WayE1EEEvNS_5LayerElNS_7DividerES6_",
-            "forward_wgmma bfloat16 Wide pixels",
+            "20forward_wgmma_kernelINS_8bfloat16ENS0_4WideELNS_7ReadingE2EEEvNS_5LayerElNS_7DividerES6_",
+            "forward_wgmma bfloat16 Wide elements",
         ),
         ("19wgmma_weight_kernelINS_7float16ENS0_6NarrowEEEvNS_5LayerENS_6MatrixEPT_", "wgmma_weight float16 Narrow"),
     ],

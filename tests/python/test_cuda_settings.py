@@ -16,7 +16,7 @@ import torch
 import torch_pnn
 from torch_pnn._library import status
 
-SETTINGS = ("allow_tf32", "allow_wgmma")
+SETTINGS = {"allow_tf32": False, "allow_wgmma": True}  # and what they are until someone says otherwise
 
 
 @pytest.fixture(autouse=True)
@@ -41,10 +41,10 @@ def same(ours: list[torch.Tensor], theirs: list[torch.Tensor]) -> bool:
 
 
 @pytest.mark.parametrize("name", SETTINGS)
-def test_is_off_until_asked_for(name: str) -> None:
+def test_is_the_default_until_the_environment_or_a_caller_says_otherwise(name: str) -> None:
     code = f"import torch_pnn; print(torch_pnn.backends.cuda.{name})"
     variable = f"TORCH_PNN_{name.upper()}"
-    for value, expected in ((None, "False"), ("0", "False"), ("", "False"), ("1", "True")):
+    for value, expected in ((None, str(SETTINGS[name])), ("0", "False"), ("", str(SETTINGS[name])), ("1", "True")):
         environment = {k: v for k, v in os.environ.items() if k != variable}
         if value is not None:
             environment[variable] = value
@@ -68,14 +68,15 @@ def test_is_kept_without_the_compiled_operators_too(tmp_path: Path, name: str) -
 
 @pytest.mark.parametrize("name", SETTINGS)
 def test_is_seen_by_every_thread(name: str) -> None:
-    setattr(torch_pnn.backends.cuda, name, True)
+    setattr(torch_pnn.backends.cuda, name, not SETTINGS[name])
     seen = []
     thread = threading.Thread(
         target=lambda: seen.extend(getattr(torch_pnn.backends.cuda, one) for one in (name, *SETTINGS))
     )
     thread.start()
     thread.join()
-    assert seen == [True, *(one == name for one in SETTINGS)]  # and the other one is left alone
+    assert seen[0] is not SETTINGS[name]
+    assert seen[1:] == [value ^ (one == name) for one, value in SETTINGS.items()]  # and the other one is left alone
 
 
 @pytest.mark.parametrize("name", SETTINGS)
@@ -90,9 +91,9 @@ def test_refuses_what_is_not_a_bool(name: str, value: object) -> None:
 def test_wgmma_changes_nothing_on_the_cpu(dtype: torch.dtype) -> None:
     layer = torch_pnn.PerturbConv2d(16, 40, 1, seed=5).to(dtype)
     x = torch.randn(2, 16, 4, 8, generator=torch.Generator().manual_seed(1)).to(dtype)
-    exact = layer(x)
-    torch_pnn.backends.cuda.allow_wgmma = True
-    assert torch.equal(layer(x), exact)
+    allowed = layer(x)
+    torch_pnn.backends.cuda.allow_wgmma = False
+    assert torch.equal(layer(x), allowed)
 
 
 def test_changes_nothing_on_the_cpu() -> None:

@@ -1,0 +1,452 @@
+/*
+ * input_gradient_wgmma.cu - dx of plain 16-bit layers (response.h) by Hopper's asynchronous products, for sm_90a alone.
+ *
+ * As in input_gradient.cu, da = V'g, then through relu's derivative and summed over a channel's masks, but transposed:
+ * D [pixel][map] += A [pixel][output] * B [output][map], 64 pixels to a warpgroup. A is g, in the very registers from
+ * which the tensor cores read it; B is V, all outputs of a block's maps, which stay in shared memory while the block
+ * goes through its pixels: after one barrier in the beginning its warpgroups never wait for each other, so that one
+ * goes from da to dx while another's products run.
+ *
+ *     g --ld.global, a step ahead--> registers: A, four products in turn --> wgmma --> D, da
+ *     V --cp.async, once--> shared memory, in wgmma's order -----------------^         |
+ *     x --ld.global, before the products or 64 maps ahead--> registers, with masks: u  +--> relu', sums --> dx
+ *
+ * Depths, rows and columns of a product stand in the order of wgmma.h:
+ *
+ *     depths   thread t's, of a step's four products together, are the outputs 16 t to 16 t + 15
+ *     rows     g and g + 8 are neighbouring pixels: one word of g, x and dx where the pixels are contiguous
+ *     columns  thread t's, of 64, are the maps 16 t to 16 t + 15: one Philox call's
+ *
+ * d's sum over masks has one order: in a thread map by map, then, of 32 and 64 masks, over the two or four threads.
+ */
+#include <string>
+
+#include "kernels.h"
+#include "response.h"
+#include "tile.h"
+#include "wgmma.h"
+
+namespace pnn_cuda {
+namespace {
+
+constexpr uint32_t PIXELS = 64; /* of a warpgroup's tile */
+
+/* Tiles: as many maps as registers hold sums of, and warpgroups that use a multiprocessor's registers: one block to
+ * each. */
+struct Wide {
+  static constexpr int maps = 256, warpgroups = 2;
+};
+struct Middle {
+  static constexpr int maps = 128, warpgroups = 3;
+};
+struct Narrow {
+  static constexpr int maps = 64, warpgroups = 4;
+};
+constexpr int64_t MOST_BYTES = 224 * 1024; /* of shared memory that V may take: a Hopper block has 227 KiB */
+
+template <class S>
+struct Shape {
+  static constexpr int threads = 128 * S::warpgroups;
+  static constexpr int step_bytes = STEP * S::maps * 2;
+};
+
+/* What a launch adds to the layer: the blocks of one piece of the pixels follow each other, one for each tile of maps,
+ * so that g comes from the L2 cache but for the first time. The first `more` pieces are of one tile more. */
+struct Grid {
+  Divider by_rows, by_map_tiles; /* tiles of maps of all groups, of one */
+  int tiles, more;
+  int64_t input, grad_output, grad_input; /* bytes from channel to channel */
+};
+
+/* g of a thread's two pixels and sixteen outputs, as it comes from memory. A word has two pixels of an output or, where
+ * the channels are contiguous, two outputs of a pixel. Beyond the outputs A is 0: no infinity may meet V's zeros there.
+ * (The channels' words are made zeros when A is made, of any number that is there: were they copied to A as they are,
+ * that would be done, and waited for, at the load.) */
+template <Fastest G>
+struct Operand {
+  static constexpr bool ROWS = G == ROWS_FASTEST;
+  uint32_t words[16];
+  const char *from[ROWS ? 1 : 2]; /* the next ones */
+  int left;                       /* outputs from the next ones on */
+
+  /* The first ones of a tile, of which nothing is read unless `wanted`. */
+  PNN_DEVICE void move_to(const Layer &layer, const Grid &grid, int64_t group, const Place place[2], bool wanted) {
+    const int quad = thread_index() % 4;
+    const View &g = layer.grad_output;
+    left = wanted ? static_cast<int>(layer.group_outputs) - quad * 16 : 0;
+#pragma unroll
+    for (int p = 0; p < (ROWS ? 1 : 2); p++)
+      from[p] = g.data + place_in(g, place[p]) * 2 +
+                (group * layer.group_outputs + (left > 0 ? quad * 16 : 0)) * grid.grad_output;
+  }
+  /* Goes on where `other` is. */
+  PNN_DEVICE void follow_if(bool wanted, const Operand &other) {
+    left = wanted ? other.left : left;
+#pragma unroll
+    for (int p = 0; p < (ROWS ? 1 : 2); p++) from[p] = wanted ? other.from[p] : from[p];
+  }
+  /* What the step's products `product` need, in turn. */
+  PNN_DEVICE void load([[maybe_unused]] const Grid &grid, int product) {
+    if constexpr (ROWS) {
+#pragma unroll
+      for (int i = product * 4; i < product * 4 + 4; i++) {
+        words[i] = load_global_or_zero(i < left, reinterpret_cast<const uint32_t *>(from[0]));
+        from[0] = keep(from[0] + grid.grad_output); /* or its multiples would wait in registers */
+      }
+      if (product == PRODUCTS - 1) from[0] += (STEP - 16) * grid.grad_output;
+    } else if (product % 2) { /* eight outputs, there or not */
+      const int half = product / 2, offset = half && left > 8 ? 16 : 0, step = left > STEP ? STEP * 2 : 0;
+#pragma unroll
+      for (int p = 0; p < 2; p++) {
+        const words4 v = load_global(reinterpret_cast<const words4 *>(from[p] + offset));
+#pragma unroll
+        for (int i = 0; i < 4; i++) words[p * 8 + half * 4 + i] = v.w[i];
+        if (half) from[p] += step;
+      }
+    }
+    if (product == PRODUCTS - 1) left -= STEP;
+  }
+  /* A of a product; `here` of the outputs are left from this thread's first one on. */
+  PNN_DEVICE void make(int product, int here, uint32_t a[4]) const {
+#pragma unroll
+    for (int i = 0; i < 4; i++) {
+      const int p = i % 2, k = product * 4 + i / 2 * 2;
+      if constexpr (ROWS)
+        a[i] = permute(words[k], words[k + 1], p ? 0x7632 : 0x5410);
+      else
+        a[i] = words[p * 8 + k / 2] & (k / 8 * 8 < here ? 0xffffffffu : 0);
+    }
+  }
+};
+
+/* The two pixels of this thread in a tile; those beyond the last column are the first one of all. A plain layer's
+ * columns are below 2^31. */
+PNN_DEVICE void place_pixels(const Layer &layer, int tile, Place place[2], bool there[2]) {
+  const int thread = thread_index() % 128, first = thread / 32 * 16 + thread % 32 / 4 * 2;
+#pragma unroll
+  for (int p = 0; p < 2; p++) {
+    const uint32_t column = static_cast<uint32_t>(tile) * PIXELS + static_cast<uint32_t>(first + p);
+    there[p] = column < static_cast<uint32_t>(layer.columns);
+    place[p] = place_make<true>(layer, there[p] ? column : 0);
+  }
+}
+
+/* Both pixels' calls in one: they share the keys, which have no registers of their own. */
+PNN_DEVICE void philox_both(uint32_t words[2][4], uint64_t seed) {
+  uint32_t k0 = keep(static_cast<uint32_t>(seed)), k1 = keep(static_cast<uint32_t>(seed >> 32));
+#pragma unroll
+  for (int round = 0; round < 10; round++) {
+#pragma unroll
+    for (int p = 0; p < 2; p++) philox_round(words[p], k0, k1);
+    k0 += 0x9E3779B9u;
+    k1 += 0xBB67AE85u;
+  }
+}
+
+/* dx of two pixels' COUNT channels, the first of which is at `to`. */
+template <class D, int COUNT>
+PNN_DEVICE void store_channels(const Layer &layer, const Grid &grid, char *const to[2], const bool there[2],
+                               const float sum[2][COUNT]) {
+  if (layer.grad_input_staging == STAGE_PIXELS) { /* in whole runs of eight: both are there or neither */
+    char *at = to[0];
+#pragma unroll
+    for (int c = 0; c < COUNT; c++, at += grid.grad_input)
+      store_global_if(there[0], reinterpret_cast<uint32_t *>(at), round_pair(D{}, sum[0][c], sum[1][c]));
+    return;
+  }
+#pragma unroll
+  for (int p = 0; p < 2; p++) {
+    if (!there[p]) continue;
+    if constexpr (COUNT == 1) {
+      *reinterpret_cast<D *>(to[p]) = round_to(D{}, sum[p][0]);
+    } else {
+      uint32_t words[COUNT / 2];
+#pragma unroll
+      for (int i = 0; i < COUNT / 2; i++) words[i] = round_pair(D{}, sum[p][2 * i], sum[p][2 * i + 1]);
+      if constexpr (COUNT >= 8) {
+#pragma unroll
+        for (int i = 0; i < COUNT / 8; i++)
+          store_global(reinterpret_cast<words4 *>(to[p]) + i,
+                       words4{{words[4 * i], words[4 * i + 1], words[4 * i + 2], words[4 * i + 3]}});
+      } else if constexpr (COUNT == 4) {
+        *reinterpret_cast<uint64_t *>(to[p]) = static_cast<uint64_t>(words[1]) << 32 | words[0];
+      } else {
+        *reinterpret_cast<uint32_t *>(to[p]) = words[0];
+      }
+    }
+  }
+}
+
+/* All of a block: its map tile's V is on its way to `weight`. */
+template <class D, class S, Fastest G, Way WAY, int MASKS>
+PNN_DEVICE void run_block(const Layer &layer, const Grid &grid, int64_t group, int64_t map_first, int tile, int last,
+                          const char *weight) {
+  using H = Shape<S>;
+  constexpr bool ALONG = WAY == PLAIN_PIXELS;
+  constexpr int COUNT = SIXTEEN / MASKS, BLOCKS = S::maps / 64;
+  constexpr int STORED = MASKS == 1 ? 8 : COUNT; /* channels whose sums wait in registers for the others */
+  const int quad = thread_index() % 4, shift = layer.masks_shift;
+  const int steps = static_cast<int>((layer.group_outputs + STEP - 1) / STEP);
+  /* This thread's maps are sixteen of each 64 from the first on, of `maps` in all; x of those that aren't there is the
+   * last one's that is, or the group's first, and not used. */
+  const int first = static_cast<int>(map_first) + quad * 16, maps = static_cast<int>(layer.group_maps);
+  const int in_tile = maps - static_cast<int>(map_first);                /* or more */
+  const int outputs = static_cast<int>(layer.group_outputs) - quad * 16; /* from this thread's first one on */
+  const uint64_t seed = seed_read(layer);
+
+  Place place[2];
+  bool there[2];
+  Operand<G> g, next;
+  place_pixels(layer, tile, place, there);
+  g.move_to(layer, grid, group, place, tile < last);
+#pragma unroll
+  for (int product = 0; product < PRODUCTS; product++) g.load(grid, product);
+  copy_wait<0>();
+  shared_to_products();
+  __syncthreads(); /* all threads' parts of V are there */
+
+  /* blockIdx.y is 0: with it the assembler keeps the constant in a register, not the four selectors of its bytes. */
+  const uint32_t lattice = LATTICE + blockIdx.y;
+
+  uint32_t a[PRODUCTS][4];
+  float d[S::maps / 2];
+#pragma unroll 1
+  for (; tile < last; tile += S::warpgroups) {
+    place_pixels(layer, tile + S::warpgroups, place, there);
+    next.move_to(layer, grid, group, place, tile + S::warpgroups < last);
+    place_pixels(layer, tile, place, there);
+    uint32_t row[2], column[2];
+    const char *from[2];
+    char *to[2];
+    const int own = keep(first); /* what could be made of it before all tiles would wait in registers */
+    const int64_t channels = group * layer.group_channels;
+#pragma unroll
+    for (int p = 0; p < 2; p++) {
+      const Pixel pixel = pixel_make(layer, place[p]);
+      row[p] = pixel.row, column[p] = pixel.column;
+      from[p] = layer.input.data + place_in(layer.input, place[p]) * 2 +
+                (channels + ((own < maps ? own : 0) >> shift)) * grid.input;
+      to[p] = layer.grad_input.data + place_in(layer.grad_input, place[p]) * 2 +
+              (channels + (own >> shift)) * grid.grad_input;
+    }
+    Inputs<D, ALONG, MASKS> x;
+    x.load(0, from, grid.input);
+    x.load(1, from, grid.input);
+#pragma unroll
+    for (int i = 0; i < S::maps / 2; i++) d[i] = 0;
+    products_start(d);
+#pragma unroll 1
+    for (int step = 0; step < steps; step++) {
+      const char *const v = weight + step * H::step_bytes;
+      g.follow_if(step + 1 == steps, next); /* what is loaded in the last step is the next tile's */
+#pragma unroll
+      for (int product = 0; product < PRODUCTS; product++) {
+        products_wait<PRODUCTS - 1>(); /* the one that read a[product] is done */
+        g.make(product, outputs - step * STEP, a[product]);
+        products_operand(a[product]);
+        products_add(D{}, d, a[product], matrix_descriptor(v + product * 2 * S::maps * 16, S::maps * 16, 128));
+        products_commit();
+        g.load(grid, product);
+      }
+    }
+    /* What could be made of these before the products would wait in registers until here. */
+    const int here = keep(first);
+    uint32_t words[2][4],
+        number = static_cast<uint32_t>(group * layer.group_maps / 16) + static_cast<uint32_t>(here / 16);
+    const auto generate = [&] {
+#pragma unroll
+      for (int p = 0; p < 2; p++) words[p][0] = column[p], words[p][1] = row[p], words[p][2] = number, words[p][3] = 0;
+      philox_both(words, seed);
+      number += 64 / 16;
+    };
+#pragma unroll
+    for (int p = 0; p < 2; p++) row[p] = keep(row[p]), column[p] = keep(column[p]);
+    generate(); /* while the last products run */
+    products_finish(d);
+#pragma unroll
+    for (int block = 0; block < BLOCKS; block++) {
+      if (block * 64 >= in_tile) break;
+      if (block > 0) generate();
+      const int k = here + block * 64;
+      if (block + 1 < BLOCKS) {
+        const int64_t step = k + 64 < maps ? (64 >> shift) * grid.input : 0;
+#pragma unroll
+        for (int p = 0; p < 2; p++) from[p] += step;
+      }
+      float sum[2][STORED];
+#pragma unroll
+      for (int half = 0; half < 2; half++) {
+#pragma unroll
+        for (int p = 0; p < 2; p++)
+#pragma unroll
+          for (int e = half * 8; e < half * 8 + 8; e++) {
+            const float u = x.value(p, e) + layer.level_float * lattice_in(words[p][e / 4], e % 4, lattice);
+            const float da = d[block * 32 + e / 2 * 4 + p * 2 + e % 2], t = u <= 0 ? 0.0f : da;
+            float &s = sum[p][e / MASKS % STORED];
+            s = e % MASKS == 0 ? t : s + t;
+          }
+        if (block + 1 < BLOCKS) x.load(half, from, grid.input);
+        if (half == 0 && STORED == COUNT) continue;
+        bool wanted = k < maps;
+        if constexpr (MASKS == 16) {
+#pragma unroll
+          for (int more = 1; more < 4; more *= 2)
+            if (shift > 3 + more) {
+#pragma unroll
+              for (int p = 0; p < 2; p++) sum[p][0] += __shfl_xor_sync(0xffffffffu, sum[p][0], more);
+              wanted = wanted && !(quad & more);
+            }
+        }
+        const bool both[2] = {wanted && there[0], wanted && there[1]};
+        store_channels<D, STORED>(layer, grid, to, both, sum);
+        const int64_t step = STORED < COUNT ? (half ? 64 - STORED : STORED) : 64 >> shift;
+#pragma unroll
+        for (int p = 0; p < 2; p++) to[p] += step * grid.grad_input;
+      }
+    }
+  }
+}
+
+template <class D, class S, Fastest G, Way WAY>
+__global__ void __launch_bounds__(Shape<S>::threads, 1)
+    input_gradient_wgmma_kernel(const __grid_constant__ Layer layer, const __grid_constant__ Grid grid) {
+  using H = Shape<S>;
+  PNN_SHARED_MEMORY(memory);
+  const int thread = thread_index();
+  int64_t row, map_tile;
+  const int piece = static_cast<int>(divide<true>(grid.by_rows, blockIdx.x, &row));
+  const int64_t group = divide<true>(grid.by_map_tiles, row, &map_tile), map_first = map_tile * S::maps;
+  const int bytes = static_cast<int>((layer.group_outputs + STEP - 1) / STEP) * H::step_bytes;
+  const char *const weight = layer.weight + row * bytes;
+#pragma unroll 4
+  for (int i = thread * 16; i < bytes; i += H::threads * 16) copy_async16(memory + i, weight + i, 16);
+  copy_commit();
+  const int begin = piece * grid.tiles + (piece < grid.more ? piece : grid.more);
+  const int last = begin + grid.tiles + (piece < grid.more), tile = begin + thread / 128;
+  if (layer.masks_shift == 0)
+    run_block<D, S, G, WAY, 1>(layer, grid, group, map_first, tile, last, memory);
+  else if (layer.masks_shift == 1)
+    run_block<D, S, G, WAY, 2>(layer, grid, group, map_first, tile, last, memory);
+  else if (layer.masks_shift == 2)
+    run_block<D, S, G, WAY, 4>(layer, grid, group, map_first, tile, last, memory);
+  else if (layer.masks_shift == 3)
+    run_block<D, S, G, WAY, 8>(layer, grid, group, map_first, tile, last, memory);
+  else
+    run_block<D, S, G, WAY, 16>(layer, grid, group, map_first, tile, last, memory);
+}
+
+/* ---- the host's side ---- */
+
+/* The multiprocessors of the current device. */
+int64_t multiprocessors() {
+#if defined(__CUDACC__)
+  int device = 0, count = 0;
+  if (cudaGetDevice(&device) == cudaSuccess &&
+      cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device) == cudaSuccess && count > 0)
+    return count;
+#endif
+  return wanted_blocks();
+}
+
+/* Pieces to cut the pixels into, `rows` blocks each: those that leave the fewest multiprocessors idle in the last round
+ * of blocks, in the first one if that is good enough. Results do not depend on it. */
+int64_t pieces_of(int64_t rows, int64_t tiles) {
+  const int64_t processors = multiprocessors();
+  int64_t best = 1, best_blocks = 0, best_rounds = 1;
+  for (int64_t rounds = ceil_div(rows, processors), end = rounds + 8; rounds < end; rounds++) {
+    const int64_t pieces = rounds * processors / rows, blocks = pieces * rows;
+    if (blocks * best_rounds > best_blocks * rounds) best = pieces, best_blocks = blocks, best_rounds = rounds;
+    if (best_blocks * 10 >= best_rounds * processors * 9) break;
+  }
+  return best < tiles ? best : tiles;
+}
+
+int64_t weight_bytes(const Layer &layer, int64_t maps) { return ceil_div(layer.group_outputs, STEP) * STEP * maps * 2; }
+
+/* The widest tile that the maps fill by more than half, that gives a large GPU enough blocks, and whose V has room.
+ * Results do not depend on it. */
+template <class S>
+bool is_chosen(const Layer &layer) {
+  return layer.group_maps > S::maps / 2 && weight_bytes(layer, S::maps) <= MOST_BYTES &&
+         ceil_div(layer.group_maps, S::maps) * ceil_div(layer.columns, S::warpgroups * int64_t{PIXELS}) *
+                 layer.groups >=
+             wanted_blocks();
+}
+
+template <class D, class S, Fastest G, Way WAY>
+Status launch(const Layer &layer, Stream stream) {
+  const int64_t map_tiles = ceil_div(layer.group_maps, S::maps), rows = map_tiles * layer.groups;
+  const int64_t tiles = ceil_div(layer.columns, PIXELS), pieces = pieces_of(rows, tiles);
+  const Grid grid = {divider_make(rows),
+                     divider_make(map_tiles),
+                     static_cast<int>(tiles / pieces),
+                     static_cast<int>(tiles % pieces),
+                     layer.input.channel * 2,
+                     layer.grad_output.channel * 2,
+                     layer.grad_input.channel * 2};
+  const auto kernel = input_gradient_wgmma_kernel<D, S, G, WAY>;
+  Status status;
+  PNN_LAUNCH(status, kernel, rows * pieces, Shape<S>::threads, static_cast<size_t>(weight_bytes(layer, S::maps)),
+             stream, layer, grid);
+  return status;
+}
+
+template <class D, class S, Fastest G>
+Status choose_way(const Layer &layer, Stream stream) {
+  return way_of<D>(layer) == PLAIN_PIXELS ? launch<D, S, G, PLAIN_PIXELS>(layer, stream)
+                                          : launch<D, S, G, PLAIN_CHANNELS>(layer, stream);
+}
+
+template <class D, class S>
+Status run(const Layer &layer, Matrix weight, void *copy, Stream stream) {
+  const WeightOrder order = {layer.groups,        layer.group_maps,
+                             layer.group_outputs, layer.group_outputs * weight.step[0],
+                             weight.step[1],      weight.step[0]};
+  const Status status = run_wgmma_weight<D, S::maps, 64, true>(order, weight.data, copy, stream);
+  if (status != STATUS_OK) return status;
+  Layer copied = layer;
+  copied.weight = static_cast<const char *>(copy);
+  return layer.grad_output_staging == STAGE_PIXELS ? choose_way<D, S, ROWS_FASTEST>(copied, stream)
+                                                   : choose_way<D, S, DEPTH_FASTEST>(copied, stream);
+}
+
+template <class D>
+Status choose(const Layer &layer, Matrix weight, void *copy, Stream stream) {
+  if (is_chosen<Wide>(layer)) return run<D, Wide>(layer, weight, copy, stream);
+  if (is_chosen<Middle>(layer)) return run<D, Middle>(layer, weight, copy, stream);
+  return run<D, Narrow>(layer, weight, copy, stream);
+}
+
+template <class S>
+void list(Visit visit, const std::string &name) {
+  for (const char *order : {" depth", " rows"})
+    for (const char *way : {" pixels", " channels"}) visit((name + order + way).c_str(), Shape<S>::threads, MOST_BYTES);
+}
+
+}  // namespace
+
+bool input_gradient_wgmma_fits(const Layer &layer, int product) {
+  if (product != PNN_BFLOAT16 && product != PNN_FLOAT16) return false;
+  const auto in_runs = [](int staging, int64_t channels) {
+    return staging == STAGE_PIXELS || (staging == STAGE_CHANNELS && channels % 8 == 0);
+  };
+  return way_of<bfloat16>(layer) != ANY_WAY && in_runs(layer.grad_output_staging, layer.group_outputs) &&
+         in_runs(layer.grad_input_staging, layer.group_channels) && layer.masks <= 64 &&
+         layer.group_maps > Narrow::maps / 2 && weight_bytes(layer, Narrow::maps) <= MOST_BYTES && layer.columns > 0 &&
+         has_wgmma();
+}
+
+void list_input_gradient_wgmma(Visit visit) {
+  for (const std::string type : {"bfloat16", "float16"}) {
+    list<Wide>(visit, "input_gradient_wgmma " + type + " Wide");
+    list<Middle>(visit, "input_gradient_wgmma " + type + " Middle");
+    list<Narrow>(visit, "input_gradient_wgmma " + type + " Narrow");
+  }
+}
+
+Status run_input_gradient_wgmma(const Layer &layer, int product, Matrix weight, void *copy, Stream stream) {
+  if (product == PNN_BFLOAT16) return choose<bfloat16>(layer, weight, copy, stream);
+  return choose<float16>(layer, weight, copy, stream);
+}
+
+}  // namespace pnn_cuda
