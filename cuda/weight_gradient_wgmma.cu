@@ -253,7 +253,7 @@ PNN_DEVICE void add_products(const Layer &layer, const Part &part, char *memory,
   /* x of the pair that is made, and, where a channel's maps need few words, of the next one; elsewhere each half of the
    * sixteen is loaded when it has been used. */
   constexpr bool TWO = MASKS > 1;
-  Inputs<D, PIXELS, MASKS> x, next;
+  Inputs<D, PIXELS, MASKS> x = {}, next = {};
   const auto load_input = [&](Inputs<D, PIXELS, MASKS> &to_, int second, int step, int h) {
     const int64_t *const place = tables[step % TABLES].input + pair + h * HALF;
     const char *const from[2] = {input + place[0], PIXELS ? nullptr : input + place[1]};
