@@ -111,16 +111,27 @@ struct Plan {
 };
 
 /* The number of pieces that the sums over pixels are cut into: as many blocks as run at a time on a large GPU (132
- * multiprocessors, four small ones or two large ones to each), by the sizes alone. */
-void split(Layer &l, bool products, bool is_double) {
+ * multiprocessors, four small ones or two large ones to each), by the sizes alone. Layers whose products may be
+ * asynchronous have the same number where, by their addresses or on this device, they are not. */
+void split(Layer &l, bool products, bool is_double, bool wgmma) {
+  const auto cut = [&](int64_t tiles, int64_t blocks) {
+    const int64_t wanted = PNN_MAX(1, PNN_MIN(ceil_div(l.columns, 256), blocks / PNN_MAX(1, tiles)));
+    l.split_columns = PNN_MAX(64, ceil_div(ceil_div(l.columns, wanted), 64) * 64);
+    l.splits = PNN_MAX(1, ceil_div(l.columns, l.split_columns));
+  };
+#if defined(PNN_CUDA_WGMMA)
+  if (wgmma) {
+    const WgmmaTiles asynchronous = wgmma_weights_tiles(l);
+    return cut(asynchronous.tiles, asynchronous.blocks);
+  }
+#else
+  static_cast<void>(wgmma);
+#endif
   const bool large = products && !is_double && weight_gradient_is_large(l);
   const int64_t rows = large ? 128 : Small::rows, columns = large ? 128 : Small::columns, blocks = large ? 264 : 528;
   const int64_t outputs = ceil_div(l.group_outputs, rows);
   const int64_t maps = products ? ceil_div(l.group_maps, columns) : 1;
-  const int64_t tiles = PNN_MAX(1, outputs * maps * l.groups);
-  const int64_t wanted = PNN_MAX(1, PNN_MIN(ceil_div(l.columns, 256), blocks / tiles));
-  l.split_columns = PNN_MAX(64, ceil_div(ceil_div(l.columns, wanted), 64) * 64);
-  l.splits = PNN_MAX(1, ceil_div(l.columns, l.split_columns));
+  cut(outputs * maps * l.groups, blocks);
 }
 
 Plan plan_make(const pnn_problem &p, pnn_pass pass, pnn_arena *arena) {
@@ -170,7 +181,11 @@ Plan plan_make(const pnn_problem &p, pnn_pass pass, pnn_arena *arena) {
     w.slope = pnn_arena_take(arena, p.maps, p.real_size);
   }
   if (plan.want_totals) {
-    split(l, plan.want_products, p.product_type == PNN_FLOAT64);
+    bool wgmma = false;
+#if defined(PNN_CUDA_WGMMA)
+    wgmma = params.allow_wgmma && plan.want_products && !p.norm && wgmma_weights_may_fit(l, plan.product);
+#endif
+    split(l, plan.want_products, p.product_type == PNN_FLOAT64, wgmma);
     w.totals = pnn_arena_take(arena, l.splits * p.outputs, p.real_size);
   }
   if (plan.want_products) {
@@ -238,7 +253,12 @@ Status backward(const pnn_problem &p, Plan &plan, Stream stream) {
   if (plan.want_totals) {
     l.totals = w.totals;
     l.products = plan.want_products ? w.products : nullptr;
-    PNN_STOP_IF(run_weight_gradient(l, plan.product, stream));
+    bool done = false;
+#if defined(PNN_CUDA_WGMMA)
+    done = params.allow_wgmma && !p.norm && wgmma_weights_fit(l, plan.product);
+    if (done) PNN_STOP_IF(run_weight_gradient_wgmma(l, plan.product, stream));
+#endif
+    if (!done) PNN_STOP_IF(run_weight_gradient(l, plan.product, stream));
     if (p.norm) PNN_STOP_IF(run_join(l, is_double, stream));
     if (params.grad_weight.data || params.grad_bias.data)
       PNN_STOP_IF(run_weight_store(l, is_double, p.norm ? &w.norm : nullptr, matrix_of(params.grad_weight),

@@ -64,8 +64,10 @@ constexpr int blocks_of = !on_tensor_cores<D> || (sizeof(D) == 4 && !PLAIN) ? S:
  * many pieces as it takes, where there are rows and columns for them. Results do not depend on it. */
 #if defined(__CUDACC__)
 inline int64_t wanted_blocks() { return 128; }
+inline int64_t multiprocessors() { return 132; }
 #else
 inline int64_t wanted_blocks() { return cuda_on_host::options.wanted_blocks; }
+inline int64_t multiprocessors() { return cuda_on_host::options.multiprocessors; }
 #endif
 inline bool enough_blocks(const Layer &layer, int64_t rows) {
   return ceil_div(rows, Large::rows) * ceil_div(layer.columns, Large::columns) * layer.groups >= wanted_blocks();
@@ -107,6 +109,18 @@ Status run_input_gradient(const Layer &layer, int product, bool masks, Stream st
 bool input_gradient_wgmma_fits(const Layer &layer, int product);
 Status run_input_gradient_wgmma(const Layer &layer, int product, Matrix weight, void *copy, Stream stream);
 Status run_weight_gradient(const Layer &layer, int product, Stream stream);
+
+/* The same of plain 16-bit layers on Hopper, where the user has allowed it (weight_gradient_wgmma.cu): whether layers
+ * of such sizes may be done so, the tiles of one piece and how many blocks run at a time on a large GPU, and whether
+ * this layer and this device can. */
+struct WgmmaTiles {
+  int64_t tiles, blocks;
+};
+bool wgmma_weights_may_fit(const Layer &layer, int product);
+WgmmaTiles wgmma_weights_tiles(const Layer &layer);
+bool wgmma_weights_fit(const Layer &layer, int product);
+Status run_weight_gradient_wgmma(const Layer &layer, int product, Stream stream);
+
 Status run_moments(const Layer &layer, int dtype, void *parts, Stream stream);
 
 /* Calls visit(kernel, threads, shared memory in bytes) for each kernel of a file, named as in the machine code: for the
@@ -117,6 +131,7 @@ void list_forward_wgmma(Visit visit);
 void list_input_gradient(Visit visit);
 void list_input_gradient_wgmma(Visit visit);
 void list_weight_gradient(Visit visit);
+void list_weight_gradient_wgmma(Visit visit);
 void list_moments(Visit visit);
 
 /* ---- per channel, in double (finish.cu) ---- */

@@ -33,7 +33,10 @@ struct float16 {
 struct tf32 {
   float value;
 };
-/* 16 bytes, as they move in one instruction. */
+/* 8 and 16 bytes, as they move in one instruction. */
+struct alignas(8) words2 {
+  uint32_t w[2];
+};
 struct alignas(16) words4 {
   uint32_t w[4];
 };
@@ -205,6 +208,10 @@ PNN_DEVICE void store_global(words4 *p, words4 v) {
                "r"(v.w[2]), "r"(v.w[3])
                : "memory");
 }
+PNN_DEVICE void store_global(words2 *p, words2 v) {
+  asm volatile("st.global.v2.u32 [%0], {%1, %2};" ::"l"(__cvta_generic_to_global(p)), "r"(v.w[0]), "r"(v.w[1])
+               : "memory");
+}
 /* Without a branch around the store. */
 PNN_DEVICE void store_global_if(bool wanted, uint32_t *p, uint32_t v) {
   asm volatile("{ .reg .pred wanted; setp.ne.u32 wanted, %0, 0; @wanted st.global.u32 [%1], %2; }" ::"r"(
@@ -217,6 +224,11 @@ PNN_DEVICE words4 load_global(const words4 *p) {
   asm("ld.global.v4.u32 {%0, %1, %2, %3}, [%4];"
       : "=r"(v.w[0]), "=r"(v.w[1]), "=r"(v.w[2]), "=r"(v.w[3])
       : "l"(__cvta_generic_to_global(p)));
+  return v;
+}
+PNN_DEVICE words2 load_global(const words2 *p) {
+  words2 v;
+  asm("ld.global.v2.u32 {%0, %1}, [%2];" : "=r"(v.w[0]), "=r"(v.w[1]) : "l"(__cvta_generic_to_global(p)));
   return v;
 }
 PNN_DEVICE uint32_t load_global(const uint32_t *p) {
@@ -254,7 +266,7 @@ PNN_DEVICE void note_store(void *, int) {}
  *
  *     products_start(d)            before the first one: d has its first values
  *     products_operand(a)          a has been written
- *     products_add(type, d, a, b)  enqueues one
+ *     products_add(type, d, a, b)  enqueues one; products_add_transposed one whose B lies the other way
  *     products_commit()            those since the last commit are a group
  *     products_wait<PENDING>()     of the groups, at most PENDING still run: the others' a may be written again
  *     products_finish(d)           none runs, and d may be read
@@ -277,20 +289,22 @@ PNN_DEVICE void note_store(void *, int) {}
 #define PNN_SUMS_128 PNN_SUMS_64, PNN_SUMS_16(64), PNN_SUMS_16(80), PNN_SUMS_16(96), PNN_SUMS_16(112)
 
 /* The registers stand among the operands so that no write to them moves behind the fence, no read before the wait. */
-#define PNN_PRODUCTS(n, sums, a0, a1, a2, a3, b, one)                                \
-  PNN_DEVICE void products_start(float(&d)[sums]) {                                  \
-    asm volatile("wgmma.fence.sync.aligned;" : PNN_SUMS_##sums : : "memory");        \
-  }                                                                                  \
-  PNN_DEVICE void products_finish(float(&d)[sums]) {                                 \
-    asm volatile("wgmma.wait_group.sync.aligned 0;" : PNN_SUMS_##sums : : "memory"); \
-  }                                                                                  \
-  PNN_PRODUCT(bfloat16, "bf16", n, sums, a0, a1, a2, a3, b, one)                     \
-  PNN_PRODUCT(float16, "f16", n, sums, a0, a1, a2, a3, b, one)
-#define PNN_PRODUCT(type, name, n, sums, a0, a1, a2, a3, b, one)                                                   \
-  PNN_DEVICE void products_add(type, float(&d)[sums], const uint32_t(&a)[4], uint64_t b_) {                        \
+#define PNN_PRODUCTS(n, sums, a0, a1, a2, a3, b, one)                                        \
+  PNN_DEVICE void products_start(float(&d)[sums]) {                                          \
+    asm volatile("wgmma.fence.sync.aligned;" : PNN_SUMS_##sums : : "memory");                \
+  }                                                                                          \
+  PNN_DEVICE void products_finish(float(&d)[sums]) {                                         \
+    asm volatile("wgmma.wait_group.sync.aligned 0;" : PNN_SUMS_##sums : : "memory");         \
+  }                                                                                          \
+  PNN_PRODUCT(products_add, 0, bfloat16, "bf16", n, sums, a0, a1, a2, a3, b, one)            \
+  PNN_PRODUCT(products_add, 0, float16, "f16", n, sums, a0, a1, a2, a3, b, one)              \
+  PNN_PRODUCT(products_add_transposed, 1, bfloat16, "bf16", n, sums, a0, a1, a2, a3, b, one) \
+  PNN_PRODUCT(products_add_transposed, 1, float16, "f16", n, sums, a0, a1, a2, a3, b, one)
+#define PNN_PRODUCT(function, transposed, type, name, n, sums, a0, a1, a2, a3, b, one)                             \
+  PNN_DEVICE void function(type, float(&d)[sums], const uint32_t(&a)[4], uint64_t b_) {                            \
     asm volatile("{ .reg .pred add; setp.ne.u32 add, %" #one ", 0; wgmma.mma_async.sync.aligned.m64n" #n           \
                  "k16.f32." name "." name " {" PNN_TEXT_##sums "}, {%" #a0 ", %" #a1 ", %" #a2 ", %" #a3 "}, %" #b \
-                                                               ", add, 1, 1, 0; }"                                 \
+                                                               ", add, 1, 1, " #transposed "; }"                   \
                  : PNN_SUMS_##sums                                                                                 \
                  : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b_), "n"(1)                                     \
                  : "memory");                                                                                      \
@@ -463,7 +477,7 @@ inline void multiply_tf32(float c[4], const uint32_t a[4], const uint32_t b[2]) 
 
 inline uint32_t shared_address(const void *p) { return cuda_on_host::shared_address(p); }
 /* The operand's rows and d are spread as mma.sync's are; d[4 n + ...] are columns 8 n + .... */
-template <class T>
+template <class T, bool TRANSPOSED>
 void product_add_twin(const cuda_on_host::Product &product, float *d) {
   const int lane = cuda_on_host::fiber->index % 32;
   float x[2][16];
@@ -473,14 +487,18 @@ void product_add_twin(const cuda_on_host::Product &product, float *d) {
     for (int e = 0; e < 2; e++) {
       float y[16];
       for (int k = 0; k < 16; k++)
-        y[k] = element_of(T{}, cuda_on_host::matrix_element(product.b, k, i * 2 + lane % 4 * 2 + e), 0);
+        y[k] = element_of(T{}, cuda_on_host::matrix_element(product.b, k, i * 2 + lane % 4 * 2 + e, TRANSPOSED), 0);
       for (int row = 0; row < 2; row++)
         d[i + row * 2 + e] = cuda_on_host::tensor_core(d[i + row * 2 + e], x[row], y, 16, smallest_exponent(T{}));
     }
 }
 template <class T, int SUMS>
 void products_add(T, float (&d)[SUMS], const uint32_t (&a)[4], uint64_t b) {
-  cuda_on_host::products_add(d, SUMS, a, b, product_add_twin<T>);
+  cuda_on_host::products_add(d, SUMS, a, b, product_add_twin<T, false>);
+}
+template <class T, int SUMS>
+void products_add_transposed(T, float (&d)[SUMS], const uint32_t (&a)[4], uint64_t b) {
+  cuda_on_host::products_add(d, SUMS, a, b, product_add_twin<T, true>);
 }
 template <int SUMS>
 void products_start(float (&d)[SUMS]) {
@@ -522,6 +540,10 @@ inline void store_global(words4 *p, words4 v) {
   if (reinterpret_cast<uintptr_t>(p) % 16) cuda_on_host::fail("a misaligned store to device memory");
   *p = v;
 }
+inline void store_global(words2 *p, words2 v) {
+  if (reinterpret_cast<uintptr_t>(p) % 8) cuda_on_host::fail("a misaligned store to device memory");
+  *p = v;
+}
 inline void store_global_if(bool wanted, uint32_t *p, uint32_t v) {
   if (!wanted) return;
   if (reinterpret_cast<uintptr_t>(p) % 4) cuda_on_host::fail("a misaligned store to device memory");
@@ -529,6 +551,10 @@ inline void store_global_if(bool wanted, uint32_t *p, uint32_t v) {
 }
 inline uint32_t load_global(const uint32_t *p) {
   if (reinterpret_cast<uintptr_t>(p) % 4) cuda_on_host::fail("a misaligned load from device memory");
+  return *p;
+}
+inline words2 load_global(const words2 *p) {
+  if (reinterpret_cast<uintptr_t>(p) % 8) cuda_on_host::fail("a misaligned load from device memory");
   return *p;
 }
 inline words4 load_global(const words4 *p) {
@@ -551,6 +577,11 @@ inline void note_store(void *p, int bytes) { cuda_on_host::count_access(cuda_on_
 PNN_DEVICE uint64_t matrix_descriptor(const void *p, int depth_step, int column_step) {
   return static_cast<uint64_t>((shared_address(p) & 0x3ffffu) >> 4) | static_cast<uint64_t>(depth_step >> 4) << 16 |
          static_cast<uint64_t>(column_step >> 4) << 32;
+}
+/* The same for products_add_transposed: a core matrix has eight columns' numbers of one depth in a row, then those of
+ * the next one. (N-major; CUTLASS's make_gmma_desc, "INTERLEAVE", has the leading offset in depth here as well.) */
+PNN_DEVICE uint64_t matrix_descriptor_transposed(const void *p, int depth_step, int column_step) {
+  return matrix_descriptor(p, depth_step, column_step);
 }
 
 PNN_DEVICE float widen(bfloat16 x) { return float_of(static_cast<uint32_t>(x.bits) << 16); }

@@ -86,7 +86,8 @@ struct Options {
   bool late_products = true;
   TensorCore tensor_core = TensorCore::HOPPER;
   bool count_wavefronts = false;
-  int64_t wanted_blocks = 128; /* of larger tiles, for them to be chosen */
+  int64_t wanted_blocks = 128;   /* of larger tiles, for them to be chosen */
+  int64_t multiprocessors = 132; /* that sums are cut into pieces for */
 };
 inline thread_local Options options;
 
@@ -127,6 +128,13 @@ struct Product {
   void (*add)(const Product &, float *sums);
 };
 
+/* The sums of products that run, and how many do. */
+struct Sums {
+  float *at;
+  int pending;
+  std::vector<float> late; /* what late products have added up so far */
+};
+
 /* Registers as a wgmma.fence saw them. */
 struct Registers {
   const void *at;
@@ -153,7 +161,7 @@ struct Fiber {
   std::vector<Product> open_products;
   std::vector<std::vector<Product>> product_groups;
   std::vector<Registers> fenced;
-  std::vector<float> sums;    /* of late products, that have been added up so far */
+  std::vector<Sums> running;  /* those that products add to, each by itself */
   std::vector<Range> written; /* in shared memory by this thread, since its last fence.proxy.async */
 };
 
@@ -540,13 +548,14 @@ inline void shared_to_products() {
 }
 
 /* Sixteen bits of B, whose columns are D's. */
-inline uint16_t matrix_element(uint64_t descriptor, int depth, int column) {
+inline uint16_t matrix_element(uint64_t descriptor, int depth, int column, bool transposed) {
   if (descriptor & ~UINT64_C(0x3fff3fff3fff)) fail("a matrix descriptor that is swizzled, or no descriptor");
   const auto field = [&](int bit) { return static_cast<uint32_t>(descriptor >> bit & 0x3fff) * 16; };
   const uint32_t depth_step = field(16), column_step = field(32);
   const uint32_t address = field(0) + static_cast<uint32_t>(depth / 8) * depth_step +
-                           static_cast<uint32_t>(column / 8) * column_step + static_cast<uint32_t>(column % 8) * 16 +
-                           static_cast<uint32_t>(depth % 8) * 2;
+                           static_cast<uint32_t>(column / 8) * column_step +
+                           static_cast<uint32_t>((transposed ? depth : column) % 8) * 16 +
+                           static_cast<uint32_t>((transposed ? column : depth) % 8) * 2;
   if (address < SHARED_BASE || address + 2 > SHARED_BASE + block->shared_bytes)
     fail("wgmma reads outside of the block's shared memory");
   const size_t at = address - SHARED_BASE;
@@ -572,11 +581,19 @@ inline bool is_fenced(const void *at, int count) {
   return false;
 }
 
+inline std::vector<Sums>::iterator running_sums(const float *sums) {
+  return std::find_if(fiber->running.begin(), fiber->running.end(), [&](const Sums &s) { return s.at == sums; });
+}
+
 inline void products_add(float *sums, int count, const uint32_t *a, uint64_t b,
                          void (*add)(const Product &, float *sums)) {
   if (!is_fenced(a, 4)) fail("wgmma's operand was written after its wgmma.fence");
-  const bool running = !fiber->open_products.empty() || !fiber->product_groups.empty();
-  if (!running && !is_fenced(sums, count)) fail("wgmma's sums were written after their wgmma.fence");
+  if (running_sums(sums) == fiber->running.end()) {
+    if (!is_fenced(sums, count)) fail("wgmma's sums were written after their wgmma.fence");
+    fiber->running.push_back({sums, 0, std::vector<float>(sums, sums + count)});
+    for (int i = 0; options.late_products && i < count; i++) std::memcpy(sums + i, &RUNNING, 4);
+  }
+  running_sums(sums)->pending++;
   const uint64_t address = reinterpret_cast<uintptr_t>(a);
   const uint32_t words[8] = {
       static_cast<uint32_t>(address), static_cast<uint32_t>(address >> 32), a[0], a[1], a[2], a[3],
@@ -592,12 +609,7 @@ inline void products_add(float *sums, int count, const uint32_t *a, uint64_t b,
   }
   products++;
   product_columns = count * 2;
-  if (!options.late_products) {
-    add(product, sums);
-  } else if (!running) {
-    fiber->sums.assign(sums, sums + count);
-    for (int i = 0; i < count; i++) std::memcpy(sums + i, &RUNNING, 4);
-  }
+  if (!options.late_products) add(product, sums);
   fiber->open_products.push_back(product);
 }
 
@@ -612,7 +624,7 @@ inline void products_finish_late(const Product &product) {
   for (int i = 0; i < 4; i++)
     if (std::memcmp(product.operands[i], product.values[i], sizeof product.values[i]))
       fail("wgmma's operand was written while its product ran");
-  product.add(product, fiber->sums.data());
+  product.add(product, running_sums(product.sums)->late.data());
 }
 
 /* All lanes come here before one goes on: until then their operands are what the products read. */
@@ -621,11 +633,14 @@ inline void products_wait(size_t pending) {
   while (fiber->product_groups.size() > pending) {
     const std::vector<Product> group = fiber->product_groups.front();
     fiber->product_groups.erase(fiber->product_groups.begin());
-    for (const Product &product : group)
+    for (const Product &product : group) {
       if (options.late_products) products_finish_late(product);
-    if (group.empty() || !fiber->product_groups.empty() || !fiber->open_products.empty()) continue;
-    if (options.late_products) std::memcpy(group[0].sums, fiber->sums.data(), fiber->sums.size() * sizeof(float));
-    fence_registers(group[0].sums, group[0].count); /* whoever writes them now must do so again */
+      const auto sums = running_sums(product.sums);
+      if (--sums->pending) continue;
+      if (options.late_products) std::copy(sums->late.begin(), sums->late.end(), sums->at);
+      fiber->running.erase(sums);
+      fence_registers(product.sums, product.count); /* whoever writes them now must do so again */
+    }
   }
   warp_barrier(0xffffffffu);
 }

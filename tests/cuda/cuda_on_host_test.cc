@@ -401,6 +401,48 @@ std::vector<float> run_products(ProductBug bug) {
   return d;
 }
 
+/* d[2][64][64] = b[16][64] under two operands a[2][64][16], by two sets of sums that run side by side; b lies the other
+ * way: core matrices of eight depths by eight columns, `depth_step` and `column_step` apart. */
+__global__ void transposed_products(const uint16_t *a, const uint16_t *b, float *d, int depth_step, int column_step,
+                                    bool start_both, bool swapped) {
+  PNN_SHARED_MEMORY(memory);
+  const int thread = thread_index(), lane = thread % 32, row = thread / 32 * 16 + lane / 4;
+  float sums[2][32] = {};
+  products_start(sums[0]);
+  if (start_both) products_start(sums[1]);
+  const int depth = thread / 8, column = thread % 8; /* of core matrices */
+  words4 v;
+  memcpy(&v, b + depth * 64 + column * 8, 16);
+  store_shared(reinterpret_cast<words4 *>(memory + depth / 8 * depth_step + column * column_step + depth % 8 * 16), v);
+  shared_to_products();
+  __syncthreads();
+  uint32_t x[2][4];
+  const uint64_t descriptor = swapped ? matrix_descriptor_transposed(memory, column_step, depth_step)
+                                      : matrix_descriptor_transposed(memory, depth_step, column_step);
+  for (int set = 0; set < 2; set++) {
+    for (int i = 0; i < 4; i++)
+      memcpy(&x[set][i], a + set * 1024 + (row + i % 2 * 8) * 16 + lane % 4 * 2 + i / 2 * 8, 4);
+    products_operand(x[set]);
+    products_add_transposed(bfloat16{}, sums[set], x[set], descriptor);
+    products_commit();
+  }
+  products_wait<1>(); /* the first sums are there, the second ones run */
+  for (int i = 0; i < 32; i++) d[(row + i / 2 % 2 * 8) * 64 + i / 4 * 8 + lane % 4 * 2 + i % 2] = sums[0][i];
+  products_finish(sums[1]);
+  for (int i = 0; i < 32; i++) d[4096 + (row + i / 2 % 2 * 8) * 64 + i / 4 * 8 + lane % 4 * 2 + i % 2] = sums[1][i];
+}
+
+std::vector<float> run_transposed_products(bool start_both, bool swapped) {
+  std::vector<uint16_t> a(2 * 64 * 16), b(16 * 64);
+  for (size_t i = 0; i < a.size(); i++) a[i] = round_to(bfloat16{}, static_cast<float>(i * 7 % 23) - 11).bits;
+  for (size_t i = 0; i < b.size(); i++) b[i] = round_to(bfloat16{}, static_cast<float>(i * 5 % 19) - 9).bits;
+  std::vector<float> d(2 * 64 * 64);
+  const int column_step = 144, depth_step = 8 * column_step + 16;
+  host::launch(transposed_products, dim3(1), dim3(128), 9 * depth_step, a.data(), b.data(), d.data(), depth_step,
+               column_step, start_both, swapped);
+  return d;
+}
+
 template <class Function>
 std::vector<std::vector<float>> under_all_products(Function function) {
   std::vector<std::vector<float>> results;
@@ -435,6 +477,23 @@ TEST(AsynchronousProducts, WhatIsReadOrOverwrittenTooEarlyGivesOtherBits) {
   host::options = {};
   /* The two steps of a descriptor mean different things. */
   EXPECT_NE(run_products(ProductBug::SWAPPED_STEPS), run_products(ProductBug::NONE));
+}
+
+TEST(AsynchronousProducts, TransposedOnesOfTwoSetsOfSums) {
+  const auto results = under_all_products([] { return run_transposed_products(true, false); });
+  EXPECT_EQ(disagreements(results), 0);
+  for (int set = 0; set < 2; set++)
+    for (int i = 0; i < 64; i++)
+      for (int j = 0; j < 64; j++) {
+        int sum = 0;
+        for (int k = 0; k < 16; k++) sum += ((set * 1024 + i * 16 + k) * 7 % 23 - 11) * ((k * 64 + j) * 5 % 19 - 9);
+        ASSERT_EQ(results[0][static_cast<size_t>(set * 4096 + i * 64 + j)], static_cast<float>(sum)) << i << ", " << j;
+      }
+  EXPECT_NE(run_transposed_products(true, true), results[0]);
+}
+
+TEST(AsynchronousProductsDeathTest, EachSetOfSumsIsFencedByItself) {
+  EXPECT_DEATH(run_transposed_products(false, false), "sums were written after their wgmma.fence");
 }
 
 TEST(AsynchronousProductsDeathTest, BrokenRulesAreReported) {

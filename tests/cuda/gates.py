@@ -9,12 +9,12 @@ The tiled kernels may not call functions (CALL; before sm_90 the compiler also w
 instruction, where the threads of a warp meet again: that one is none) nor, unless they compute in double, use double
 precision (DFMA, DADD, DMUL, DSETP, DMNMX, DMMA; a float kernel converts its double `level` once, which is none of
 these); those of 16-bit types and TF32 must use the tensor cores (HMMA) and ldmatrix (LDSM; not TF32 where neither
-operand has its depth in a row); all must copy asynchronously (LDGSTS), but for the moments', which need no tile.
-Those named *_wgmma, of sm_90a alone, must use Hopper's asynchronous products (HGMMA) instead, and wait for all of them
-only where they end: where the assembler can't see that registers are left to a running product it waits behind each
-one, which it tells (C7510 and the like) without failing. A block of each must fit on every multiprocessor. The kernels
-of finish.cu and V's copy, which handle channels, outputs and weights, may do all but spill. (nvcc itself refuses spills
-in a build with warnings as errors.)
+operand has its depth in a row); all must copy asynchronously (LDGSTS), but for the moments', which need no tile, and
+weight_gradient_wgmma, whose operands come through registers. Those named *_wgmma, of sm_90a alone, must use Hopper's
+asynchronous products (HGMMA) instead, and wait for all of them only where they end: where the assembler can't see
+that registers are left to a running product it waits behind each one, which it tells (C7510 and the like) without
+failing. A block of each must fit on every multiprocessor. The kernels of finish.cu and V's copy, which handle
+channels, outputs and weights, may do all but spill. (nvcc itself refuses spills in a build with warnings as errors.)
 
 Registers, shared memory, the blocks that fit on a multiprocessor (by NVIDIA's cuda_occupancy.h, see occupancy.cc) and
 the numbers of instructions are printed as two tables, which must equal tests/cuda/kernels.txt: a change is to be looked
@@ -229,7 +229,7 @@ def check(
         doubles = sorted(op for op in operations if DOUBLE.match(op))
         if "double" not in words and doubles:
             failures.append(f"{where}: {', '.join(doubles)}, double precision")
-        needed = set() if words[0] == "moments" else {"LDGSTS"}
+        needed = set() if words[0] in ("moments", "weight_gradient_wgmma") else {"LDGSTS"}
         if words[0].endswith("_wgmma"):
             needed |= {"HGMMA"}
             if 2 * operations["WAIT_ALL"] > operations["HGMMA"]:

@@ -807,8 +807,8 @@ TEST_P(CudaWgmmaGradient, OtherLayersAreLeftAlone) {
   cases[13].grad_output_layout = LayoutKind::kNegative;
   cases[14].grad_input_layout = LayoutKind::kNegative;
   for (const Case &c : cases) gradient_bits(c, 0, false);
-  Case c = base(); /* without a weight gradient, without x's, and with both */
-  c.B = 2, c.C = 48, c.H = 4, c.W = 8, c.T = 40, c.gradients = kGradWeight | kGradBias;
+  Case c = base(); /* without products, and with x's */
+  c.B = 2, c.C = 48, c.H = 4, c.W = 8, c.T = 40, c.gradients = kGradBias;
   Problem p(c);
   ASSERT_EQ(p.forward(), PNN_OK);
   host::products = 0;
@@ -816,6 +816,250 @@ TEST_P(CudaWgmmaGradient, OtherLayersAreLeftAlone) {
   EXPECT_EQ(host::products, 0);
   c.gradients |= kGradInput;
   check_gradient(c);
+}
+
+/* ---- the weight's gradient by asynchronous products (weight_gradient_wgmma.cu) ---- */
+
+class CudaWgmmaWeights : public testing::TestWithParam<int> {
+ protected:
+  Case base() const {
+    Case c;
+    set_type(c, GetParam());
+    c.placement = Placement::kHeap, c.gradients = kGradWeight | kGradBias, c.wgmma = true;
+    return c;
+  }
+};
+INSTANTIATE_TEST_SUITE_P(Cuda, CudaWgmmaWeights, testing::Values(2, 3), type_name);
+
+/* The gradients' bits; `wgmma` tells whether the products must be asynchronous ones. Of tiles of 64 outputs by 64 maps,
+ * or of 128 or 256 outputs by 128 maps, the widest are chosen that give `wanted_blocks`. */
+std::vector<uint64_t> weight_bits(const Case &c, int schedule, bool wgmma, int64_t wanted_blocks = 1,
+                                  int64_t multiprocessors = 132) {
+  set_schedule(schedule);
+  host::options.tensor_core = host::TensorCore::HOPPER;
+  host::options.wanted_blocks = wanted_blocks, host::options.multiprocessors = multiprocessors;
+  host::products = 0;
+  Problem p(c);
+  EXPECT_EQ(p.backward(), PNN_OK) << p.error.message;
+  EXPECT_EQ(host::products > 0, wgmma) << c.describe();
+  if (wgmma) {
+    const int64_t outputs = c.T / c.groups,
+                  tiles = c.groups * ((c.columns() + 127) / 128) * ((c.samples() + 255) / 256);
+    const bool wide = outputs > 128 && tiles * ((outputs + 255) / 256) >= wanted_blocks;
+    const bool middle = outputs > 64 && tiles * ((outputs + 127) / 128) >= 2 * wanted_blocks;
+    EXPECT_EQ(host::product_columns, wide || middle ? 128 : 64) << c.describe();
+  }
+  host::options = {};
+  std::vector<uint64_t> all = p.grad_weight.bits();
+  if (p.grad_bias.present()) {
+    const std::vector<uint64_t> bias = p.grad_bias.bits();
+    all.insert(all.end(), bias.begin(), bias.end());
+  }
+  return all;
+}
+
+/* Against the other kernel, whose sums have another order, and one case of five against the plain loops: exact ones,
+ * all the same bits. */
+void check_wgmma_weights(const Case &c) {
+  static int next = 0;
+  const int schedule = next++;
+  SCOPED_TRACE(c.describe());
+  const std::vector<uint64_t> bits = weight_bits(c, schedule, true);
+  Case other = c;
+  other.wgmma = false;
+  EXPECT_EQ(bits, weight_bits(other, schedule, false));
+  if (schedule % 5) return;
+  set_schedule(schedule);
+  host::options.wanted_blocks = 1;
+  check_exact(c, 0);
+  host::options = {};
+}
+
+TEST_P(CudaWgmmaWeights, ExactSums) {
+  /* Maps that end inside a tile, pixels inside a step of 64 and inside its halves, outputs inside a tile, groups. */
+  uint64_t seed = 5000;
+  for (LayoutKind kind : {LayoutKind::kContiguous, LayoutKind::kChannelsLast})
+    for (int64_t M : {1, 2, 4, 8, 16, 64}) {
+      Case c = base();
+      set_layouts(c, kind);
+      c.B = 3, c.C = M > 8 ? 8 : M == 8 ? 24 : 80, c.H = 5, c.W = 8, c.M = M, c.level = M % 2 ? 0.5 : -1;
+      c.T = kWgmmaOutputs[seed % 3], c.bias = seed % 4 != 0, c.seed = seed++;
+      if (!c.bias) c.gradients = kGradWeight;
+      check_wgmma_weights(c);
+      c.groups = 2, c.C = M > 8 ? 16 : 32, c.T = 2 * kWgmmaOutputs[seed % 3], c.B = 1, c.seed = seed++;
+      check_wgmma_weights(c);
+    }
+}
+
+TEST_P(CudaWgmmaWeights, Sizes) {
+  uint64_t seed = 5100;
+  for (int64_t pixels : {8, 32, 40, 64, 72, 200, 256}) { /* of one piece: some of a half, a half, both, more steps */
+    Case c = base();
+    c.C = 16, c.W = pixels, c.T = kWgmmaOutputs[seed % 3], c.seed = seed++;
+    check_wgmma_weights(c);
+    set_layouts(c, LayoutKind::kChannelsLast);
+    c.W = pixels - 3, c.T = kWgmmaOutputs[seed % 3], c.seed = seed++;
+    check_wgmma_weights(c);
+  }
+  for (int64_t pixels : {520, 776}) { /* several pieces, the last one short; images that end anywhere */
+    Case c = base();
+    c.B = 2, c.C = 16, c.W = pixels, c.T = kWgmmaOutputs[seed % 3], c.seed = seed++;
+    check_wgmma_weights(c);
+    set_layouts(c, LayoutKind::kChannelsLast);
+    c.B = pixels / 7, c.H = 1, c.W = 7, c.T = kWgmmaOutputs[seed % 3], c.seed = seed++;
+    check_wgmma_weights(c);
+    c.B = pixels, c.W = 1, c.T = kWgmmaOutputs[seed % 3], c.seed = seed++; /* a linear layer */
+    check_wgmma_weights(c);
+    c.B = 3, c.H = pixels / 3, c.seed = seed++;
+    check_wgmma_weights(c);
+  }
+  for (int64_t maps : {16, 48, 64, 112, 144}) {
+    Case c = base();
+    c.C = maps, c.W = 72, c.T = kWgmmaOutputs[seed % 3] + 1, c.seed = seed++;
+    check_wgmma_weights(c);
+  }
+  for (int64_t outputs : {33, 63, 64, 65, 128, 129, 256, 300}) {
+    Case c = base();
+    c.C = 16, c.W = 72, c.T = outputs, c.seed = seed++;
+    check_wgmma_weights(c);
+  }
+}
+
+TEST_P(CudaWgmmaWeights, MixedLayouts) {
+  /* x along the pixels and g along the channels, and the other way round; gradients in any. */
+  uint64_t seed = 5200;
+  for (bool last : {false, true})
+    for (LayoutKind vectors : {LayoutKind::kContiguous, LayoutKind::kNegative}) {
+      for (int64_t outputs : kWgmmaOutputs) {
+        Case c = base();
+        c.input_layout = last ? LayoutKind::kChannelsLast : LayoutKind::kContiguous;
+        c.grad_output_layout = last ? LayoutKind::kContiguous : LayoutKind::kChannelsLast;
+        c.grad_weight_layout = c.vector_layout = vectors;
+        c.B = 3, c.C = 32, c.M = 2, c.H = 4, c.W = 8, c.T = outputs, c.seed = seed++;
+        check_wgmma_weights(c);
+      }
+    }
+  Case c = base(); /* channels-last under a stride */
+  set_layouts(c, LayoutKind::kChannelsLast);
+  c.B = 2, c.C = 32, c.H = 9, c.W = 11, c.stride_h = c.stride_w = 2, c.T = 72, c.seed = seed;
+  check_wgmma_weights(c);
+}
+
+TEST_P(CudaWgmmaWeights, EveryScheduleGivesTheSameBits) {
+  for (int64_t outputs : kWgmmaOutputs)
+    for (LayoutKind kind : {LayoutKind::kContiguous, LayoutKind::kChannelsLast}) {
+      Case c = base();
+      set_layouts(c, kind);
+      c.fill = Fill::kRandom, c.level = 0.25;
+      c.B = 1, c.C = 80, c.M = 2, c.H = 1, c.W = 456, c.T = outputs; /* eight steps, the first one short */
+      if (kind == LayoutKind::kChannelsLast) c.C = 160, c.M = 1, c.W = 453;
+      const std::vector<uint64_t> first = weight_bits(c, 0, true, 1, 1);
+      for (int i = 1; i < kSchedules; i++) EXPECT_EQ(weight_bits(c, i, true, 1, 1), first) << "schedule " << i;
+    }
+}
+
+TEST_P(CudaWgmmaWeights, TheTileDoesNotMatter) {
+  for (LayoutKind kind : {LayoutKind::kContiguous, LayoutKind::kChannelsLast}) {
+    Case c = base();
+    set_layouts(c, kind);
+    c.fill = Fill::kRandom, c.C = 160, c.M = 1, c.W = 200, c.T = 136;
+    const std::vector<uint64_t> wide = weight_bits(c, 1, true); /* two tiles of 256 by 128 */
+    for (int64_t blocks : {3, 100}) { /* four of 128 by 128 are too few for 2 * 3, too: nine of 64 by 64 */
+      EXPECT_EQ(weight_bits(c, 2, true, blocks), wide);
+    }
+  }
+}
+
+TEST_P(CudaWgmmaWeights, BoundedErrors) {
+  /* Infinities and NaN among them, which must reach no sum but their own: of pixels beyond nothing is read, nor
+   * 0 * inf. */
+  uint64_t seed = 5300;
+  double worst = 0;
+  for (Fill fill : {Fill::kRandom, Fill::kCancelling, Fill::kSpecial})
+    for (LayoutKind kind : {LayoutKind::kContiguous, LayoutKind::kChannelsLast})
+      for (int64_t M : {1, 2, 16}) {
+        Case c = base();
+        set_layouts(c, kind);
+        c.B = 2, c.C = M == 16 ? 3 : 48 / M, c.M = M, c.H = 5, c.W = 16, c.T = kWgmmaOutputs[seed % 3], c.fill = fill;
+        if (kind == LayoutKind::kChannelsLast && M > 1) c.C = M == 16 ? 8 : 24;
+        c.level = fill == Fill::kSpecial ? 1e5 : 0.25, c.seed = seed++; /* infinite as float16 */
+        SCOPED_TRACE(c.describe());
+        set_schedule(static_cast<int>(seed));
+        host::options.wanted_blocks = 1;
+        host::products = 0;
+        Problem p(c);
+        const ReferenceInput in = p.reference_input();
+        ASSERT_EQ(p.backward(), PNN_OK) << p.error.message;
+        EXPECT_GT(host::products, 0);
+        Reference<long double> reference(in);
+        ReferenceOutput<long double> out;
+        reference.backward(out, in.mean, in.variance);
+        const double n = static_cast<double>(c.samples());
+        expect_close(p.grad_weight, out.grad_weight, n + 8, 0, c, "grad_weight", &worst);
+        expect_close(p.grad_bias, out.grad_bias, n, 0, c, "grad_bias", &worst);
+      }
+  std::printf("worst error beyond the last rounding: %.3g u sum|terms|\n", worst);
+  host::options = {};
+}
+
+TEST_P(CudaWgmmaWeights, OtherLayersAreLeftAlone) {
+  std::vector<Case> cases(12, base());
+  for (Case &c : cases) c.B = 2, c.C = 32, c.H = 4, c.W = 8, c.T = 40;
+  cases[0].T = 32;
+  cases[1].activation = PNN_ACTIVATION_IDENTITY;
+  cases[2].M = 3;
+  cases[3].W = 7;
+  cases[4].C = 24;
+  cases[5].noise = PNN_NOISE_TENSOR;
+  cases[6].norm = true;
+  set_types(cases[7], {PNN_FLOAT32, cases[7].weight_type});
+  set_types(cases[8], {PNN_FLOAT32, PNN_FLOAT32});
+  cases[9].grad_output_layout = LayoutKind::kChannelsLast, cases[9].T = 44; /* g's channels end inside 16 bytes */
+  cases[10].grad_output_layout = LayoutKind::kBroadcast;
+  cases[11].gradients = kGradBias; /* no product at all */
+  for (const Case &c : cases) {
+    SCOPED_TRACE(c.describe());
+    host::options.wanted_blocks = 1;
+    Problem p(c);
+    ASSERT_EQ(p.forward(), PNN_OK) << p.error.message;
+    host::products = 0;
+    ASSERT_EQ(p.backward(), PNN_OK) << p.error.message;
+    EXPECT_EQ(host::products, 0);
+    if (!c.norm) check_exact(c, 0);
+    host::options = {};
+  }
+  /* Channels-last gradients whose images lie apart: the pixels are not evenly spaced. */
+  Case c = base();
+  set_layouts(c, LayoutKind::kChannelsLast);
+  c.B = 4, c.C = 32, c.H = 4, c.W = 8, c.T = 40;
+  Problem p(c);
+  for (pnn_tensor *t : {&p.params.input, &p.params.output, &p.params.grad_output}) t->size[0] = 2, t->stride[0] *= 2;
+  ASSERT_EQ(p.run(PNN_PASS_FORWARD), PNN_OK) << p.error.message;
+  host::products = 0;
+  ASSERT_EQ(p.run(PNN_PASS_BACKWARD), PNN_OK) << p.error.message;
+  EXPECT_EQ(host::products, 0);
+}
+
+TEST(CudaWgmmaWeightsWavefronts, TheOperandMeetsNoBankConflicts) {
+  for (LayoutKind kind : {LayoutKind::kContiguous, LayoutKind::kChannelsLast})
+    for (int64_t outputs : kWgmmaOutputs) {
+      Case c;
+      set_type(c, 2);
+      c.placement = Placement::kHeap, c.gradients = kGradWeight, c.wgmma = true;
+      set_layouts(c, kind);
+      c.C = 128, c.H = 8, c.W = 16, c.T = outputs;
+      Problem p(c);
+      host::options.wanted_blocks = 1;
+      ASSERT_EQ(p.forward(), PNN_OK);
+      host::options.count_wavefronts = true;
+      host::wavefronts = {};
+      host::products = 0;
+      ASSERT_EQ(p.run(PNN_PASS_BACKWARD), PNN_OK);
+      EXPECT_GT(host::products, 0);
+      EXPECT_EQ(host::wavefronts.actual[host::STORE], host::wavefronts.ideal[host::STORE]);
+      EXPECT_EQ(host::wavefronts.actual[host::LOAD], host::wavefronts.ideal[host::LOAD]);
+      host::options = {};
+    }
 }
 
 TEST(CudaMoments, NeitherOverflowNorCancel) {

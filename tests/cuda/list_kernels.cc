@@ -14,6 +14,7 @@ int main() {
   pnn_cuda::list_input_gradient(print);
   pnn_cuda::list_input_gradient_wgmma(print);
   pnn_cuda::list_weight_gradient(print);
+  pnn_cuda::list_weight_gradient_wgmma(print);
   pnn_cuda::list_moments(print);
   return 0;
 }

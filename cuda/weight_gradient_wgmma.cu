@@ -1,0 +1,551 @@
+/*
+ * weight_gradient_wgmma.cu - the weight gradient of plain 16-bit layers (response.h) by Hopper's asynchronous products,
+ * for sm_90a alone.
+ *
+ * As in weight_gradient.cu, G[t,k] = sum over q of g[t,q] * response[k,q] and h[t] = sum over q of g[t,q], of a block's
+ * piece of the pixels: D [output][map] += A [output][pixel] * B [pixel][map], 64 outputs to a product. A is g as it is
+ * stored, which goes from device memory into the registers that the tensor cores read; B is made by all threads and
+ * goes through shared memory. Products run while the same threads make the operand of the next step:
+ *
+ *     g --ld.global, half a step ahead--> registers -------------------------> A, two products in a row --> wgmma
+ *     x --ld.global, a step ahead--> masks, relu, rounding --> shared memory: B, three steps' -----------------^
+ *
+ * A step takes 64 pixels, in two halves. A thread of a product owns the depths {2t, 2t+1, 2t+8, 2t+9} (t = lane % 4) of
+ * rows i and i + 8 (i = lane / 4). Which pixels and outputs stand there is free, as long as B has the same pixels:
+ *
+ *     depths   thread t's, of a half's two products together, are the pixels 8 t to 8 t + 7: 16 bytes of g where the
+ *              pixels are contiguous
+ *     rows     thread i's, of a warpgroup's one or two blocks of 64, are neighbouring outputs: one load of g where the
+ *              channels are contiguous
+ *
+ * The first step is the only one that may be short, and has a loop body of its own, in which what is no pixel becomes
+ * zero in both operands (no infinity may meet the other one's zeros): it takes a piece's last pixels, the others the
+ * rest, in order. So neither the tile nor the batch's address changes a sum.
+ */
+#include <string>
+
+#include "kernels.h"
+#include "response.h"
+#include "tile.h"
+#include "wgmma.h"
+
+namespace pnn_cuda {
+namespace {
+
+constexpr int HALF = STEP / 2; /* pixels */
+constexpr int BUFFERS = 3; /* of B: of this step, of the last one, of the one before, whose products may still run */
+constexpr int TABLES = 4;  /* of this step, of the next two, and of this one for threads that lag behind */
+
+/* Tiles, as many outputs as registers hold sums of: operand B is made once for each of them. */
+struct Wide {
+  [[maybe_unused]] static constexpr int warpgroups = 2, row_blocks = 2, maps = 128, blocks = 1;
+};
+struct Middle {
+  [[maybe_unused]] static constexpr int warpgroups = 1, row_blocks = 2, maps = 128, blocks = 2;
+};
+struct Narrow {
+  [[maybe_unused]] static constexpr int warpgroups = 1, row_blocks = 1, maps = 64, blocks = 4;
+};
+
+/* Where a step's pixels stand, in bytes; pixels that are none as the piece's first one. Pairs of pixels in the order of
+ * `pair_of`. */
+struct Table {
+  uint32_t place[STEP][2]; /* row, column */
+  int64_t input[STEP];
+  int64_t gradient[STEP / 8]; /* of runs of eight pixels */
+};
+
+template <class S>
+struct Shape {
+  static constexpr int threads = 128 * S::warpgroups, outputs = 64 * S::row_blocks * S::warpgroups;
+  static constexpr int ITEMS = HALF * (S::maps / SIXTEEN) / threads; /* pairs of pixels that a thread makes in a step */
+  static_assert(ITEMS == 1 || ITEMS == 2, "one for each half, or one");
+  /* B: core matrices of eight pixels by eight maps, 128 bytes, the next maps' and then the next pixels' behind them;
+   * 16 bytes between them, so that neither eight pairs of pixels nor four sixteens of maps meet in a bank. */
+  static constexpr int column_step = 128 + 16, depth_step = S::maps / 8 * column_step + 16;
+  static constexpr int buffer_bytes = STEP / 8 * depth_step;
+  static constexpr int totals_bytes = threads * 16;
+  static constexpr int bytes = BUFFERS * buffer_bytes + TABLES * static_cast<int>(sizeof(Table)) + totals_bytes;
+};
+
+/* Philox for two pixels at once, with the keys of every EVERYth round in registers: for the others one addition serves
+ * both pixels. */
+template <int EVERY>
+struct PairKeys {
+  static_assert(10 % EVERY == 0, "whole groups of rounds");
+  uint32_t of[10 / EVERY][2];
+  PNN_DEVICE explicit PairKeys(uint64_t seed) {
+    const PhiloxKeys keys = philox_keys(seed);
+#pragma unroll
+    for (int i = 0; i < 10 / EVERY; i++) of[i][0] = keys.of[i * EVERY][0], of[i][1] = keys.of[i * EVERY][1];
+  }
+  PNN_DEVICE void philox(uint32_t (&words)[2][4]) const {
+    uint32_t key[2] = {};
+#pragma unroll
+    for (int round = 0; round < 10; round++) {
+      key[0] = round % EVERY ? keep(key[0]) + 0x9E3779B9u : of[round / EVERY][0];
+      key[1] = round % EVERY ? keep(key[1]) + 0xBB67AE85u : of[round / EVERY][1];
+#pragma unroll
+      for (int p = 0; p < 2; p++) philox_round(words[p], key[0], key[1]);
+    }
+  }
+};
+
+/* Of the pair of pixels with number `quad` * 4 + `word` in a half (pixels 8 quad + 2 word and the next one). */
+PNN_DEVICE int pair_of(int half, int quad, int word) { return (half * 4 + word) * 4 + quad; }
+
+/* g of a half of a step, for this thread's rows, as it comes from memory, and as the products read it. */
+template <class D, class S, Fastest G>
+struct Gradient {
+  static constexpr int ROWS = 2 * S::row_blocks, WORDS = 4 * ROWS;
+  const char *from[G == DEPTH_FASTEST ? ROWS : 1];
+  int64_t step; /* bytes from pixel to pixel, where the channels are contiguous */
+  int rows;     /* of this thread's, how many are outputs */
+
+  /* This thread's rows start at output `first` of the block's, which start at channel `channel` and are `outputs`. */
+  PNN_DEVICE Gradient(const Layer &layer, int64_t step_, int64_t channel, int first, int outputs) : step(step_) {
+    rows = outputs - first;
+    const View &view = layer.grad_output;
+    if constexpr (G == DEPTH_FASTEST) {
+#pragma unroll
+      for (int i = 0; i < ROWS; i++) /* beyond the outputs as the first one, whose sums nobody reads */
+        from[i] = view.data + (channel + (i < rows ? first + i : 0)) * view.channel * 2;
+    } else {
+      from[0] = view.data + (channel + (rows > 0 ? first : 0)) * 2;
+    }
+  }
+  /* Of eight pixels: a run of a channel, or one after the other. */
+  PNN_DEVICE void load(int64_t at, uint32_t (&raw)[WORDS]) const {
+    if constexpr (G == DEPTH_FASTEST) {
+#pragma unroll
+      for (int i = 0; i < ROWS; i++) {
+        const words4 v = load_global(reinterpret_cast<const words4 *>(from[i] + at));
+#pragma unroll
+        for (int w = 0; w < 4; w++) raw[i * 4 + w] = v.w[w];
+      }
+    } else {
+      const char *here = from[0] + at;
+#pragma unroll
+      for (int p = 0; p < 8; p++, here += step) load_pixel(here, p, raw);
+    }
+  }
+  /* The same of the `count` first ones alone, zeros beyond. */
+  PNN_DEVICE void load_some(int64_t at, int count, uint32_t (&raw)[WORDS]) const {
+    if constexpr (G == DEPTH_FASTEST) {
+      load(at, raw);
+#pragma unroll
+      for (int i = 0; i < WORDS; i++) raw[i] = count > 0 ? raw[i] : 0;
+    } else {
+#pragma unroll
+      for (int p = 0; p < 8; p++) {
+        load_pixel(from[0] + at + (p < count ? p * step : 0), p, raw);
+#pragma unroll
+        for (int b = 0; b < S::row_blocks; b++) raw[p * S::row_blocks + b] = p < count ? raw[p * S::row_blocks + b] : 0;
+      }
+    }
+  }
+  /* `all` is all ones, which the compiler does not know: it would move what is loaded to where the products want it at
+   * the load, and wait for it there. */
+  PNN_DEVICE void operand(const uint32_t (&raw)[WORDS], uint32_t all, uint32_t (&a)[2][S::row_blocks][4]) const {
+#pragma unroll
+    for (int b = 0; b < S::row_blocks; b++)
+#pragma unroll
+      for (int w = 0; w < 4; w++)
+#pragma unroll
+        for (int r = 0; r < 2; r++)
+          a[w / 2][b][w % 2 * 2 + r] = G == DEPTH_FASTEST
+                                           ? raw[(b * 2 + r) * 4 + w] & all
+                                           : permute(raw[2 * w * S::row_blocks + b],
+                                                     raw[(2 * w + 1) * S::row_blocks + b], r ? 0x7632u : 0x5410u);
+  }
+  /* Adds this thread's pixels to its rows' sums, in order. */
+  PNN_DEVICE void add_to(const uint32_t (&raw)[WORDS], float (&sums)[ROWS]) const {
+#pragma unroll
+    for (int i = 0; i < ROWS; i++)
+#pragma unroll
+      for (int p = 0; p < 8; p++)
+        sums[i] += G == DEPTH_FASTEST ? half_of(D{}, raw[i * 4 + p / 2], p % 2)
+                                      : half_of(D{}, raw[p * S::row_blocks + i / 2], i % 2);
+  }
+
+ private:
+  static PNN_DEVICE void load_pixel(const char *at, int p, uint32_t (&raw)[WORDS]) {
+    if constexpr (S::row_blocks == 2) {
+      const words2 v = load_global(reinterpret_cast<const words2 *>(at));
+      raw[p * 2] = v.w[0], raw[p * 2 + 1] = v.w[1];
+    } else {
+      raw[p] = load_global(reinterpret_cast<const uint32_t *>(at));
+    }
+  }
+};
+
+/* What a block takes. */
+struct Part {
+  int64_t t0, k0, group, split; /* the first output and map, of the group */
+  int64_t q_begin;
+  int pixels, outputs, maps; /* of its piece, of the tile */
+  int64_t gradient_step;     /* Gradient's, where the channels are contiguous */
+  bool totals;
+};
+
+/* d = A * B over the block's pixels; h's sums are left in shared memory. */
+template <class D, class S, Fastest G, bool PIXELS, int MASKS>
+PNN_DEVICE void add_products(const Layer &layer, const Part &part, char *memory,
+                             float (&d)[S::row_blocks][S::maps / 2]) {
+  using H = Shape<S>;
+  constexpr int R = S::row_blocks;
+  Table *const tables = reinterpret_cast<Table *>(memory + BUFFERS * H::buffer_bytes);
+  words4 *const total = reinterpret_cast<words4 *>(memory + H::bytes - H::totals_bytes) + thread_index();
+  const int thread = thread_index(), lane = thread % 32, warp = thread / 32, quad = thread % 4;
+  const int first = (part.pixels - 1) % STEP + 1; /* pixels of the first step */
+  const int steps = (part.pixels + STEP - 1) / STEP;
+
+  /* This thread's pair of pixels and sixteen maps: neighbouring lanes have x's neighbouring words, and stores that meet
+   * no bank twice. */
+  int half, pair_quad, pair_word, sixteen;
+  if (PIXELS) {
+    pair_quad = lane % 4, pair_word = lane / 4 % 4;
+    half = H::ITEMS == 1 ? lane / 16 : 0;
+    sixteen = H::ITEMS == 1 ? warp : warp * 2 + lane / 16;
+  } else {
+    constexpr int FOURS = S::maps / SIXTEEN / 4; /* of sixteens */
+    pair_word = lane / 4 % 4;
+    pair_quad = lane / 16 + warp % 2 * 2;
+    sixteen = lane % 4 + warp / 2 % FOURS * 4;
+    half = H::ITEMS == 1 ? warp / 2 / FOURS : 0;
+  }
+  const int pair = pair_of(half, pair_quad, pair_word) * 2;
+  const int to = (half * 4 + pair_word) * H::depth_step + sixteen * 2 * H::column_step + pair_quad * 32;
+  const int k = static_cast<int>(part.k0) + (sixteen * SIXTEEN < part.maps ? sixteen * SIXTEEN : 0);
+  const uint32_t block = static_cast<uint32_t>((part.group * layer.group_maps + k) / SIXTEEN);
+  const int64_t channel = (PIXELS ? layer.input.channel : 1) * 2;
+  const char *const input = layer.input.data + (part.group * layer.group_channels + (k >> layer.masks_shift)) * channel;
+  const PairKeys<R> keys(seed_read(layer)); /* all where the sums take few registers */
+  const float level = layer.level_float;
+
+  /* Which pixel of all is pixel j of a step. */
+  const auto pixel_at = [&](int step, int j) {
+    const int in_part = step == 0 ? part.pixels - first + j : (step - 1) * STEP + j;
+    return part.q_begin + (step < steps && (step > 0 || j < first) ? in_part : 0);
+  };
+  const auto look_up = [&](int step, int j) {
+    Table &table = tables[step % TABLES];
+    const Place place = place_make<true>(layer, pixel_at(step, j));
+    const Pixel pixel = pixel_make(layer, place);
+    const int at = pair_of(j / HALF, j / 8 % 4, j / 2 % 4) * 2 + j % 2;
+    table.place[at][0] = pixel.row, table.place[at][1] = pixel.column;
+    table.input[at] = place_in(layer.input, place) * 2;
+    if (G == DEPTH_FASTEST && j % 8 == 0) table.gradient[j / 8] = place_in(layer.grad_output, place) * 2;
+  };
+
+  const int row = (thread / 128 * 64 + warp % 4 * 16) * R + lane / 4 * 2 * R;
+  const Gradient<D, S, G> gradient(layer, part.gradient_step, part.group * layer.group_outputs + part.t0, row,
+                                   part.outputs);
+  /* g's half h of a step. */
+  const auto gradient_at = [&](auto first_, int step, int h) {
+    constexpr bool FIRST = decltype(first_)::value;
+    if (G == DEPTH_FASTEST) return tables[step % TABLES].gradient[h * 4 + quad];
+    const int j = h * HALF + quad * 8;
+    return (FIRST ? pixel_at(0, j) : part.q_begin + (step - 1) * STEP + j) * gradient.step;
+  };
+  uint32_t raw[Gradient<D, S, G>::WORDS], a[2][2][R][4];
+  const uint32_t all = ~static_cast<uint32_t>(layer.split_columns >> 32);
+  /* x of the pair that is made, and, where a channel's maps need few words, of the next one; elsewhere each half of the
+   * sixteen is loaded when it has been used. */
+  constexpr bool TWO = MASKS > 1;
+  Inputs<D, PIXELS, MASKS> x = {}, next = {};
+  const auto load_input = [&](Inputs<D, PIXELS, MASKS> &to_, int second, int step, int h) {
+    const int64_t *const place = tables[step % TABLES].input + pair + h * HALF;
+    const char *const from[2] = {input + place[0], PIXELS ? nullptr : input + place[1]};
+    to_.load(second, from, channel);
+  };
+  /* Enqueues product i (of four) of the step whose B this is. Each half's first one makes the operands of both, where
+   * those of the last step's half were: only the two groups behind these may still run. */
+  const auto add = [&](int i, const char *buffer) {
+    const int h = i / 2;
+    if (i % 2 == 0) {
+      products_wait<2>();
+      gradient.operand(raw, all, a[h]);
+    }
+#pragma unroll
+    for (int b = 0; b < R; b++) products_operand(a[h][i % 2][b]);
+    const uint64_t descriptor =
+        matrix_descriptor_transposed(buffer + i * 2 * H::depth_step, H::depth_step, H::column_step);
+#pragma unroll
+    for (int b = 0; b < R; b++) products_add_transposed(D{}, d[b], a[h][i % 2][b], descriptor);
+    products_commit();
+  };
+
+  for (int i = thread; i < 2 * STEP; i += H::threads) look_up(i / STEP, i % STEP);
+  if (part.totals) store_shared(total, words4{{0, 0, 0, 0}});
+  __syncthreads();
+  load_input(x, 0, 0, 0);
+  load_input(x, 1, 0, 0);
+  int now = 0, last = 0; /* B of this step and of the last one */
+
+  /* Makes a step's B, in four pieces, between which the last step's products 1 to 3 and then this one's product 0 are
+   * enqueued. */
+  const auto body = [&](auto first_, int step) {
+    constexpr bool FIRST = decltype(first_)::value;
+    const Table &table = tables[step % TABLES];
+    uint32_t words[2][4];
+#pragma unroll
+    for (int piece = 0; piece < 4; piece++) {
+      const int own = H::ITEMS == 2 ? piece / 2 : 0; /* half that is made, of the thread's */
+      const int run = H::ITEMS == 2 ? piece % 2 : piece / 2;
+      const bool begins = H::ITEMS == 2 ? piece % 2 == 0 : piece == 0, ends = H::ITEMS == 2 ? piece % 2 : piece == 3;
+      const int next_step = H::ITEMS == 2 && piece < 2 ? step : step + 1, next_half = H::ITEMS == 2 && piece < 2;
+      if (begins) {
+        if (TWO) load_input(next, 0, next_step, next_half), load_input(next, 1, next_step, next_half);
+        const words4 places = load_shared(reinterpret_cast<const words4 *>(table.place[pair + own * HALF]));
+#pragma unroll
+        for (int p = 0; p < 2; p++)
+          words[p][0] = places.w[p * 2 + 1], words[p][1] = places.w[p * 2], words[p][2] = block, words[p][3] = 0;
+        keys.philox(words);
+      }
+#pragma unroll
+      for (int p = 0; p < 2; p++) {
+        if (H::ITEMS == 1 && p != piece % 2) continue;
+        words4 v;
+#pragma unroll
+        for (int i = 0; i < 4; i++) {
+          float u[2];
+#pragma unroll
+          for (int e = 0; e < 2; e++) {
+            const int map = run * RUN + i * 2 + e;
+            u[e] = x.value(p, map) + level * lattice_in(words[p][map / 4], map % 4);
+          }
+          v.w[i] = round_pair_relu(D{}, u[0], u[1]);
+          if (FIRST && (half + own) * HALF + pair_quad * 8 + pair_word * 2 + p >= first) v.w[i] = 0;
+        }
+        char *const at = memory + now + to + own * 4 * H::depth_step + run * H::column_step + p * 16;
+        store_shared_whole(reinterpret_cast<words4 *>(at), v);
+      }
+      if (piece == 3) {
+        shared_to_products();
+        __syncthreads(); /* all of B; and what the step before the last one's products read may be written again */
+        add(0, memory + now);
+      } else if (!FIRST && piece != 1) {
+        add(piece + 1, memory + last);
+      }
+      if (!TWO && (H::ITEMS == 2 || piece % 2 == 1)) load_input(x, run, next_step, next_half);
+      if (TWO && ends) x = next;
+      if (piece == 1) { /* no branch may stand between an operand and its product */
+        if (thread / STEP == step % (H::threads / STEP)) look_up(step + 2, thread % STEP);
+        if (part.totals) {
+          float sums[2 * R];
+          words4 known = load_shared(total);
+#pragma unroll
+          for (int i = 0; i < 2 * R; i++) sums[i] = float_of(known.w[i]);
+#pragma unroll
+          for (int h = 0; h < 2; h++) {
+            uint32_t again[Gradient<D, S, G>::WORDS];
+            gradient.load_some(gradient_at(first_, step, h), FIRST ? first - h * HALF - quad * 8 : 8, again);
+            gradient.add_to(again, sums);
+          }
+#pragma unroll
+          for (int i = 0; i < 2 * R; i++) known.w[i] = bits_of(sums[i]);
+          store_shared(total, known);
+        }
+        if (!FIRST) add(2, memory + last);
+      }
+      if (piece % 2 == 1) {
+        const int h = piece / 2;
+        if (FIRST)
+          gradient.load_some(gradient_at(first_, step, h), first - h * HALF - quad * 8, raw);
+        else
+          gradient.load(gradient_at(first_, step, h), raw);
+      }
+    }
+    last = now;
+    now = now == (BUFFERS - 1) * H::buffer_bytes ? 0 : now + H::buffer_bytes;
+  };
+
+  body(std::true_type{}, 0);
+#pragma unroll 1
+  for (int step = 1; step < steps; step++) body(std::false_type{}, step);
+#pragma unroll
+  for (int i = 1; i < 4; i++) add(i, memory + last);
+#pragma unroll
+  for (int b = 0; b < R; b++) products_finish(d[b]);
+}
+
+struct Grid {
+  int64_t first_tile, gradient_step;
+  Divider by_outputs, by_maps, by_groups;
+};
+
+template <class S>
+PNN_DEVICE Part part_make(const Layer &layer, const Grid &grid) {
+  Part part;
+  int64_t output_tile, map_tile;
+  const int64_t tile = grid.first_tile + keep(static_cast<uint32_t>(blockIdx.x));
+  const int64_t outputs_done = divide<true>(grid.by_outputs, tile, &output_tile);
+  part.split = divide<true>(grid.by_groups, divide<true>(grid.by_maps, outputs_done, &map_tile), &part.group);
+  part.t0 = output_tile * Shape<S>::outputs, part.k0 = map_tile * S::maps;
+  const int64_t outputs = layer.group_outputs - part.t0, maps = layer.group_maps - part.k0;
+  part.outputs = static_cast<int>(outputs < Shape<S>::outputs ? outputs : Shape<S>::outputs);
+  part.maps = static_cast<int>(maps < S::maps ? maps : S::maps);
+  part.q_begin = part.split * layer.split_columns;
+  const int64_t pixels = layer.columns - part.q_begin;
+  part.pixels = static_cast<int>(pixels < layer.split_columns ? pixels : layer.split_columns);
+  part.gradient_step = grid.gradient_step;
+  part.totals = map_tile == 0;
+  return part;
+}
+
+template <class D, class S, Fastest G, Way WAY>
+__global__ void __launch_bounds__(Shape<S>::threads, S::blocks)
+    weight_gradient_wgmma_kernel(const __grid_constant__ Layer layer, const __grid_constant__ Grid grid) {
+  using H = Shape<S>;
+  constexpr int R = S::row_blocks;
+  PNN_SHARED_MEMORY(memory);
+  float d[R][S::maps / 2];
+#pragma unroll
+  for (int b = 0; b < R; b++) {
+#pragma unroll
+    for (int i = 0; i < S::maps / 2; i++) d[b][i] = 0;
+    products_start(d[b]);
+  }
+  if (layer.masks_shift == 0)
+    add_products<D, S, G, WAY == PLAIN_PIXELS, 1>(layer, part_make<S>(layer, grid), memory, d);
+  else if (layer.masks_shift == 1)
+    add_products<D, S, G, WAY == PLAIN_PIXELS, 2>(layer, part_make<S>(layer, grid), memory, d);
+  else if (layer.masks_shift == 2)
+    add_products<D, S, G, WAY == PLAIN_PIXELS, 4>(layer, part_make<S>(layer, grid), memory, d);
+  else if (layer.masks_shift == 3)
+    add_products<D, S, G, WAY == PLAIN_PIXELS, 8>(layer, part_make<S>(layer, grid), memory, d);
+  else
+    add_products<D, S, G, WAY == PLAIN_PIXELS, 16>(layer, part_make<S>(layer, grid), memory, d);
+
+  /* Made again: kept, it would take registers all the way. */
+  const Part part = part_make<S>(layer, grid);
+  const int thread = thread_index(), lane = thread % 32, quad = thread % 4;
+  const int row = (thread / 128 * 64 + thread / 32 % 4 * 16) * R + lane / 4 * 2 * R;
+  const int64_t first = part.split * layer.outputs + part.group * layer.group_outputs + part.t0 + row;
+  if (part.totals) {
+    const words4 sums = load_shared(reinterpret_cast<const words4 *>(memory + H::bytes - H::totals_bytes) + thread);
+#pragma unroll
+    for (int i = 0; i < 2 * R; i++) {
+      float sum = float_of(sums.w[i]);
+      sum += __shfl_xor_sync(0xffffffffu, sum, 1);
+      sum += __shfl_xor_sync(0xffffffffu, sum, 2);
+      if (quad == 0 && row + i < part.outputs) static_cast<float *>(layer.totals)[first + i] = sum;
+    }
+  }
+#pragma unroll
+  for (int i = 0; i < 2 * R; i++) {
+    float *const to = static_cast<float *>(layer.products) + (first + i) * layer.group_maps + part.k0 + quad * 2;
+#pragma unroll
+    for (int n = 0; n < S::maps / 8; n++) {
+      const float *const sums = d[i / 2] + n * 4 + i % 2 * 2;
+      if (row + i < part.outputs && n * 8 < part.maps)
+        store_global(reinterpret_cast<words2 *>(to + n * 8), words2{{bits_of(sums[0]), bits_of(sums[1])}});
+    }
+  }
+}
+
+/* ---- the host's side ---- */
+
+/* Bytes from one pixel of g to the next, over all rows and images; 0 where there is no such number. */
+int64_t gradient_step(const Layer &layer) {
+  const View &v = layer.grad_output;
+  const int64_t width = static_cast<int64_t>(layer.by_width.divisor), height = layer.pixels / width;
+  const int64_t step = width > 1 ? v.column : height > 1 ? v.row : v.batch;
+  const bool even = (height == 1 || v.row == width * step) && (layer.batch == 1 || v.batch == layer.pixels * step);
+  return even ? step * 2 : 0;
+}
+
+/* The widest tile that the outputs fill by more than half and that gives a large GPU enough blocks, if each takes 256
+ * pixels. Results do not depend on it, but for the number of pieces. */
+template <class S>
+bool is_chosen(const Layer &layer) {
+  return layer.group_outputs > Shape<S>::outputs / 2 && ceil_div(layer.group_outputs, Shape<S>::outputs) *
+                                                                ceil_div(layer.group_maps, S::maps) * layer.groups *
+                                                                ceil_div(layer.columns, 256) >=
+                                                            wanted_blocks() * S::blocks;
+}
+
+template <class S>
+WgmmaTiles tiles_of(const Layer &layer) {
+  return {ceil_div(layer.group_outputs, Shape<S>::outputs) * ceil_div(layer.group_maps, S::maps) * layer.groups,
+          multiprocessors() * S::blocks};
+}
+
+template <class D, class S, Fastest G, Way WAY>
+Status launch(const Layer &layer, Stream stream) {
+  const int64_t outputs = ceil_div(layer.group_outputs, Shape<S>::outputs), maps = ceil_div(layer.group_maps, S::maps);
+  Grid grid;
+  grid.gradient_step = G == ROWS_FASTEST ? gradient_step(layer) : 0;
+  grid.by_outputs = divider_make(outputs);
+  grid.by_maps = divider_make(maps);
+  grid.by_groups = divider_make(layer.groups);
+  const int64_t tiles = outputs * maps * layer.groups * layer.splits;
+  Status status = STATUS_OK;
+  for (grid.first_tile = 0; grid.first_tile < tiles && status == STATUS_OK; grid.first_tile += GRID_MOST) {
+    const int64_t blocks = tiles - grid.first_tile < GRID_MOST ? tiles - grid.first_tile : GRID_MOST;
+    const auto kernel = weight_gradient_wgmma_kernel<D, S, G, WAY>;
+    PNN_LAUNCH(status, kernel, blocks, Shape<S>::threads, Shape<S>::bytes, stream, layer, grid);
+  }
+  return status;
+}
+
+template <class D, class S>
+Status run(const Layer &layer, Stream stream) {
+  const bool rows = layer.grad_output_staging == STAGE_CHANNELS;
+  if (way_of<D>(layer) == PLAIN_PIXELS)
+    return rows ? launch<D, S, ROWS_FASTEST, PLAIN_PIXELS>(layer, stream)
+                : launch<D, S, DEPTH_FASTEST, PLAIN_PIXELS>(layer, stream);
+  return rows ? launch<D, S, ROWS_FASTEST, PLAIN_CHANNELS>(layer, stream)
+              : launch<D, S, DEPTH_FASTEST, PLAIN_CHANNELS>(layer, stream);
+}
+
+template <class D>
+Status choose(const Layer &layer, Stream stream) {
+  if (is_chosen<Wide>(layer)) return run<D, Wide>(layer, stream);
+  if (is_chosen<Middle>(layer)) return run<D, Middle>(layer, stream);
+  return run<D, Narrow>(layer, stream);
+}
+
+template <class S>
+void list(Visit visit, const std::string &name) {
+  for (const char *order : {" depth", " rows"})
+    for (const char *way : {" pixels", " channels"})
+      visit((name + order + way).c_str(), Shape<S>::threads, Shape<S>::bytes);
+}
+
+}  // namespace
+
+bool wgmma_weights_may_fit(const Layer &layer, int product) {
+  return (product == PNN_BFLOAT16 || product == PNN_FLOAT16) && is_plain<bfloat16>(layer) &&
+         layer.group_outputs > Shape<Narrow>::outputs / 2 && layer.columns > 0;
+}
+
+WgmmaTiles wgmma_weights_tiles(const Layer &layer) {
+  if (is_chosen<Wide>(layer)) return tiles_of<Wide>(layer);
+  if (is_chosen<Middle>(layer)) return tiles_of<Middle>(layer);
+  return tiles_of<Narrow>(layer);
+}
+
+bool wgmma_weights_fit(const Layer &layer, int product) {
+  if (!wgmma_weights_may_fit(layer, product) || way_of<bfloat16>(layer) == ANY_WAY || !layer.products) return false;
+  const bool whole =
+      layer.grad_output_staging == STAGE_PIXELS ||
+      (layer.grad_output_staging == STAGE_CHANNELS && layer.group_outputs % 8 == 0 && gradient_step(layer) != 0);
+  return whole && has_wgmma();
+}
+
+void list_weight_gradient_wgmma(Visit visit) {
+  for (const std::string type : {"bfloat16", "float16"}) {
+    list<Wide>(visit, "weight_gradient_wgmma " + type + " Wide");
+    list<Middle>(visit, "weight_gradient_wgmma " + type + " Middle");
+    list<Narrow>(visit, "weight_gradient_wgmma " + type + " Narrow");
+  }
+}
+
+Status run_weight_gradient_wgmma(const Layer &layer, int product, Stream stream) {
+  if (product == PNN_BFLOAT16) return choose<bfloat16>(layer, stream);
+  return choose<float16>(layer, stream);
+}
+
+}  // namespace pnn_cuda
