@@ -36,15 +36,16 @@ constexpr int HALF = STEP / 2; /* pixels */
 constexpr int BUFFERS = 3; /* of B: of this step, of the last one, of the one before, whose products may still run */
 constexpr int TABLES = 4;  /* of this step, of the next two, and of this one for threads that lag behind */
 
-/* Tiles, as many outputs as registers hold sums of: operand B is made once for each of them. */
+/* Tiles, as many outputs as registers hold sums of: operand B is made once for each of them. With one
+ * mask to a channel x takes so many registers that Wide has none to load ahead to. */
 struct Wide {
-  [[maybe_unused]] static constexpr int warpgroups = 2, row_blocks = 2, maps = 128, blocks = 1;
+  [[maybe_unused]] static constexpr int warpgroups = 2, row_blocks = 2, maps = 128, blocks = 1, least_masks = 2;
 };
 struct Middle {
-  [[maybe_unused]] static constexpr int warpgroups = 1, row_blocks = 2, maps = 128, blocks = 2;
+  [[maybe_unused]] static constexpr int warpgroups = 1, row_blocks = 2, maps = 128, blocks = 2, least_masks = 1;
 };
 struct Narrow {
-  [[maybe_unused]] static constexpr int warpgroups = 1, row_blocks = 1, maps = 64, blocks = 4;
+  [[maybe_unused]] static constexpr int warpgroups = 1, row_blocks = 1, maps = 64, blocks = 4, least_masks = 1;
 };
 
 /* Where a step's pixels stand, in bytes; pixels that are none as the piece's first one. Pairs of pixels in the order of
@@ -460,10 +461,10 @@ int64_t gradient_step(const Layer &layer) {
  * pixels. Results do not depend on it, but for the number of pieces. */
 template <class S>
 bool is_chosen(const Layer &layer) {
-  return layer.group_outputs > Shape<S>::outputs / 2 && ceil_div(layer.group_outputs, Shape<S>::outputs) *
-                                                                ceil_div(layer.group_maps, S::maps) * layer.groups *
-                                                                ceil_div(layer.columns, 256) >=
-                                                            wanted_blocks() * S::blocks;
+  return layer.group_outputs > Shape<S>::outputs / 2 && layer.masks >= S::least_masks &&
+         ceil_div(layer.group_outputs, Shape<S>::outputs) * ceil_div(layer.group_maps, S::maps) * layer.groups *
+                 ceil_div(layer.columns, 256) >=
+             wanted_blocks() * S::blocks;
 }
 
 template <class S>

@@ -13,7 +13,8 @@ operand has its depth in a row); all must copy asynchronously (LDGSTS), but for 
 weight_gradient_wgmma, whose operands come through registers. Those named *_wgmma, of sm_90a alone, must use Hopper's
 asynchronous products (HGMMA) instead, and wait for all of them only where they end: where the assembler can't see
 that registers are left to a running product it waits behind each one, which it tells (C7510 and the like) without
-failing. A block of each must fit on every multiprocessor. The kernels of finish.cu and V's copy, which handle
+failing. Nor may a register of such an operand be written before a wait, to which the compiler does not see
+(`overwritten`). A block of each must fit on every multiprocessor. The kernels of finish.cu and V's copy, which handle
 channels, outputs and weights, may do all but spill. (nvcc itself refuses spills in a build with warnings as errors.)
 
 Registers, shared memory, the blocks that fit on a multiprocessor (by NVIDIA's cuda_occupancy.h, see occupancy.cc) and
@@ -129,17 +130,20 @@ def read_code(sass: str) -> dict[Key, Counter[str]]:
     """How often each operation stands in each kernel, from the output of `cuobjdump -sass`.
 
     The CALL that jumps over the next instruction, and comes back there, is counted as CALL_NEXT; a wait for all
-    asynchronous products as WAIT_ALL.
+    asynchronous products as WAIT_ALL; products whose operand is overwritten as OVERWRITTEN.
     """
-    instruction = re.compile(r" {8}/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_]*)")
+    instruction = re.compile(r" {8}/\*([0-9a-f]{4,})\*/\s+((?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_]*)[^;]*)")
     jump = re.compile(r"CALL\.REL\.NOINC 0x([0-9a-f]+) ;")
     found: dict[Key, Counter[str]] = {}
+    codes: dict[Key, list[tuple[int, str]]] = {}
+    texts: list[tuple[int, str]] = []
     architecture, current = 0, None
     for line in sass.splitlines():
         if match := instruction.match(line):
             if current is None:
                 continue
-            operation = match[2]
+            operation = match[3]
+            texts.append((int(match[1], 16), match[2].strip()))
             if operation == "CALL" and (to := jump.search(line)) and int(to[1], 16) == int(match[1], 16) + 32:
                 operation = "CALL_NEXT"
             elif "WARPGROUP.DEPBAR.LE gsb0, 0x0" in line:
@@ -149,7 +153,61 @@ def read_code(sass: str) -> dict[Key, Counter[str]]:
             architecture, current = int(match[1]), None
         elif match := re.match(r"\s+Function : (\S+)", line):
             current = found.setdefault((short_name(match[1]), architecture), Counter())
+            texts = codes.setdefault((short_name(match[1]), architecture), [])
+    for key, code in codes.items():
+        if found[key]["HGMMA"] and (count := overwritten(code)):
+            found[key]["OVERWRITTEN"] = count
     return found
+
+
+def overwritten(code: Sequence[tuple[int, str]]) -> int:
+    """How many asynchronous products have registers of their operand A written before any wait, on some way.
+
+    The hardware reads A while the product runs, and nvcc 13.0 does not always keep its registers until then: where
+    what was loaded was A as it came, it loaded the next numbers over it, and sums were wrong on a GPU alone.
+
+    Args:
+        code: a kernel's instructions with their addresses.
+    """
+    place = {address: index for index, (address, _) in enumerate(code)}
+    writes = [written(text) for _, text in code]
+    count = 0
+    for index, (_, text) in enumerate(code):
+        product = re.match(r"(?:@\S+ )?HGMMA\S* R\d+, R(\d+), gdesc", text)
+        if product is None:
+            continue
+        operand = set(range(int(product[1]), int(product[1]) + 4))
+        waiting, seen = [index + 1], set()
+        while waiting:
+            at = waiting.pop()
+            if at in seen or at >= len(code):
+                continue
+            seen.add(at)
+            text = code[at][1]
+            if "WARPGROUP.DEPBAR" in text:
+                continue
+            if operand & writes[at]:
+                count += 1
+                break
+            jump = re.search(r"\bBRA\b.* 0x([0-9a-f]+)", text)
+            if jump and int(jump[1], 16) in place:
+                waiting.append(place[int(jump[1], 16)])
+            if not re.match(r"(BRA|EXIT|RET|BRX)\b", text):
+                waiting.append(at + 1)
+    return count
+
+
+def written(text: str) -> set[int]:
+    """The numbers of the registers that an instruction writes.
+
+    >>> sorted(written("@P0 LDG.E.128 R76, desc[UR16][R76.64]")), written("STS.128 [R2], R4"), written("BAR.SYNC 0x0")
+    ([76, 77, 78, 79], set(), set())
+    """
+    match = re.match(r"(?:@\S+\s+)?([A-Z0-9_.]+)\s+(?:!?U?PT?\d*, )*R(\d+)\b", text)
+    if match is None or match[1].startswith(("HGMMA", "ISETP", "FSETP", "PLOP3", "R2UR", "BAR", "RED", "ST")):
+        return set()
+    size = 4 if ".128" in match[1] else 2 if re.search(r"\.64|\.WIDE|^CS2R$", match[1]) else 1
+    return set(range(int(match[2]), int(match[2]) + size))
 
 
 def read_resources(text: str) -> dict[Key, Resources]:
@@ -234,6 +292,8 @@ def check(
             needed |= {"HGMMA"}
             if 2 * operations["WAIT_ALL"] > operations["HGMMA"]:
                 failures.append(f"{where}: {operations['WAIT_ALL']} waits for all products, which run one by one")
+            if operations["OVERWRITTEN"]:
+                failures.append(f"{where}: {operations['OVERWRITTEN']} products whose operand is overwritten meanwhile")
         elif words[0] != "moments" and words[1] in ("bfloat16", "float16", "tf32"):
             needed |= {"HMMA"} if words[1] == "tf32" and "rows" in words else {"HMMA", "LDSM"}
         failures += [f"{where}: no {op}" for op in sorted(needed) if not operations[op]]

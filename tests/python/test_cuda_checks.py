@@ -160,6 +160,26 @@ def test_asynchronous_products_must_be_there_and_overlap() -> None:
     assert wgmma_failures("") == [f"{where}: no HGMMA"]
 
 
+def test_an_operand_stays_until_a_wait() -> None:
+    product = "HGMMA.64x64x16.F32.BF16 R24, R64, gdesc[UR20].tnspB, R24, gsb0"
+    wait, load = "WARPGROUP.DEPBAR.LE gsb0, 0x1", "@P0 LDG.E.128 R60, desc[UR16][R2.64]"
+    near, over = "MOV R68, R2", "IMAD.WIDE.U32 R66, R2, R3, RZ"
+
+    def count(*texts: str) -> int:
+        return int(gates.overwritten([(16 * i, text) for i, text in enumerate(texts)]))
+
+    assert count(product, near, load, wait, over) == 0
+    assert count(product, near, over, wait) == 1
+    assert count(over, product, wait) == 0
+    assert count(over, product, "@P1 BRA 0x0", wait) == 1  # around the loop
+    assert count(product, "@P1 BRA 0x30", wait, over, "EXIT") == 1  # past the wait
+    assert count(product, "BRA 0x20", wait, over, "EXIT") == 0
+    where = f"{WGMMA} on sm_90"
+    lines = [product, over, wait, wait, "HGMMA.64x64x16.F32 R24, R4, gdesc[UR20], R24", wait]
+    text = "".join(f"        /*{0x100 + 16 * i:04x}*/  {line} ;\n" for i, line in enumerate(lines))
+    assert wgmma_failures(text) == [f"{where}: 1 products whose operand is overwritten meanwhile"]
+
+
 def test_kernels_of_one_architecture_are_in_the_tables_alone() -> None:
     code = {(WGMMA, 90): Counter({"HGMMA": 4}), (NAME, 80): Counter({"HMMA": 1}), (NAME, 90): Counter({"HMMA": 2})}
     resources = {key: gates.Resources(100) for key in code}
