@@ -45,7 +45,7 @@ struct Middle {
   [[maybe_unused]] static constexpr int warpgroups = 1, row_blocks = 2, maps = 128, blocks = 2, least_masks = 1;
 };
 struct Narrow {
-  [[maybe_unused]] static constexpr int warpgroups = 1, row_blocks = 1, maps = 64, blocks = 4, least_masks = 1;
+  [[maybe_unused]] static constexpr int warpgroups = 1, row_blocks = 1, maps = 64, blocks = 4;
 };
 
 /* Where a step's pixels stand, in bytes; pixels that are none as the piece's first one. Pairs of pixels in the order of

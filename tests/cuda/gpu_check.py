@@ -53,7 +53,7 @@ import gpu_report
 ROOT = Path(__file__).resolve().parents[2]
 WORK = Path(__file__).with_name("gpu_work.py")
 # The most seconds of each phase; what one does not need is the next one's, as far as the whole budget goes.
-SHARES = {"build": 200, "bits": 90, "sanitizer": 120, "reference": 90, "device": 60, "kernels": 60, "timings": 600}
+SHARES = {"build": 200, "bits": 200, "sanitizer": 120, "reference": 90, "device": 60, "kernels": 60, "timings": 600}
 TOOLS = ("memcheck", "racecheck", "initcheck", "synccheck")
 REPETITIONS = 100
 TARGETS = ("torch_pnn_libraries", "cuda_results_host", "cuda_results_device")

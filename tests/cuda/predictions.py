@@ -123,17 +123,30 @@ OPERAND_BY_ELEMENTS = {"float32": 380, "tf32": 400, "bfloat16": 680, "float16": 
 ANY_INPUT_STEP, ANY_INPUT_MAP = (176, 160), 30
 # the moments' pass over one map of one pixel.
 MOMENTS = 44
-# Hopper's asynchronous products (cuda/forward_wgmma.cu), which no GPU has run: outputs and pixels of a tile, blocks on
-# a multiprocessor; the share of FLOPS that they are taken to reach, which is cuBLAS's;
-WGMMA_TILES = ((256, 128, 1), (128, 192, 1), (64, 64, 4))
+# Hopper's asynchronous products (cuda/*_wgmma.cu). The share of FLOPS that they are taken to reach, which is cuBLAS's;
 WGMMA_REACHED = 0.75
-# a thread's instructions in a step of 64 maps of its two pixels, by outputs, with 1, 2, 4, 8 and 16 or more masks;
+# forward: outputs and pixels of a tile, blocks on a multiprocessor; a thread's instructions in a step of 64 maps of its
+# two pixels, by outputs, with 1, 2, 4, 8 and 16 or more masks, and before and behind the steps;
+WGMMA_TILES = ((256, 128, 1), (128, 64, 3), (64, 64, 4))
 WGMMA_STEP = {
     "bfloat16": {256: (432, 384, 352, 340, 334), 128: (409, 361, 337, 324, 318), 64: (415, 363, 339, 326, 320)},
     "float16": {256: (467, 419, 387, 375, 369), 128: (444, 396, 372, 359, 353), 64: (450, 398, 374, 361, 355)},
 }
-# and before and behind the steps. Warps are taken to wait as those of the other kernels do.
 WGMMA_TILE = {256: 870, 128: 570, 64: 440}
+# the input gradient: maps of a tile, warpgroups of a block; a thread's instructions in a step of 64 outputs
+# (contiguous, channels-last), and for a tile of its two pixels, by maps, with 1, 2, 4, 8 and 16 or more masks;
+WGMMA_INPUT_TILES = ((256, 2), (128, 3), (64, 4))
+WGMMA_INPUT_STEP = (139, 84)
+WGMMA_INPUT_TILE = {
+    256: (2170, 1818, 1646, 1582, 1626),
+    128: (1170, 990, 914, 882, 904),
+    64: (665, 582, 540, 526, 538),
+}
+# the weight gradient: outputs and maps of a tile, threads of a block, blocks on a multiprocessor, the fewest masks; a
+# thread's instructions in a step of 64 pixels, by outputs; the sums of g are not among them.
+WGMMA_WEIGHT_TILES = ((256, 128, 256, 1, 2), (128, 128, 128, 2, 1), (64, 64, 128, 4, 1))
+WGMMA_WEIGHT_STEP = {256: (440, 410, 380, 375, 370), 128: (780, 700, 660, 640, 630), 64: (440, 410, 390, 380, 370)}
+# Warps are taken to wait as those of the other kernels do.
 
 
 @dataclass
@@ -226,11 +239,25 @@ def by_elements(case: Case, dtype: str, layout: str) -> bool:
     return bool(pixels % run) if layout == "contiguous" else bool(channels % run or outputs % run)
 
 
-def wgmma_kernels(case: Case, dtype: str, layout: str) -> list[Kernel]:
-    """Forward by Hopper's asynchronous products, V's copy first; none where the layer can't have them."""
-    batch, channels, height, outputs, masks = case
-    if dtype not in WGMMA_STEP or by_elements(case, dtype, layout) or outputs <= 32:
+def wgmma_kernels(case: Case, dtype: str, direction: str, layout: str) -> list[Kernel]:
+    """A pass by Hopper's asynchronous products, V's copy first; none where the layer can't have them."""
+    _, channels, height, outputs, masks = case
+    enough = {"forward": outputs, "weight_gradient": outputs, "input_gradient": channels * masks}
+    if dtype not in WGMMA_STEP or enough.get(direction, 0) <= 32 or channels * masks % 16:
         return []
+    elements = by_elements(case, dtype, layout)
+    if direction == "forward":
+        return wgmma_forward(case, dtype, elements and height % 2 == 1)
+    if elements:
+        return []
+    if direction == "weight_gradient":
+        return wgmma_weight_gradient(case, dtype)
+    return wgmma_input_gradient(case, dtype, layout) if masks <= 64 and outputs <= 448 * 4 else []
+
+
+def wgmma_forward(case: Case, dtype: str, singly: bool) -> list[Kernel]:
+    """Forward; `singly`: x comes one number at a time."""
+    batch, channels, height, outputs, masks = case
     size, maps, columns = SIZE[dtype], channels * masks, batch * height * height
     fitting = [
         (rows, pixels, resident)
@@ -244,32 +271,101 @@ def wgmma_kernels(case: Case, dtype: str, layout: str) -> list[Kernel]:
     copied = row_tiles * rows * steps * 64 * size
     # A step's V is written by cp.async and read by each warpgroup.
     wavefronts = blocks * steps * 64 * rows * size / 128 * (1 + pixels / 64)
+    step = WGMMA_STEP[dtype][rows][min(masks, 16).bit_length() - 1] + (48 // min(masks, 16) if singly else 0)
     main = Kernel(
         x + y,
         x * row_tiles + y + copied * column_tiles,
         2.0 * maps * columns * outputs,
-        threads * blocks * (WGMMA_TILE[rows] + steps * WGMMA_STEP[dtype][rows][min(masks, 16).bit_length() - 1]),
+        threads * blocks * (WGMMA_TILE[rows] + steps * step),
         wavefronts,
         blocks,
         threads,
         resident,
+        WAITS_BY_ELEMENTS[dtype] if singly else WAITS[dtype],
+        WGMMA_REACHED,
+    )
+    return [Kernel(weight, weight + copied), main]
+
+
+def wgmma_input_gradient(case: Case, dtype: str, layout: str) -> list[Kernel]:
+    """The input gradient: a block to a multiprocessor, V all the time in shared memory."""
+    batch, channels, height, outputs, masks = case
+    size, maps, columns = SIZE[dtype], channels * masks, batch * height * height
+    steps, pixel_tiles = math.ceil(outputs / 64), math.ceil(columns / 64)
+    fitting = [
+        (tile, groups)
+        for tile, groups in WGMMA_INPUT_TILES
+        if maps > tile // 2
+        and tile * steps * 128 <= 224 * 1024
+        and math.ceil(maps / tile) * math.ceil(pixel_tiles / groups) >= 128
+    ]
+    tile, groups = [*fitting, WGMMA_INPUT_TILES[-1]][0]
+    map_tiles = math.ceil(maps / tile)
+    x, y, weight = channels * columns * size, outputs * columns * size, outputs * maps * size
+    copied = map_tiles * tile * steps * 64 * size
+    made = WGMMA_INPUT_TILE[tile][min(masks, 16).bit_length() - 1]
+    step = WGMMA_INPUT_STEP[layout == "channels_last"]
+    main = Kernel(
+        y + 2 * x,
+        y * map_tiles + 2 * x + copied * MULTIPROCESSORS / map_tiles,
+        2.0 * maps * columns * outputs,
+        128 * map_tiles * pixel_tiles * (made + steps * step),
+        map_tiles * pixel_tiles * steps * 64 * tile * size / 128,
+        MULTIPROCESSORS,
+        128 * groups,
+        1,
         WAITS[dtype],
         WGMMA_REACHED,
     )
     return [Kernel(weight, weight + copied), main]
 
 
+def wgmma_weight_gradient(case: Case, dtype: str) -> list[Kernel]:
+    """The weight gradient and what adds its pieces up."""
+    batch, channels, height, outputs, masks = case
+    size, maps, columns = SIZE[dtype], channels * masks, batch * height * height
+    fitting = [
+        tile
+        for tile in WGMMA_WEIGHT_TILES
+        if outputs > tile[0] // 2
+        and masks >= tile[4]
+        and math.ceil(outputs / tile[0]) * math.ceil(maps / tile[1]) * math.ceil(columns / 256) >= 128 * tile[3]
+    ]
+    rows, tile, threads, resident, _ = [*fitting, WGMMA_WEIGHT_TILES[-1]][0]
+    row_tiles, map_tiles = math.ceil(outputs / rows), math.ceil(maps / tile)
+    wanted = max(1, min(math.ceil(columns / 256), MULTIPROCESSORS * resident // (row_tiles * map_tiles)))
+    piece = max(64, math.ceil(math.ceil(columns / wanted) / 64) * 64)
+    splits = math.ceil(columns / piece)
+    x, y, weight = channels * columns * size, outputs * columns * size, outputs * maps * size
+    parts, steps = splits * outputs * maps * 4, math.ceil(piece / 64) * splits * row_tiles * map_tiles
+    main = Kernel(
+        x + y + parts,
+        x * row_tiles + y * map_tiles + parts,
+        2.0 * maps * columns * outputs,
+        threads * steps * WGMMA_WEIGHT_STEP[rows][min(masks, 16).bit_length() - 1] + columns * outputs * TOTAL,
+        steps * 64 * tile * size / 128 * (1 + threads / 128),
+        row_tiles * map_tiles * splits,
+        threads,
+        resident,
+        WAITS[dtype],
+        WGMMA_REACHED,
+    )
+    return [main, Kernel((0 if parts < CACHE_SIZE else parts) + 2 * weight, parts + 2 * weight)]
+
+
 def kernels(
-    case: Case, dtype: str, direction: str, layout: str = "contiguous", *, norm: bool = False, wgmma: bool = False
+    case: Case, dtype: str, direction: str, layout: str = "contiguous", *, norm: bool = False, wgmma: bool = True
 ) -> list[Kernel]:
     """The launches of a pass, in order (cuda/api.cu)."""
-    if wgmma and direction == "forward" and not norm and (found := wgmma_kernels(case, dtype, layout)):
+    parts = {
+        "backward": ("weight_gradient", "input_gradient"),
+        "forward+backward": ("forward", "weight_gradient", "input_gradient"),
+    }
+    if direction in parts:
+        each = [kernels(case, dtype, part, layout, norm=norm, wgmma=wgmma) for part in parts[direction]]
+        return [kernel for part in each for kernel in part]
+    if wgmma and not norm and (found := wgmma_kernels(case, dtype, direction, layout)):
         return found
-    if direction == "backward":
-        first = kernels(case, dtype, "weight_gradient", layout, norm=norm)
-        return first + kernels(case, dtype, "input_gradient", layout, norm=norm)
-    if direction == "forward+backward":
-        return kernels(case, dtype, "forward", layout, norm=norm) + kernels(case, dtype, "backward", layout, norm=norm)
     batch, channels, height, outputs, masks = case
     size, maps, columns = SIZE[dtype], channels * masks, batch * height * height
     x, y, weight = channels * columns * size, outputs * columns * size, outputs * maps * size
@@ -369,7 +465,7 @@ def predict(
     *,
     norm: bool = False,
     device: str = "H100",
-    wgmma: bool = False,
+    wgmma: bool = True,
 ) -> Prediction:
     """A pass's prediction.
 
@@ -380,7 +476,7 @@ def predict(
         layout: "contiguous" or "channels_last".
         norm: with normalisation inside, in training.
         device: the name of the GPU; with "H200" in it, that one's memory.
-        wgmma: with `torch_pnn.backends.cuda.allow_wgmma`, which forward alone follows.
+        wgmma: with `torch_pnn.backends.cuda.allow_wgmma`, the default.
 
     Returns:
         The sums over the pass's kernels, launches included in `time_us`; `bound` is what bounds the longest kernel.
@@ -483,28 +579,16 @@ class Target:
         return self.predicted_us <= self.limit_us
 
 
-WGMMA_PRODUCT = "0.75 of cuBLAS's rate"
-
-
-def wgmma_target(case: Case, dtype: str, layout: str = "contiguous") -> Target:
-    """Forward's target with asynchronous products."""
-    predicted = predict(case, dtype, "forward", layout, wgmma=True).time_us
-    forward = targets(case, dtype, layout)[0]
-    if forward.name == COPY:
-        return Target(COPY, forward.limit_us, predicted)
-    return Target(WGMMA_PRODUCT, library_us(case, dtype) / 0.75, predicted)
-
-
-def targets(case: Case, dtype: str, layout: str = "contiguous") -> list[Target]:
+def targets(case: Case, dtype: str, layout: str = "contiguous", *, wgmma: bool = True) -> list[Target]:
     """The project's targets for a case: forward by what would bound it at best, and forward with backward."""
     batch, channels, height, outputs, masks = case
     flops = 2.0 * channels * masks * batch * height * height * outputs
-    predicted = predict(case, dtype, "forward", layout).time_us
+    predicted = predict(case, dtype, "forward", layout, wgmma=wgmma).time_us
     if flops / (FLOPS[dtype] * REACHED[dtype]) * 1e6 + LAUNCH_US <= copy_us(case, dtype):
         forward = Target(COPY, 1.15 * copy_us(case, dtype), predicted)
     else:
         forward = Target(PRODUCT, library_us(case, dtype) / 0.55, predicted)
-    both = predict(case, dtype, "forward+backward", layout).time_us
+    both = predict(case, dtype, "forward+backward", layout, wgmma=wgmma).time_us
     return [forward, Target("0.7 x torch.compile", 0.7 * compiled_us(case, dtype, "forward+backward"), both)]
 
 
@@ -526,15 +610,13 @@ def verdict(target: Target) -> str:
 def page() -> str:
     """The tables, in Markdown."""
     text = ""
-    for dtype, wgmma in (("bfloat16", False), ("bfloat16", True), ("tf32", False), ("float32", False)):
-        name = "float32 with `allow_tf32`" if dtype == "tf32" else dtype + " with `allow_wgmma`" * wgmma
+    for dtype, wgmma in (("bfloat16", True), ("bfloat16", False), ("tf32", True), ("float32", True)):
+        name = "float32 with `allow_tf32`" if dtype == "tf32" else dtype + " without `allow_wgmma`" * (not wgmma)
         text += f"\n{name}, forward (B, C, H=W, T, M; times in µs, contiguous, masks from the seed):\n\n"
         text += row("case", "MB", "GFLOP", "flop/byte", "memory", "L2", "product", "instructions", "shared memory")[:-1]
         text += row(" **predicted**", "bound by", "target").removeprefix("|")
         text += row(*["---"] * 12)
         for case in CASES:
-            if wgmma and not wgmma_kernels(case, dtype, "contiguous"):
-                continue
             p = predict(case, dtype, "forward", wgmma=wgmma)
             text += row(
                 ",".join(map(str, case)),
@@ -548,10 +630,8 @@ def page() -> str:
                 p.shared_us,
                 f"**{p.time_us:.1f}**",
                 p.bound,
-                verdict(wgmma_target(case, dtype) if wgmma else targets(case, dtype)[0]),
+                verdict(targets(case, dtype, wgmma=wgmma)[0]),
             )
-        if wgmma:
-            continue
         text += f"\n{name}, the other passes (bytes in MB; normalising: what its moments add to forward):\n\n"
         text += row(
             "case",
@@ -567,8 +647,10 @@ def page() -> str:
         )
         text += row(*["---"] * 10)
         for case in CASES:
-            inputs, weights = predict(case, dtype, "input_gradient"), predict(case, dtype, "weight_gradient")
-            both, forward = predict(case, dtype, "forward+backward"), predict(case, dtype, "forward")
+            inputs, weights, both, forward = (
+                predict(case, dtype, direction, wgmma=wgmma)
+                for direction in ("input_gradient", "weight_gradient", "forward+backward", "forward")
+            )
             text += row(
                 ",".join(map(str, case)),
                 inputs.bytes / 1e6,
@@ -579,7 +661,7 @@ def page() -> str:
                 weights.bound,
                 predict(case, dtype, "forward", norm=True).time_us - forward.time_us,
                 f"**{both.time_us:.1f}**",
-                verdict(targets(case, dtype)[1]),
+                verdict(targets(case, dtype, wgmma=wgmma)[1]),
             )
     return text + "\n"
 
