@@ -96,12 +96,8 @@ PNN_DEVICE void add_products(const Layer &layer, int64_t group, const Pair &pair
     __syncthreads(); /* all threads' part of it; and no product of the step before the last one runs */
     if (step + STAGES - 2 < steps) stage(step + STAGES - 2);
     copy_commit();
-    /* Beyond the maps A is 0, as V is: no infinity may meet its zeros. To clear x is to wait for it here, which many
-     * warps hide; else what is made of it is cleared, for a register more. */
-    constexpr bool CLEARS_INPUT = S::blocks > 1 || READING == READ_ELEMENTS;
     float level = layer.level_float;
-    if (CLEARS_INPUT && k >= maps) level = 0, x.clear();
-    const uint32_t there = CLEARS_INPUT || k < maps ? 0xffffffffu : 0;
+    if (k >= maps) level = 0, x.clear(); /* as V is: no infinity may meet its zeros */
     uint32_t words[2][4];
 #pragma unroll
     for (int p = 0; p < 2; p++) {
@@ -121,7 +117,7 @@ PNN_DEVICE void add_products(const Layer &layer, int64_t group, const Pair &pair
         float u[2];
 #pragma unroll
         for (int e = 0; e < 2; e++) u[e] = x.value(p, map + e) + level * lattice_in(words[p][product], i / 2 * 2 + e);
-        a[product][i] = round_pair_relu(D{}, u[0], u[1]) & there;
+        a[product][i] = round_pair_relu(D{}, u[0], u[1]);
       }
       products_operand(a[product]);
       products_add(D{}, d, a[product], matrix_descriptor(v + product * 2 * S::outputs * 16, S::outputs * 16, 128));

@@ -129,8 +129,8 @@ WGMMA_REACHED = 0.75
 # two pixels, by outputs, with 1, 2, 4, 8 and 16 or more masks, and before and behind the steps;
 WGMMA_TILES = ((256, 128, 1), (128, 64, 3), (64, 64, 4))
 WGMMA_STEP = {
-    "bfloat16": {256: (432, 384, 352, 340, 334), 128: (409, 361, 337, 324, 318), 64: (415, 363, 339, 326, 320)},
-    "float16": {256: (467, 419, 387, 375, 369), 128: (444, 396, 372, 359, 353), 64: (450, 398, 374, 361, 355)},
+    "bfloat16": {256: (432, 384, 352, 340, 334), 128: (423, 379, 355, 342, 336), 64: (415, 363, 337, 324, 320)},
+    "float16": {256: (467, 419, 387, 375, 369), 128: (458, 414, 390, 377, 371), 64: (450, 398, 374, 361, 355)},
 }
 WGMMA_TILE = {256: 870, 128: 570, 64: 440}
 # the input gradient: maps of a tile, warpgroups of a block; a thread's instructions in a step of 64 outputs
