@@ -84,7 +84,7 @@ def test_is_seen_by_every_thread(name: str) -> None:
 def test_refuses_what_is_not_a_bool(name: str, value: object) -> None:
     with pytest.raises(TypeError, match=rf"{name} is .*, it should be a bool"):
         setattr(torch_pnn.backends.cuda, name, value)
-    assert getattr(torch_pnn.backends.cuda, name) is False
+    assert getattr(torch_pnn.backends.cuda, name) is SETTINGS[name]
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
