@@ -18,6 +18,8 @@ MISSED = 1.5
 COPY, PRODUCT, COMPILED = 1.15, 0.55, 0.7
 """Targets: at most this many copies where memory-bound, at least this share of cuBLAS's rate where compute-bound, at
 most this share of torch.compile's time for forward and backward."""
+WGMMA_PRODUCT = 0.75
+"""That of cuBLAS's rate for Hopper's asynchronous products."""
 
 
 def phase_line(name: str, found: dict[str, Any]) -> str:
@@ -71,6 +73,11 @@ def of_case(rows: list[dict[str, Any]], row: dict[str, Any], name: str) -> float
 def memory_bound(row: dict[str, Any]) -> bool:
     """Whether a layer's forward pass is to be compared with a copy, at best; else with a product."""
     return predictions.targets(tuple(row["case"]), row["type"])[0].name == predictions.COPY
+
+
+def by_wgmma(row: dict[str, Any]) -> bool:
+    """Whether Hopper's asynchronous products do a layer's forward pass."""
+    return bool(predictions.wgmma_kernels(tuple(row["case"]), row["type"], "forward", row["layout"]))
 
 
 def predicted(rows: list[dict[str, Any]], direction: str) -> list[str]:
@@ -140,6 +147,9 @@ def targets(rows: list[dict[str, Any]]) -> list[str]:
         if not memory_bound(row) and of_product:
             what = f"forward, compute-bound: at least {PRODUCT} of cuBLAS's rate"
             found.setdefault(what, []).append(PRODUCT / of_product)
+            if by_wgmma(row):
+                what = f"the same by asynchronous products: at least {WGMMA_PRODUCT} of cuBLAS's rate"
+                found.setdefault(what, []).append(WGMMA_PRODUCT / of_product)
         if whole:
             what = f"forward + backward: at most {COMPILED} of torch.compile's time"
             found.setdefault(what, []).append(whole / COMPILED)
@@ -160,10 +170,12 @@ def products(rows: list[dict[str, Any]]) -> list[str]:
         for direction in ("forward", "forward+backward"):
             other, ours = row.get(f"{direction} mma.sync"), row.get(f"{direction} ours")
             body[-1] += [cell(other, 1), cell(ours, 1), cell(ratio(ours, other))]
+        of_product = ratio(of_case(rows, row, "cublas"), row.get("forward ours"))
+        bad = by_wgmma(row) and not memory_bound(row) and of_product is not None and of_product < WGMMA_PRODUCT
+        body[-1].append(cell(of_product, 2, bad))
     each = ["mma.sync", "default", "default / mma.sync"]
-    return table(
-        ["B,C,H,T,M", "type", "layout", *(f"forward, {e}" for e in each), *(f"with backward, {e}" for e in each)], body
-    )
+    head = ["B,C,H,T,M", "type", "layout", *(f"forward, {e}" for e in each), *(f"with backward, {e}" for e in each)]
+    return table([*head, "forward, cuBLAS / default"], body)
 
 
 PASSES = ("forward", "weight_gradient", "weight_store", "input_gradient", "moments")

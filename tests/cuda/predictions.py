@@ -562,7 +562,7 @@ def compiled_us(case: Case, dtype: str, direction: str) -> float:
     }[direction]
 
 
-COPY, PRODUCT = "1.15 x a copy", "0.55 of cuBLAS's rate"
+COPY, PRODUCT, WGMMA_PRODUCT = "1.15 x a copy", "0.55 of cuBLAS's rate", "0.75 of cuBLAS's rate"
 """The names of forward's targets."""
 
 
@@ -586,6 +586,8 @@ def targets(case: Case, dtype: str, layout: str = "contiguous", *, wgmma: bool =
     predicted = predict(case, dtype, "forward", layout, wgmma=wgmma).time_us
     if flops / (FLOPS[dtype] * REACHED[dtype]) * 1e6 + LAUNCH_US <= copy_us(case, dtype):
         forward = Target(COPY, 1.15 * copy_us(case, dtype), predicted)
+    elif wgmma and wgmma_kernels(case, dtype, "forward", layout):
+        forward = Target(WGMMA_PRODUCT, library_us(case, dtype) / 0.75, predicted)
     else:
         forward = Target(PRODUCT, library_us(case, dtype) / 0.55, predicted)
     both = predict(case, dtype, "forward+backward", layout, wgmma=wgmma).time_us

@@ -267,7 +267,11 @@ def test_tables_mark_missed_predictions_and_targets() -> None:
     lines = "\n".join(gpu_report.targets([row(copy=8.0, **whole), row(**heavy)]))
     assert "0 of 1" in lines and "**1.09**" in lines and "**1.38**" in lines
     slower = {"forward mma.sync": 20.0, "forward+backward mma.sync": 32.0}
-    assert "| 20.0 | 10.0 | 0.50 | 32.0 | 8.0 | 0.25 |" in "\n".join(gpu_report.products([row(**whole, **slower)]))
+    text = "\n".join(gpu_report.products([row(**whole, **slower)]))
+    assert "| 20.0 | 10.0 | 0.50 | 32.0 | 8.0 | 0.25 | 0.40 |" in text  # as a copy, at best: no product's target
+    assert "**0.73**" in "\n".join(gpu_report.products([row(**heavy, **slower) | {"forward ours": 5.5}]))
+    assert "at least 0.75" in "\n".join(gpu_report.targets([row(**heavy)]))
+    assert "at least 0.75" not in "\n".join(gpu_report.targets([row(**heavy, type="tf32")]))
     assert len(gpu_report.products([row()])) == 2  # a head alone
     # Nothing measured is nothing judged.
     empty = {"case": [1, 2, 3, 4, 5], "type": "bfloat16", "layout": "l"}
