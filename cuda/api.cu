@@ -121,7 +121,7 @@ void split(Layer &l, bool products, bool is_double, bool wgmma) {
   };
 #if defined(PNN_CUDA_WGMMA)
   if (wgmma) {
-    const WgmmaTiles asynchronous = wgmma_weights_tiles(l);
+    const WgmmaTiles asynchronous = weight_gradient_wgmma_tiles(l);
     return cut(asynchronous.tiles, asynchronous.blocks);
   }
 #else
@@ -183,7 +183,7 @@ Plan plan_make(const pnn_problem &p, pnn_pass pass, pnn_arena *arena) {
   if (plan.want_totals) {
     bool wgmma = false;
 #if defined(PNN_CUDA_WGMMA)
-    wgmma = params.allow_wgmma && plan.want_products && !p.norm && wgmma_weights_may_fit(l, plan.product);
+    wgmma = params.allow_wgmma && plan.want_products && !p.norm && weight_gradient_wgmma_may_fit(l, plan.product);
 #endif
     split(l, plan.want_products, p.product_type == PNN_FLOAT64, wgmma);
     w.totals = pnn_arena_take(arena, l.splits * p.outputs, p.real_size);
@@ -228,7 +228,7 @@ Status forward(const pnn_problem &p, Plan &plan, Stream stream) {
   }
   const Matrix weight = matrix_of(params.weight);
 #if defined(PNN_CUDA_WGMMA)
-  if (params.allow_wgmma && wgmma_fits(l, plan.product))
+  if (params.allow_wgmma && forward_wgmma_fits(l, plan.product))
     return run_forward_wgmma(l, plan.product, weight, w.weight, stream);
 #endif
   if (p.norm) {
@@ -255,7 +255,7 @@ Status backward(const pnn_problem &p, Plan &plan, Stream stream) {
     l.products = plan.want_products ? w.products : nullptr;
     bool done = false;
 #if defined(PNN_CUDA_WGMMA)
-    done = params.allow_wgmma && !p.norm && wgmma_weights_fit(l, plan.product);
+    done = params.allow_wgmma && !p.norm && weight_gradient_wgmma_fits(l, plan.product);
     if (done) PNN_STOP_IF(run_weight_gradient_wgmma(l, plan.product, stream));
 #endif
     if (!done) PNN_STOP_IF(run_weight_gradient(l, plan.product, stream));

@@ -51,6 +51,12 @@ struct Shape {
 
 /* ---- the kernel ---- */
 
+/* What a thread knows of its two pixels. */
+struct Pair {
+  uint32_t row[2], column[2];
+  const char *input[2];
+};
+
 /* d += A * B over all maps of the group; `ring` has room for STAGES steps of V, which starts at `weight`. */
 template <class D, class S, Reading READING, int MASKS>
 PNN_DEVICE void add_products(const Layer &layer, int64_t group, const Pair &pair, const char *weight, char *ring,
@@ -292,7 +298,7 @@ void list(Visit visit, const std::string &name) {
 
 }  // namespace
 
-bool wgmma_fits(const Layer &layer, int product) {
+bool forward_wgmma_fits(const Layer &layer, int product) {
   if (product != PNN_BFLOAT16 && product != PNN_FLOAT16) return false;
   return is_plain<bfloat16>(layer) && layer.group_outputs > Narrow::outputs / 2 && layer.columns > 0 && has_wgmma();
 }

@@ -338,7 +338,7 @@ __global__ void __launch_bounds__(Shape<S>::threads, 1)
 /* ---- the host's side ---- */
 
 /* The multiprocessors of the current device. */
-int64_t multiprocessors() {
+int64_t multiprocessors_here() {
 #if defined(__CUDACC__)
   int device = 0, count = 0;
   if (cudaGetDevice(&device) == cudaSuccess &&
@@ -351,7 +351,7 @@ int64_t multiprocessors() {
 /* Pieces to cut the pixels into, `rows` blocks each: those that leave the fewest multiprocessors idle in the last round
  * of blocks, in the first one if that is good enough. Results do not depend on it. */
 int64_t pieces_of(int64_t rows, int64_t tiles) {
-  const int64_t processors = multiprocessors();
+  const int64_t processors = multiprocessors_here();
   int64_t best = 1, best_blocks = 0, best_rounds = 1;
   for (int64_t rounds = ceil_div(rows, processors), end = rounds + 8; rounds < end; rounds++) {
     const int64_t pieces = rounds * processors / rows, blocks = pieces * rows;

@@ -100,7 +100,7 @@ Status run_forward(const Layer &layer, int product, Stream stream);
  * this device can, and the elements that V's copy takes, which is written first, from `weight` as the user has it. The
  * columns and the depth of forward's products are a group's outputs and maps, those of the input gradient's its maps
  * and outputs. */
-bool wgmma_fits(const Layer &layer, int product);
+bool forward_wgmma_fits(const Layer &layer, int product);
 int64_t wgmma_weight_elements(int64_t groups, int64_t columns, int64_t depth);
 Status run_forward_wgmma(const Layer &layer, int product, Matrix weight, void *copy, Stream stream);
 
@@ -116,9 +116,9 @@ Status run_weight_gradient(const Layer &layer, int product, Stream stream);
 struct WgmmaTiles {
   int64_t tiles, blocks;
 };
-bool wgmma_weights_may_fit(const Layer &layer, int product);
-WgmmaTiles wgmma_weights_tiles(const Layer &layer);
-bool wgmma_weights_fit(const Layer &layer, int product);
+bool weight_gradient_wgmma_may_fit(const Layer &layer, int product);
+WgmmaTiles weight_gradient_wgmma_tiles(const Layer &layer);
+bool weight_gradient_wgmma_fits(const Layer &layer, int product);
 Status run_weight_gradient_wgmma(const Layer &layer, int product, Stream stream);
 
 Status run_moments(const Layer &layer, int dtype, void *parts, Stream stream);

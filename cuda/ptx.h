@@ -236,15 +236,7 @@ PNN_DEVICE uint32_t load_global(const uint32_t *p) {
   asm("ld.global.u32 %0, [%1];" : "=r"(v) : "l"(__cvta_generic_to_global(p)));
   return v;
 }
-/* Zeros where !there, without a branch: the address is not looked at then. */
-PNN_DEVICE words4 load_global_or_zero(bool there, const words4 *p) {
-  words4 v;
-  asm("{ .reg .pred there; setp.ne.u32 there, %5, 0; mov.u32 %0, 0; mov.u32 %1, 0; mov.u32 %2, 0; mov.u32 %3, 0; "
-      "@there ld.global.v4.u32 {%0, %1, %2, %3}, [%4]; }"
-      : "=&r"(v.w[0]), "=&r"(v.w[1]), "=&r"(v.w[2]), "=&r"(v.w[3])
-      : "l"(__cvta_generic_to_global(p)), "r"(static_cast<uint32_t>(there)));
-  return v;
-}
+/* 0 where !there, without a branch: the address is not looked at then. */
 PNN_DEVICE uint32_t load_global_or_zero(bool there, const uint32_t *p) {
   uint32_t v;
   asm("{ .reg .pred there; setp.ne.u32 there, %2, 0; mov.u32 %0, 0; @there ld.global.u32 %0, [%1]; }"
@@ -561,10 +553,7 @@ inline words4 load_global(const words4 *p) {
   if (reinterpret_cast<uintptr_t>(p) % 16) cuda_on_host::fail("a misaligned load from device memory");
   return *p;
 }
-template <class T>
-T load_global_or_zero(bool there, const T *p) {
-  return there ? load_global(p) : T{};
-}
+inline uint32_t load_global_or_zero(bool there, const uint32_t *p) { return there ? load_global(p) : 0; }
 inline void prefetch_global(const char *p) { static_cast<void>(*static_cast<const volatile char *>(p)); }
 inline void note_load(const void *p, int bytes) { cuda_on_host::count_access(cuda_on_host::LOAD, p, bytes); }
 inline void note_store(void *p, int bytes) { cuda_on_host::count_access(cuda_on_host::STORE, p, bytes); }

@@ -517,19 +517,20 @@ void list(Visit visit, const std::string &name) {
 
 }  // namespace
 
-bool wgmma_weights_may_fit(const Layer &layer, int product) {
+bool weight_gradient_wgmma_may_fit(const Layer &layer, int product) {
   return (product == PNN_BFLOAT16 || product == PNN_FLOAT16) && is_plain<bfloat16>(layer) &&
          layer.group_outputs > Shape<Narrow>::outputs / 2 && layer.columns > 0;
 }
 
-WgmmaTiles wgmma_weights_tiles(const Layer &layer) {
+WgmmaTiles weight_gradient_wgmma_tiles(const Layer &layer) {
   if (is_chosen<Wide>(layer)) return tiles_of<Wide>(layer);
   if (is_chosen<Middle>(layer)) return tiles_of<Middle>(layer);
   return tiles_of<Narrow>(layer);
 }
 
-bool wgmma_weights_fit(const Layer &layer, int product) {
-  if (!wgmma_weights_may_fit(layer, product) || way_of<bfloat16>(layer) == ANY_WAY || !layer.products) return false;
+bool weight_gradient_wgmma_fits(const Layer &layer, int product) {
+  if (!weight_gradient_wgmma_may_fit(layer, product) || way_of<bfloat16>(layer) == ANY_WAY || !layer.products)
+    return false;
   const bool whole =
       layer.grad_output_staging == STAGE_PIXELS ||
       (layer.grad_output_staging == STAGE_CHANNELS && layer.group_outputs % 8 == 0 && gradient_step(layer) != 0);

@@ -159,12 +159,6 @@ inline Reading reading_of(int staging, int64_t channels) {
   return staging == STAGE_CHANNELS && channels % 8 == 0 ? READ_CHANNELS : READ_ELEMENTS;
 }
 
-/* What a thread knows of its two pixels. */
-struct Pair {
-  uint32_t row[2], column[2];
-  const char *input[2];
-};
-
 /* Whether the current device has wgmma: compute capability 9.0. */
 inline bool has_wgmma() {
 #if defined(__CUDACC__)

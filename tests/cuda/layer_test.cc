@@ -461,19 +461,23 @@ std::vector<uint64_t> forward_bits(const Case &c, int schedule, bool wgmma) {
 }
 
 /* Against the plain loops and against the other kernel, whose sums have another order: exact ones, all the same bits.
- */
-void check_wgmma(const Case &c) {
-  static int next = 0;
+ * bits(case, schedule, wgmma): those of what is compared. */
+template <class Bits>
+void check_both(const Case &c, Bits bits) {
+  static int next = 0; /* of each result by itself */
   const int schedule = next++;
   SCOPED_TRACE(c.describe());
-  const std::vector<uint64_t> bits = forward_bits(c, schedule, true);
+  const std::vector<uint64_t> ours = bits(c, schedule, true);
   Case other = c;
   other.wgmma = false;
-  EXPECT_EQ(bits, forward_bits(other, schedule, false));
+  EXPECT_EQ(ours, bits(other, schedule, false));
   set_schedule(schedule);
   host::options.wanted_blocks = 1;
   check_exact(c, 0);
   host::options = {};
+}
+void check_wgmma(const Case &c) {
+  check_both(c, [](const Case &one, int schedule, bool wgmma) { return forward_bits(one, schedule, wgmma); });
 }
 
 TEST_P(CudaWgmma, ExactSums) {
@@ -660,17 +664,7 @@ std::vector<uint64_t> gradient_bits(const Case &c, int schedule, bool wgmma, int
 }
 
 void check_gradient(const Case &c) {
-  static int next = 0;
-  const int schedule = next++;
-  SCOPED_TRACE(c.describe());
-  const std::vector<uint64_t> bits = gradient_bits(c, schedule, true);
-  Case other = c;
-  other.wgmma = false;
-  EXPECT_EQ(bits, gradient_bits(other, schedule, false));
-  set_schedule(schedule);
-  host::options.wanted_blocks = 1;
-  check_exact(c, 0);
-  host::options = {};
+  check_both(c, [](const Case &one, int schedule, bool wgmma) { return gradient_bits(one, schedule, wgmma); });
 }
 
 TEST_P(CudaWgmmaGradient, ExactSums) {
