@@ -325,14 +325,14 @@ static inputs_scratch inputs_take(const pnn_inputs *in, pnn_arena *arena) {
   const int64_t size = p->real_size;
   inputs_scratch s;
   memset(&s, 0, sizeof s);
-  s.gradient = pnn_arena_take(arena, in->depth * in->width, size);
-  if (p->pairs) s.pairs = pnn_arena_take(arena, (in->depth + 1) / 2 * in->width, 4);
-  s.d = pnn_arena_take(arena, in->packing.block_tiles * in->packing.tile * in->width, size);
-  s.u = pnn_arena_take(arena, in->block * in->width, size);
-  if (in->affine && in->steps) s.c = pnn_arena_take(arena, in->block * in->width, size);
+  s.gradient = pnn_arena_take(arena, in->depth * in->ld, size);
+  if (p->pairs) s.pairs = pnn_arena_take(arena, (in->depth + 1) / 2 * in->ld, 4);
+  s.d = pnn_arena_take(arena, in->packing.block_tiles * in->packing.tile * in->ld, size);
+  s.u = pnn_arena_take(arena, in->block * in->ld, size);
+  if (in->affine && in->steps) s.c = pnn_arena_take(arena, in->block * in->ld, size);
   s.mask = pnn_arena_take(arena, pnn_mask_rows(p, in->slab) * pnn_mask_ld(p, in->deal.pixels), size);
   if (p->masks > 1)
-    s.channels = pnn_arena_take(arena, PNN_MAX(pnn_response_channels(p, in->block), in->window) * in->width, size);
+    s.channels = pnn_arena_take(arena, PNN_MAX(pnn_response_channels(p, in->block), in->window) * in->ld, size);
   return s;
 }
 
@@ -364,12 +364,12 @@ static void inputs_block(const pnn_inputs *in, const inputs_scratch *s, const pn
   const int64_t size = p->real_size, channel = k0 / p->masks, channels = maps / p->masks;
   const int64_t at = k / p->masks % in->window, left = p->group_channels - k / p->masks; /* in the window; group */
   const bool read = in_place(p, x), write = in_place(p, dx);
-  char *const d_panel = s->d + first * size, *const x_panel = s->u + (at * in->width + first) * size;
+  char *const d_panel = s->d + first * size, *const x_panel = s->u + (at * in->ld + first) * size;
   /* Beside the products of its later blocks. */
   char *const dx_window = in->window > in->block / p->masks ? s->channels + first * size : d_panel;
-  char *const dx_panel = dx_window + at * in->width * size;
+  char *const dx_panel = dx_window + at * in->ld * size;
   const pnn_norm_terms norm = pnn_inputs_norm_terms(in, k0);
-  if (!read && at == 0) pnn_columns_load(p, columns, x, channel, PNN_MIN(in->window, left), x_panel, in->width);
+  if (!read && at == 0) pnn_columns_load(p, columns, x, channel, PNN_MIN(in->window, left), x_panel, in->ld);
   const int64_t mask_row = p->shared ? 0 : k % in->slab;
   const char *mask = p->noise == PNN_NOISE_NONE ? NULL : s->mask + mask_row * pnn_mask_ld(p, in->deal.pixels) * size;
   for (int64_t i = 0; i < columns->segments; i++) {
@@ -378,12 +378,12 @@ static void inputs_block(const pnn_inputs *in, const inputs_scratch *s, const pn
     if (read) from = x->data + (g->image * x->batch + channel * x->channel + g->pixel) * size;
     if (write) to = dx->data + (g->image * dx->batch + channel * dx->channel + g->pixel) * size;
     const char *n = mask ? mask + (g->pixel - columns->range->pixel) * size : NULL;
-    const int64_t to_ld = write ? dx->channel : in->width, from_ld = read ? x->channel : in->width;
-    p->kernels->respond_grad[p->activation](to, to_ld, d, in->width, from, from_ld, n, pnn_mask_ld(p, in->deal.pixels),
+    const int64_t to_ld = write ? dx->channel : in->ld, from_ld = read ? x->channel : in->ld;
+    p->kernels->respond_grad[p->activation](to, to_ld, d, in->ld, from, from_ld, n, pnn_mask_ld(p, in->deal.pixels),
                                             in->affine ? &norm : NULL, channels, g->columns, p->masks, p->shared);
   }
   if (!write && (at + channels == in->window || channels == left))
-    pnn_columns_store(p, columns, dx, channel - at, at + channels, dx_window, in->width);
+    pnn_columns_store(p, columns, dx, channel - at, at + channels, dx_window, in->ld);
 }
 
 /* The same in steps, where d is wanted for the gradient of the masks too, or c has to be rounded on the way. */
@@ -392,13 +392,13 @@ static void inputs_block_in_steps(const pnn_inputs *in, const inputs_scratch *s,
   const pnn_problem *p = in->problem;
   const pnn_kernels *kernels = p->kernels;
   const int64_t size = p->real_size;
-  pnn_response_perturbed(response, columns, k0, maps, s->u, in->width);
+  pnn_response_perturbed(response, columns, k0, maps, s->u, in->ld);
   if (in->affine) {
-    pnn_response_operand(response, columns, k0, maps, s->c, in->width);
-    kernels->affine(s->d, in->width, s->c, in->width, (const char *)in->offset + k0 * size,
+    pnn_response_operand(response, columns, k0, maps, s->c, in->ld);
+    kernels->affine(s->d, in->ld, s->c, in->ld, (const char *)in->offset + k0 * size,
                     (const char *)in->slope + k0 * size, maps, columns->padded);
   }
-  kernels->activate_grad[p->activation](s->d, in->width, s->u, in->width, maps, columns->padded);
+  kernels->activate_grad[p->activation](s->d, in->ld, s->u, in->ld, maps, columns->padded);
   if (in->masks)
     for (int64_t r = 0; r < maps; r++) {
       const int64_t row = p->shared ? (k0 + r) % p->masks : k0 + r;
@@ -406,16 +406,16 @@ static void inputs_block_in_steps(const pnn_inputs *in, const inputs_scratch *s,
         const pnn_segment *g = &columns->segment[i];
         add_reals(p,
                   s->mask_gradient + (row * pnn_mask_ld(p, in->deal.pixels) + g->pixel - columns->range->pixel) * size,
-                  s->d + (r * in->width + g->column) * size, g->columns);
+                  s->d + (r * in->ld + g->column) * size, g->columns);
       }
     }
   if (!p->grad_input.data) return;
   const int64_t channels = maps / p->masks;
   for (int64_t c = 0; c < channels && p->masks > 1; c++) {
-    char *first = s->d + c * p->masks * in->width * size;
-    for (int64_t m = 1; m < p->masks; m++) add_reals(p, first, first + m * in->width * size, columns->columns);
+    char *first = s->d + c * p->masks * in->ld * size;
+    for (int64_t m = 1; m < p->masks; m++) add_reals(p, first, first + m * in->ld * size, columns->columns);
   }
-  pnn_columns_store(p, columns, &p->grad_input, k0 / p->masks, channels, s->d, p->masks * in->width);
+  pnn_columns_store(p, columns, &p->grad_input, k0 / p->masks, channels, s->d, p->masks * in->ld);
 }
 
 /* The tiles of a panel's columns, and where they go. */
@@ -429,8 +429,7 @@ typedef struct inputs_tile {
 static void inputs_tiles(const pnn_inputs *in, const inputs_scratch *s, const pnn_columns *columns, int64_t column,
                          int64_t group, int64_t first, int64_t depth, inputs_tile *tiles) {
   const pnn_problem *p = in->problem;
-  const int64_t tile = p->kernels->tile_columns, t = group * p->group_outputs + first,
-                channel = group * p->group_channels;
+  const int64_t tile = p->tile_columns, t = group * p->group_outputs + first, channel = group * p->group_channels;
   const bool kernel = p->pairs ? p->kernels->product_pairs_respond_grad[p->activation] != NULL
                                : !p->rounded && p->kernels->product_respond_grad[p->activation];
   const bool fused = p->masks == 1 && !in->steps && kernel && depth == p->group_outputs;
@@ -447,29 +446,29 @@ static void inputs_tiles(const pnn_inputs *in, const inputs_scratch *s, const pn
       pnn_columns part;
       pnn_columns_part(&part, columns, column, j, PNN_MIN(next, columns->columns));
       if (paired)
-        pnn_columns_pair(p, &part, &p->grad_output, t, depth, s->pairs + j * 4, in->width);
+        pnn_columns_pair(p, &part, &p->grad_output, t, depth, s->pairs + j * 4, in->ld);
       else
-        pnn_columns_load(p, &part, &p->grad_output, t, depth, s->gradient + j * p->real_size, in->width);
+        pnn_columns_load(p, &part, &p->grad_output, t, depth, s->gradient + j * p->real_size, in->ld);
     }
     next += tile;
   }
-  if (p->pairs && !paired) p->kernels->pair_rows(s->pairs, s->gradient, in->width, depth, columns->padded);
+  if (p->pairs && !paired) p->kernels->pair_rows(s->pairs, s->gradient, in->ld, depth, columns->padded);
 }
 
 /* One tile of da over `depth` outputs, from `start` or going on, from the gradient's columns from j on; `gradient`
  * NULL: they are in the panel already. */
-static void inputs_product(const pnn_inputs *in, const inputs_scratch *s, const void *a, int64_t depth,
+static void inputs_product(const pnn_inputs *in, const inputs_scratch *s, const void *a, int64_t depth, int64_t rows,
                            const void *start, const char *gradient, int64_t j, char *to, pnn_ahead *ahead) {
   const pnn_problem *p = in->problem;
   char *const panel = s->gradient + j * p->real_size;
   if (p->pairs) {
-    p->kernels->product_pairs((depth + 1) / 2, a, s->pairs + j * 4, in->width, to, in->width, start, NULL, 0, ahead);
+    p->kernels->product_pairs((depth + 1) / 2, a, s->pairs + j * 4, in->ld, to, in->ld, start, NULL, 0, ahead);
   } else if (gradient) {
     const pnn_source source = {.x = gradient, .ldx = p->grad_output.channel, .masks = 1};
-    p->kernels->respond_product[PNN_ACTIVATION_IDENTITY](depth, a, panel, in->width, to, in->width, start, &source,
+    p->kernels->respond_product[PNN_ACTIVATION_IDENTITY](depth, rows, a, panel, in->ld, to, in->ld, start, &source,
                                                          ahead);
   } else {
-    p->kernels->product(depth, a, panel, in->width, to, in->width, start, ahead);
+    p->kernels->product(depth, rows, a, panel, in->ld, to, in->ld, start, ahead);
   }
 }
 
@@ -478,13 +477,13 @@ static void inputs_fused(const pnn_inputs *in, const inputs_scratch *s, const pn
                          const char *gradient, int64_t j, char *dx, int64_t k0, int64_t maps, pnn_ahead *ahead) {
   const pnn_problem *p = in->problem;
   if (p->pairs) {
-    p->kernels->product_pairs_respond_grad[p->activation]((p->group_outputs + 1) / 2, a, s->pairs + j * 4, in->width,
-                                                          dx, p->grad_input.channel, maps, source, ahead);
+    p->kernels->product_pairs_respond_grad[p->activation]((p->group_outputs + 1) / 2, a, s->pairs + j * 4, in->ld, dx,
+                                                          p->grad_input.channel, maps, source, ahead);
     return;
   }
   const pnn_norm_terms norm = pnn_inputs_norm_terms(in, k0);
   p->kernels->product_respond_grad[p->activation](p->group_outputs, a, gradient, p->grad_output.channel,
-                                                  s->gradient + j * p->real_size, in->width, dx, p->grad_input.channel,
+                                                  s->gradient + j * p->real_size, in->ld, dx, p->grad_input.channel,
                                                   maps, source, in->affine ? &norm : NULL, ahead);
 }
 
@@ -494,9 +493,8 @@ static void inputs_products(const pnn_inputs *in, const inputs_scratch *s, const
                             const pnn_columns *columns, const inputs_tile *tiles, int64_t group, int64_t block,
                             bool copies, int64_t first, int64_t depth, pnn_ahead *ahead) {
   const pnn_problem *p = in->problem;
-  const pnn_kernels *kernels = p->kernels;
   const int64_t k = block * in->block, k0 = group * p->group_maps + k, maps = PNN_MIN(in->block, p->group_maps - k);
-  const int64_t rows = kernels->tile_rows, wide = kernels->tile_columns;
+  const int64_t rows = p->tile_rows, wide = p->tile_columns;
   pnn_source source[PNN_WIDEST / 4]; /* of a fused tile's first response maps, and where its gradient goes */
   char *dx[PNN_WIDEST / 4];
   for (int64_t j = 0; j < columns->columns; j += wide)
@@ -514,8 +512,8 @@ static void inputs_products(const pnn_inputs *in, const inputs_scratch *s, const
         inputs_fused(in, s, &from, a, gradient, j, dx[j / wide] + i * p->grad_input.channel * p->native, k0 + i,
                      PNN_MIN(rows, maps - i), ahead);
       } else {
-        inputs_product(in, s, a, depth, first ? NULL : zero_start, gradient, j,
-                       s->d + (i * in->width + j) * p->real_size, ahead);
+        inputs_product(in, s, a, depth, PNN_MIN(rows, maps - i), first ? NULL : zero_start, gradient, j,
+                       s->d + (i * in->ld + j) * p->real_size, ahead);
       }
     }
   }
@@ -525,8 +523,7 @@ static void inputs_products(const pnn_inputs *in, const inputs_scratch *s, const
 static void inputs_slab(const pnn_inputs *in, const inputs_scratch *s, int64_t group, int64_t slab,
                         const pnn_range *range, int64_t begin, int64_t end) {
   const pnn_problem *p = in->problem;
-  const pnn_kernels *kernels = p->kernels;
-  const int64_t k_first = group * p->group_maps, width = kernels->tile_columns;
+  const int64_t k_first = group * p->group_maps, width = p->tile_columns;
   const int64_t slab_maps = PNN_MIN(in->slab, p->group_maps - slab), slab_end = slab + slab_maps;
   const int64_t first_block = slab / PNN_MAX(in->block, 1);
   const int64_t end_block = in->slab < p->group_maps ? (slab_end + in->block - 1) / in->block : in->packing.blocks;
@@ -615,7 +612,7 @@ static int64_t input_maps(const pnn_problem *p, bool rows) {
   const int64_t most = PNN_MIN(p->masks * PNN_MAX(1, INPUT_MAPS / p->masks), p->group_maps);
   if (rows || most == 0) return most;
   const int64_t blocks = (p->group_maps + most - 1) / most, even = (p->group_maps + blocks - 1) / blocks;
-  return PNN_MIN(round_up(even, p->masks == 1 ? p->kernels->tile_rows : p->masks), most);
+  return PNN_MIN(round_up(even, p->masks == 1 ? p->tile_rows : p->masks), most);
 }
 
 /* `spare` (or NULL) offers spare_bytes that the packed weights may take. */
@@ -631,7 +628,8 @@ static pnn_inputs inputs_prepare(const pnn_problem *p, const pnn_host *host, boo
   /* With more than one mask a channel the response maps outweigh the tensors, and their masks want short ranges. */
   in.width =
       p->masks == 1 && !in.masks ? pnn_panel_columns(p, p->group_outputs / 2 + in.block, p->group_maps) : PNN_PANEL;
-  in.packing = pnn_packing_backward(p, in.rows ? p->kernels->tile_columns : p->kernels->tile_rows, in.block);
+  in.ld = pnn_panel_ld(p, in.width);
+  in.packing = pnn_packing_backward(p, in.rows ? p->kernels->strip_columns : p->tile_rows, in.block);
   in.slab = p->group_maps;
   in.deal = pnn_deal_columns(p, host, in.width, in.masks ? p->maps : pnn_mask_rows(p, p->group_maps),
                              in.masks ? 1 : p->groups, in.masks);

@@ -30,10 +30,10 @@ bool pnn_rows_fit(const pnn_problem *problem, const pnn_view *a, const pnn_view 
   return true;
 }
 
-/* A panel's row holds `maps` elements of `size` bytes, readable to a whole tile and written to whole PNN_LANES; the odd
- * number of cache lines keeps its rows apart. */
+/* A panel's row holds `maps` elements of `size` bytes, readable to a whole strip and written to whole PNN_LANES; the
+ * odd number of cache lines keeps its rows apart. */
 static int64_t row_length(const pnn_problem *p, int64_t maps, int64_t size) {
-  const int64_t tile = p->kernels->tile_columns, line = 64 / size;
+  const int64_t tile = p->kernels->strip_columns, line = 64 / size;
   const int64_t tiles = (maps + tile - 1) / tile * tile, lanes = (maps + PNN_LANES - 1) / PNN_LANES * PNN_LANES;
   const int64_t lines = (PNN_MAX(tiles, lanes) + line - 1) / line;
   return (lines | 1) * line;
@@ -157,6 +157,11 @@ static const char *from_map(const pnn_problem *p, const void *vector, int64_t k)
   return (const char *)vector + k * p->real_size;
 }
 
+/* Pixels of a product with `columns` outputs or maps. */
+static int64_t rows_of(const pnn_problem *p, int64_t columns) {
+  return columns > p->kernels->strip_columns ? p->tile_rows : p->kernels->strip_rows;
+}
+
 /* ---- forward ---- */
 
 typedef struct forward_scratch {
@@ -202,7 +207,7 @@ void pnn_rows_forward_item(void *state, int32_t worker, int64_t item) {
   const pnn_problem *p = f->problem;
   const pnn_kernels *kernels = p->kernels;
   const int64_t pieces = f->deal.ranges * f->deal.cuts, group = item / pieces;
-  const int64_t k_first = group * p->group_maps, tile = kernels->tile_columns;
+  const int64_t k_first = group * p->group_maps, strip = f->packing.tile, wide = p->tile_columns;
   pnn_range range;
   int64_t column, end;
   pnn_deal_piece(p, &f->deal, item % pieces, &range, &column, &end);
@@ -219,39 +224,39 @@ void pnn_rows_forward_item(void *state, int32_t worker, int64_t item) {
     pnn_ahead ahead = {.streams = 0};
     pnn_ahead_add(p, &ahead, &range, next, ahead_count, &p->input, group * p->group_channels, p->group_channels, false);
     if (f->few) {
-      pnn_ahead_spread(&ahead, f->packing.block_tiles * (columns.columns / kernels->tile_rows + 1));
+      pnn_ahead_spread(&ahead, f->packing.block_tiles * (columns.columns / kernels->strip_rows + 1));
       forward_runs(f, &s, &columns, column, group, runs, count, step, &ahead);
       continue;
     }
     pnn_ahead_add(p, &ahead, &range, next, ahead_count, &p->output, group * p->group_outputs, p->group_outputs, true);
-    pnn_ahead_spread(&ahead, f->packing.block_tiles * (columns.columns / kernels->tile_rows + 1) *
+    pnn_ahead_spread(&ahead, f->packing.block_tiles * (columns.columns / kernels->strip_rows + 1) *
                                  (p->group_maps / (p->pairs ? 2 : 1) / PNN_AHEAD_DEPTH + 1));
     for (int64_t k = 0; k < p->group_maps || k == 0; k += PNN_MAX(f->block, 1)) {
       const int64_t depth = PNN_MIN(f->block, p->group_maps - k);
       int64_t made = 0; /* pixels of the panel, a few ahead of the first tile of outputs, which finds them in cache */
-      for (int64_t t = 0; t < p->group_outputs; t += tile) {
-        const void *b = pnn_packing_tile(p, &f->packing, f->packed, group, 0, t / tile, k);
+      for (int64_t t = 0; t < p->group_outputs; t += wide) {
+        const void *b = pnn_packing_tile(p, &f->packing, f->packed, group, 0, t / strip, k);
         const char *start = from_map(p, f->bias, group * f->sum_rows + t);
+        const int64_t outputs = PNN_MIN(wide, p->group_outputs - t), rows = rows_of(p, outputs);
         for (int64_t r = 0; r < count; r++)
-          for (int64_t i = 0; i < runs[r].columns; i += kernels->tile_rows) {
+          for (int64_t i = 0; i < runs[r].columns; i += rows) {
             const int64_t offset = runs[r].offset + i * step + group * p->group_outputs + t;
-            if (made < PNN_MIN(runs[r].column + i + kernels->tile_rows, columns.columns)) {
+            if (made < PNN_MIN(runs[r].column + i + rows, columns.columns)) {
               pnn_columns part;
               pnn_columns_part(&part, &columns, column, made, PNN_MIN(made + ROWS_MADE, columns.columns));
               respond(p, &s.masks, k_first, &part, k_first + k, depth, f->mean, s.panel + made * s.ld * p->native,
                       s.ld);
               made += part.columns;
             }
-            const int64_t pixels = PNN_MIN(kernels->tile_rows, runs[r].columns - i);
-            const int64_t outputs = PNN_MIN(tile, p->group_outputs - t);
+            const int64_t pixels = PNN_MIN(rows, runs[r].columns - i);
             const char *a = s.panel + (runs[r].column + i) * s.ld * p->native;
             char *c = p->output.data + offset * p->native;
             if (p->pairs)
-              kernels->product_rows_pairs(PNN_PRODUCT_START, pixels, outputs, depth / 2, a, s.ld, 1, b, tile, c, step,
+              kernels->product_rows_pairs(PNN_PRODUCT_START, pixels, outputs, depth / 2, a, s.ld, 1, b, strip, c, step,
                                           start, true, &ahead);
             else
               kernels->product_rows(k ? PNN_PRODUCT_CONTINUE : PNN_PRODUCT_START, pixels, outputs, depth, a, s.ld, 1, b,
-                                    tile, c, step, start, &ahead);
+                                    strip, strip * p->group_maps, c, step, start, &ahead);
           }
       }
     }
@@ -275,9 +280,9 @@ static sums_scratch sums_take(const pnn_sums *s, pnn_arena *arena) {
   const pnn_problem *p = s->problem;
   sums_scratch t = {.ld = row_length(p, s->block, p->real_size)};
   const int64_t columns = p->pairs ? PNN_CHUNK / 2 : PNN_CHUNK;
-  if (p->pairs) t.gradient = pnn_arena_take(arena, GRADIENT_TILES * p->kernels->tile_rows * PNN_CHUNK, p->native);
-  t.outputs = pnn_arena_take(arena, GRADIENT_TILES * p->kernels->tile_rows * columns, p->real_size);
-  t.totals = pnn_arena_take(arena, p->kernels->tile_rows, p->real_size);
+  if (p->pairs) t.gradient = pnn_arena_take(arena, GRADIENT_TILES * p->kernels->strip_rows * PNN_CHUNK, p->native);
+  t.outputs = pnn_arena_take(arena, GRADIENT_TILES * p->kernels->strip_rows * columns, p->real_size);
+  t.totals = pnn_arena_take(arena, p->kernels->strip_rows, p->real_size);
   if (!s->products) return t;
   t.maps = pnn_arena_take(arena, t.ld * columns, p->real_size);
   if (p->pairs) {
@@ -290,10 +295,10 @@ static sums_scratch sums_take(const pnn_sums *s, pnn_arena *arena) {
 
 void pnn_rows_sums_scratch(const pnn_sums *sums, pnn_arena *arena) { sums_take(sums, arena); }
 
-/* dst[tile][column][tile_rows] = the gradient of the outputs [t, t + rows). */
+/* dst[tile][column][strip_rows] = the gradient of the outputs [t, t + rows). */
 static void gradient_tiles(const pnn_problem *p, const pixel_run *runs, int64_t count, int64_t t, int64_t rows,
                            char *dst) {
-  const int64_t tile = p->kernels->tile_rows, size = p->real_size;
+  const int64_t tile = p->kernels->strip_rows, size = p->real_size;
   const pnn_view *g = &p->grad_output;
   for (int64_t r = 0; r < count; r++)
     p->kernels->pack_gradient(dst + runs[r].column * tile * size, PNN_CHUNK * tile,
@@ -309,7 +314,7 @@ typedef struct gradient_rows {
  */
 static gradient_rows gradient_find(const pnn_problem *p, const pixel_run *runs, int64_t count, int64_t t, int64_t rows,
                                    char *copy) {
-  const int64_t ld = GRADIENT_TILES * p->kernels->tile_rows, step = pixel_step(p, &p->grad_output);
+  const int64_t ld = GRADIENT_TILES * p->kernels->strip_rows, step = pixel_step(p, &p->grad_output);
   if (count == 1) return (gradient_rows){p->grad_output.data + (runs->offset + t) * p->native, step};
   for (int64_t r = 0; r < count; r++)
     for (int64_t i = 0; i < runs[r].columns; i++)
@@ -335,7 +340,7 @@ static void respond_pairs(const pnn_sums *s, const pnn_sums_place *at, const sum
 static void sums_part(const pnn_sums *s, const pnn_sums_place at, const sums_scratch t, pnn_range *made) {
   const pnn_problem *p = s->problem;
   const pnn_kernels *kernels = p->kernels;
-  const int64_t size = p->real_size, tile = kernels->tile_rows;
+  const int64_t size = p->real_size, tile = kernels->strip_rows;
   pnn_sums_begin(s, &at);
   pnn_columns columns;
   pixel_run runs[PNN_CHUNK];
@@ -373,16 +378,16 @@ static void sums_part(const pnn_sums *s, const pnn_sums_place at, const sums_scr
         }
         ahead = pnn_sums_ahead(s, &at, chunk, end, o, packed);
         pnn_ahead_spread(&ahead,
-                         GRADIENT_TILES * (at.maps / kernels->tile_columns + 1) * (depth / PNN_AHEAD_DEPTH + 1));
+                         GRADIENT_TILES * (at.maps / kernels->strip_columns + 1) * (depth / PNN_AHEAD_DEPTH + 1));
       }
-      for (int64_t j = 0; j < at.maps; j += kernels->tile_columns) {
-        const int64_t maps = PNN_MIN(kernels->tile_columns, at.maps - j);
+      for (int64_t j = 0; j < at.maps; j += kernels->strip_columns) {
+        const int64_t maps = PNN_MIN(kernels->strip_columns, at.maps - j);
         char *into = at.products + (o * p->group_maps + at.k + j) * size;
         if (p->pairs)
           kernels->product_rows_pairs(PNN_PRODUCT_ADD, rows, maps, depth, outputs, 2, packed, t.maps + j * size, t.ld,
                                       into, p->group_maps, NULL, false, &ahead);
         else
-          kernels->product_rows(PNN_PRODUCT_ADD, rows, maps, depth, outputs, 1, tile, t.maps + j * size, t.ld, into,
+          kernels->product_rows(PNN_PRODUCT_ADD, rows, maps, depth, outputs, 1, tile, t.maps + j * size, t.ld, 0, into,
                                 p->group_maps, NULL, &ahead);
       }
       if (!at.totals || p->pairs) continue;
@@ -447,7 +452,7 @@ void pnn_rows_inputs_item(void *inputs, int32_t worker, int64_t item) {
   const pnn_problem *p = in->problem;
   const pnn_kernels *kernels = p->kernels;
   const int64_t pieces = in->deal.ranges * in->deal.cuts, group = item / pieces, size = p->real_size;
-  const int64_t k_first = group * p->group_maps, tile = kernels->tile_columns;
+  const int64_t k_first = group * p->group_maps, strip = in->packing.tile, wide = p->tile_columns;
   pnn_range range;
   int64_t column, end;
   pnn_deal_piece(p, &in->deal, item % pieces, &range, &column, &end);
@@ -468,24 +473,26 @@ void pnn_rows_inputs_item(void *inputs, int32_t worker, int64_t item) {
                   p->group_channels, true);
     pnn_ahead_add(p, &ahead, &range, next, count, &p->grad_output, group * p->group_outputs, p->group_outputs, false);
     pnn_ahead_add(p, &ahead, &range, next, count, &p->input, group * p->group_channels, p->group_channels, false);
-    pnn_ahead_spread(&ahead, in->packing.blocks * in->packing.block_tiles * (columns.columns / kernels->tile_rows + 1) *
+    pnn_ahead_spread(&ahead, in->packing.blocks * in->packing.block_tiles *
+                                 (columns.columns / kernels->strip_rows + 1) *
                                  (p->group_outputs / (p->pairs ? 2 : 1) / PNN_AHEAD_DEPTH + 1));
     for (int64_t block = 0; block < in->packing.blocks; block++) {
       const int64_t k = block * in->block, k0 = k_first + k, maps = PNN_MIN(in->block, p->group_maps - k);
-      for (int64_t j = 0; j < maps; j += tile) {
-        const void *b = pnn_packing_tile(p, &in->packing, in->packed, group, block, j / tile, 0);
+      for (int64_t j = 0; j < maps; j += wide) {
+        const void *b = pnn_packing_tile(p, &in->packing, in->packed, group, block, j / strip, 0);
+        const int64_t some = PNN_MIN(wide, maps - j), rows = rows_of(p, some);
         for (int64_t r = 0; r < gradients; r++)
-          for (int64_t i = 0; i < gradient[r].columns; i += kernels->tile_rows) {
+          for (int64_t i = 0; i < gradient[r].columns; i += rows) {
             const int64_t offset = gradient[r].offset + i * gradient_step + group * p->group_outputs;
-            const int64_t pixels = PNN_MIN(kernels->tile_rows, gradient[r].columns - i);
+            const int64_t pixels = PNN_MIN(rows, gradient[r].columns - i);
             const char *a = p->grad_output.data + offset * p->native;
             char *d = s.d + ((gradient[r].column + i) * s.ld + j) * size;
             if (p->pairs)
-              kernels->product_rows_pairs(PNN_PRODUCT_START, pixels, PNN_MIN(tile, maps - j), p->group_outputs / 2, a,
-                                          gradient_step, 1, b, tile, d, s.ld, NULL, false, &ahead);
+              kernels->product_rows_pairs(PNN_PRODUCT_START, pixels, some, p->group_outputs / 2, a, gradient_step, 1, b,
+                                          strip, d, s.ld, NULL, false, &ahead);
             else
-              kernels->product_rows(PNN_PRODUCT_START, pixels, PNN_MIN(tile, maps - j), p->group_outputs, a,
-                                    gradient_step, 1, b, tile, d, s.ld, NULL, &ahead);
+              kernels->product_rows(PNN_PRODUCT_START, pixels, some, p->group_outputs, a, gradient_step, 1, b, strip,
+                                    strip * p->group_outputs, d, s.ld, NULL, &ahead);
           }
       }
       inputs_epilogue(in, &s, &columns, outs, out, k_first, k0, maps);

@@ -399,6 +399,8 @@ pnn_status pnn_check(const pnn_params *params, pnn_pass pass, const pnn_host *ho
   q.kernels = pnn_kernels_get(q.precision);
   q.rounded = q.product_type == PNN_BFLOAT16 || q.product_type == PNN_FLOAT16;
   q.pairs = q.product_type == PNN_BFLOAT16 && !params->exact && pnn_kernels_pairs(q.kernels);
+  q.tile_rows = q.pairs ? q.kernels->strip_rows : q.kernels->tile_rows;
+  q.tile_columns = q.pairs ? q.kernels->strip_columns : q.kernels->tile_columns;
   q.native = q.pairs ? pnn_dtype_size(PNN_BFLOAT16) : q.real_size;
   *problem = q;
   return PNN_OK;

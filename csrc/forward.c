@@ -25,12 +25,11 @@ static worker_scratch scratch_take(const pnn_forward_state *f, pnn_arena *arena)
   const pnn_problem *p = f->problem;
   worker_scratch s;
   /* A run may begin anywhere in the panel, and its last tile ends behind it. */
-  s.panel = pnn_arena_take(arena, f->block * f->width + (f->few ? p->kernels->tile_columns : 0), p->real_size);
-  s.pairs = p->pairs ? pnn_arena_take(arena, (f->block + 1) / 2 * f->width, 4) : NULL;
-  s.sums = f->few ? NULL : pnn_arena_take(arena, f->tiles * f->packing.tile * f->width, p->real_size);
+  s.panel = pnn_arena_take(arena, f->block * f->ld + (f->few ? p->tile_columns : 0), p->real_size);
+  s.pairs = p->pairs ? pnn_arena_take(arena, (f->block + 1) / 2 * f->ld, 4) : NULL;
+  s.sums = f->few ? NULL : pnn_arena_take(arena, f->tiles * f->packing.tile * f->ld, p->real_size);
   s.mask = pnn_arena_take(arena, pnn_mask_rows(p, f->slab) * pnn_mask_ld(p, f->deal.pixels), p->real_size);
-  s.channels =
-      p->masks == 1 ? NULL : pnn_arena_take(arena, pnn_response_channels(p, f->block) * f->width, p->real_size);
+  s.channels = p->masks == 1 ? NULL : pnn_arena_take(arena, pnn_response_channels(p, f->block) * f->ld, p->real_size);
   return s;
 }
 
@@ -43,7 +42,7 @@ static void output_rest(const pnn_forward_state *f, const pnn_range *range, int6
   pnn_columns part;
   pnn_columns_set(&part, range, column + j, count);
   pnn_columns_store(p, &part, &p->output, group * p->group_outputs + row, end - row,
-                    sums + ((row - first) * f->width + j) * p->real_size, f->width);
+                    sums + ((row - first) * f->ld + j) * p->real_size, f->ld);
 }
 
 /* Makes the response maps [k0, k0 + depth) of the panel, which begins at `column` of the range, but for the tiles whose
@@ -52,11 +51,11 @@ static void prologue(const pnn_forward_state *f, const pnn_response *response, c
                      int64_t column, int64_t k0, int64_t depth, const worker_scratch *s, pnn_source *source) {
   const pnn_problem *p = f->problem;
   const pnn_kernels *kernels = p->kernels;
-  const int64_t tile = kernels->tile_columns;
+  const int64_t tile = p->tile_columns;
   const bool fused = p->group_outputs && (p->pairs     ? kernels->respond_product_pairs[p->activation] != NULL
                                           : p->rounded ? false
                                                        : kernels->respond_product[p->activation] != NULL);
-  const int64_t turned_ld = fused && pnn_response_turn(response, columns, k0, depth, f->width) ? f->width : 0;
+  const int64_t turned_ld = fused && pnn_response_turn(response, columns, k0, depth, f->ld) ? f->ld : 0;
   for (int64_t j = 0, next; j < columns->columns; j = next) {
     next = j;
     while (next < columns->columns) { /* up to a tile that makes its own */
@@ -70,9 +69,9 @@ static void prologue(const pnn_forward_state *f, const pnn_response *response, c
       pnn_response of_part = *response; /* whose channels go where they were turned to */
       if (turned_ld) of_part.channels = (char *)response->channels + j * p->native;
       if (p->pairs)
-        pnn_response_map_pairs(&of_part, &part, k0, depth, s->pairs + j * 4, s->panel + j * p->real_size, f->width);
+        pnn_response_map_pairs(&of_part, &part, k0, depth, s->pairs + j * 4, s->panel + j * p->real_size, f->ld);
       else
-        pnn_response_operand(&of_part, &part, k0, depth, s->panel + j * p->real_size, f->width);
+        pnn_response_operand(&of_part, &part, k0, depth, s->panel + j * p->real_size, f->ld);
     }
     next += tile;
   }
@@ -87,15 +86,15 @@ typedef struct panel_walk {
   pnn_source source[PNN_WIDEST / 4]; /* of a tile's response maps, where its first product makes them */
 } panel_walk;
 
-/* The products of the response maps [k, k + depth) with the tiles of outputs [first, end), into the output where whole
- * tiles fit, else to sums, which go out behind the last map. */
+/* The products of the response maps [k, k + depth) with the tiles of outputs [first, end), into the output where their
+ * columns have a place there, else to sums, which go out behind the last map. */
 static void panel_products(const pnn_forward_state *f, const worker_scratch *s, const panel_walk *w, int64_t k,
                            int64_t depth, int64_t first, int64_t end, pnn_ahead *ahead) {
   const pnn_problem *p = f->problem;
   const pnn_kernels *kernels = p->kernels;
-  const int64_t size = p->real_size, columns = w->columns->columns, rows = kernels->tile_rows,
-                wide = kernels->tile_columns;
-  const int64_t whole_rows = p->group_outputs / rows * rows;
+  const int64_t size = p->real_size, columns = w->columns->columns, rows = p->tile_rows, wide = p->tile_columns;
+  /* The kernels on pairs write whole tiles. */
+  const int64_t in_place = p->pairs ? p->group_outputs / rows * rows : p->group_outputs;
   const bool last = k + depth == p->group_maps;
   for (int64_t j = 0; j < columns; j += wide) {
     char *const at = w->place[j / wide];
@@ -104,24 +103,26 @@ static void panel_products(const pnn_forward_state *f, const worker_scratch *s, 
       const void *a = pnn_packing_tile(p, &f->packing, f->packed, w->group, 0, tile, k);
       const int64_t row = tile * rows;
       const char *start = k ? NULL : (const char *)f->bias + (w->group * f->sum_rows + row) * size;
-      char *const to = at && row < whole_rows ? at + row * p->output.channel * p->native : NULL;
-      char *const sums = s->sums + ((row - first * rows) * f->width + j) * size;
+      char *const to = at && row < in_place ? at + row * p->output.channel * p->native : NULL;
+      char *const sums = s->sums + ((row - first * rows) * f->ld + j) * size;
       if (p->pairs) { /* sums become bfloat16 behind the last map */
         char *const out = last ? to : NULL;
         if (tile == 0 && from->x)
-          kernels->respond_product_pairs[p->activation](depth, a, s->pairs + j * 4, f->width, sums, f->width, start,
-                                                        out, p->output.channel, from, ahead);
+          kernels->respond_product_pairs[p->activation](depth, a, s->pairs + j * 4, f->ld, sums, f->ld, start, out,
+                                                        p->output.channel, from, ahead);
         else
-          kernels->product_pairs((depth + 1) / 2, a, s->pairs + j * 4, f->width, sums, f->width, start, out,
+          kernels->product_pairs((depth + 1) / 2, a, s->pairs + j * 4, f->ld, sums, f->ld, start, out,
                                  p->output.channel, ahead);
         continue;
       }
+      const int64_t count = PNN_MIN(rows, p->group_outputs - row);
       char *const c = to ? to : sums;
-      const int64_t ldc = to ? p->output.channel : f->width;
+      const int64_t ldc = to ? p->output.channel : f->ld;
       if (tile == 0 && from->x)
-        kernels->respond_product[p->activation](depth, a, s->panel + j * size, f->width, c, ldc, start, from, ahead);
+        kernels->respond_product[p->activation](depth, count, a, s->panel + j * size, f->ld, c, ldc, start, from,
+                                                ahead);
       else
-        kernels->product(depth, a, s->panel + j * size, f->width, c, ldc, start, ahead);
+        kernels->product(depth, count, a, s->panel + j * size, f->ld, c, ldc, start, ahead);
     }
   }
   if (!last) return;
@@ -132,8 +133,7 @@ static void panel_products(const pnn_forward_state *f, const worker_scratch *s, 
       if ((w->place[rest / wide] != NULL) != here) break;
     rest = PNN_MIN(rest, columns);
     output_rest(f, w->range, w->column, j, rest - j, w->group, first * rows,
-                here ? PNN_MAX(whole_rows, first * rows) : first * rows, PNN_MIN(end * rows, p->group_outputs),
-                s->sums);
+                here ? PNN_MAX(in_place, first * rows) : first * rows, PNN_MIN(end * rows, p->group_outputs), s->sums);
   }
 }
 
@@ -143,8 +143,8 @@ static void panel_runs(const pnn_forward_state *f, const worker_scratch *s, cons
   const pnn_problem *p = f->problem;
   const pnn_kernels *kernels = p->kernels;
   const pnn_view *y = &p->output;
-  const int64_t size = p->real_size, rows = kernels->tile_rows;
-  pnn_response_operand(response, columns, group * p->group_maps, p->group_maps, s->panel, f->width);
+  const int64_t size = p->real_size, rows = p->tile_rows;
+  pnn_response_operand(response, columns, group * p->group_maps, p->group_maps, s->panel, f->ld);
   for (int64_t tile = 0; tile < f->packing.block_tiles; tile++) {
     const void *a = pnn_packing_tile(p, &f->packing, f->packed, group, 0, tile, 0);
     const char *start = (const char *)f->bias + (group * f->sum_rows + tile * rows) * size;
@@ -153,7 +153,7 @@ static void panel_runs(const pnn_forward_state *f, const worker_scratch *s, cons
       const pnn_segment *g = &columns->segment[i];
       char *c = y->data + (g->image * y->batch + channel * y->channel + g->pixel) * size;
       kernels->product_run(p->group_maps, PNN_MIN(rows, p->group_outputs - row), g->columns, a,
-                           s->panel + g->column * size, f->width, c, y->channel, start, ahead);
+                           s->panel + g->column * size, f->ld, c, y->channel, start, ahead);
     }
   }
 }
@@ -164,7 +164,6 @@ static void forward_panel(const pnn_forward_state *f, const worker_scratch *s, c
                           int64_t group, const pnn_range *range, int64_t begin, int64_t column, int64_t end,
                           int64_t first, int64_t last) {
   const pnn_problem *p = f->problem;
-  const pnn_kernels *kernels = p->kernels;
   const int64_t k_group = group * p->group_maps, channel = (k_group + first) / p->masks;
   pnn_columns columns;
   pnn_columns_set(&columns, range, column, PNN_MIN(f->width, end - column));
@@ -174,19 +173,19 @@ static void forward_panel(const pnn_forward_state *f, const worker_scratch *s, c
     pnn_ahead_add(p, &ahead, range, next, count, &p->input, channel, (k_group + last - 1) / p->masks - channel + 1,
                   false);
   if (f->few) {
-    pnn_ahead_spread(&ahead, f->packing.block_tiles * (columns.padded / kernels->tile_columns));
+    pnn_ahead_spread(&ahead, f->packing.block_tiles * (columns.padded / p->tile_columns));
     panel_runs(f, s, response, &columns, group, &ahead);
     return;
   }
   panel_walk w;
   w.columns = &columns, w.range = range, w.column = column, w.group = group;
-  for (int64_t j = 0; j < columns.columns; j += kernels->tile_columns)
-    w.place[j / kernels->tile_columns] =
-        pnn_columns_place(p, &columns, &p->output, group * p->group_outputs, j, kernels->tile_columns);
+  for (int64_t j = 0; j < columns.columns; j += p->tile_columns)
+    w.place[j / p->tile_columns] =
+        pnn_columns_place(p, &columns, &p->output, group * p->group_outputs, j, p->tile_columns);
   pnn_ahead_add(p, &ahead, range, next, count, &p->output, group * p->group_outputs, p->group_outputs, true);
   pnn_mask_ahead(p, &ahead, k_group + last, PNN_MIN(f->slab, p->group_maps - last), range, (column - begin) / f->width,
                  (end - begin + f->width - 1) / f->width);
-  pnn_ahead_spread(&ahead, f->packing.block_tiles * (columns.padded / kernels->tile_columns) *
+  pnn_ahead_spread(&ahead, f->packing.block_tiles * (columns.padded / p->tile_columns) *
                                ((last - first) / (p->pairs ? 2 : 1) / PNN_AHEAD_DEPTH + 1));
   for (int64_t k = first; k < last || k == 0; k += PNN_MAX(f->block, 1)) {
     const int64_t depth = PNN_MIN(f->block, last - k);
@@ -223,8 +222,7 @@ static void forward_item(void *forward_, int32_t worker, int64_t item) {
 /* Whether products with few maps gain by whole runs of pixels in the contiguous form: where there are more outputs than
  * maps, so that making the maps beforehand costs little, and images that fill a tile. */
 static bool runs_pay(const pnn_problem *p) {
-  return pnn_columns_native(p, &p->output) && p->group_outputs >= 2 * p->group_maps &&
-         p->pixels >= p->kernels->tile_columns;
+  return pnn_columns_native(p, &p->output) && p->group_outputs >= 2 * p->group_maps && p->pixels >= p->tile_columns;
 }
 
 /* Columns of a panel of few maps. */
@@ -237,8 +235,7 @@ static int64_t run_columns(const pnn_problem *p) {
 static bool outputs_wait(const pnn_problem *p) {
   const pnn_view *v = &p->output;
   const bool joined = p->out_height == 1 || v->row == p->out_width * v->column;
-  return !p->pairs && v->element == p->real_size && v->column == 1 && joined &&
-         p->pixels % p->kernels->tile_columns == 0 && p->group_outputs % p->kernels->tile_rows == 0;
+  return !p->pairs && v->element == p->real_size && v->column == 1 && joined && p->pixels % p->tile_columns == 0;
 }
 
 typedef struct start_job {
@@ -284,7 +281,8 @@ void pnn_forward_pass(const pnn_problem *problem, const pnn_host *host, pnn_aren
   f.width = pnn_panel_columns(p, f.block, PNN_MAX(p->group_outputs, p->group_maps));
   f.few = !p->pairs && p->group_maps <= FEW_MAPS && (rows || runs_pay(p));
   if (f.few && !rows) f.width = PNN_MAX(f.width, run_columns(p));
-  f.packing = pnn_packing_forward(p, rows ? p->kernels->tile_columns : p->kernels->tile_rows);
+  f.ld = pnn_panel_ld(p, f.width);
+  f.packing = pnn_packing_forward(p, rows ? p->kernels->strip_columns : p->tile_rows);
   /* With many maps a piece's masks would fill the second-level cache for a few pixels. Where the sums can wait in the
    * output, the maps are the outermost loop: masks and weights of one panel's maps serve the whole piece. */
   f.slab = f.block;

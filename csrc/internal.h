@@ -67,8 +67,9 @@ typedef struct pnn_problem {
   int precision; /* 0 float, 1 double: index of the kernels' table */
   int64_t real_size;
   const pnn_kernels *kernels;
-  bool rounded; /* the product's operands are rounded to 16 bits */
-  bool pairs;   /* products by bfloat16 dot products */
+  bool rounded;                    /* the product's operands are rounded to 16 bits */
+  bool pairs;                      /* products by bfloat16 dot products */
+  int64_t tile_rows, tile_columns; /* of the products whose columns are pixels */
   int64_t
       native; /* bytes of the elements that kernels read and write where they stand: of reals, with pairs of bfloat16
                */
@@ -131,7 +132,7 @@ typedef struct pnn_segment {
 #define PNN_PANEL 64   /* columns of a panel in the forward pass and the input gradient: a multiple of this, */
 #define PNN_WIDEST 256 /* at most so many */
 #define PNN_CHUNK 512  /* columns of a panel in sums over pixels; part of their definition */
-#define PNN_PAD 32     /* panels are padded to a multiple of this: of PNN_LANES and of every tile's columns */
+#define PNN_PAD 64     /* panels are padded to a multiple of this: of PNN_LANES and of every tile's columns */
 
 typedef struct pnn_columns {
   const pnn_range *range;
@@ -144,6 +145,13 @@ typedef struct pnn_columns {
 /* Columns of panels of `rows` rows, beside others of `more` rows: the fewer rows, the longer the pieces of a tensor's
  * rows that they take. */
 int64_t pnn_panel_columns(const pnn_problem *problem, int64_t rows, int64_t more);
+
+/* Reals from row to row of such a panel: an odd number of cache lines, so that a tile's columns of many rows don't all
+ * fall into the same few sets of the first-level cache. */
+static inline int64_t pnn_panel_ld(const pnn_problem *problem, int64_t width) {
+  const int64_t line = 64 / problem->real_size;
+  return (((width + line - 1) / line) | 1) * line;
+}
 
 /* The columns [first, first + count) of the range. */
 void pnn_columns_set(pnn_columns *columns, const pnn_range *range, int64_t first, int64_t count);
@@ -266,7 +274,7 @@ const pnn_host *pnn_weights_host(const pnn_problem *problem, const pnn_host *hos
 
 /* A packed operand of a product: per group, rows in blocks of `block` (each padded to whole tiles), tile by tile
  * [depth][tile]. Forward: rows are outputs, depth is maps. Backward: rows are maps, depth is outputs. `tile` is the
- * kernels' tile_rows where pixels are a panel's columns, tile_columns where they are its rows. */
+ * problem's tile_rows where pixels are a panel's columns, the kernels' strip_columns where they are its rows. */
 typedef struct pnn_packing {
   int64_t rows, depth, block, tile; /* per group */
   int64_t block_tiles, blocks;

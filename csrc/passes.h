@@ -22,6 +22,7 @@ typedef struct pnn_forward_state {
   int64_t block;    /* response maps in a panel */
   int64_t slab;     /* response maps whose masks are there at a time: all of a group, or a panel's */
   int64_t width;    /* columns of a panel */
+  int64_t ld;       /* reals from row to row of a panel */
   int64_t sum_rows; /* outputs of a group, in whole tiles */
   int64_t tiles;    /* tiles of outputs whose sums may wait in the workspace at a time */
   bool few;         /* few maps: products with whole runs of pixels, straight to the output */
@@ -77,6 +78,7 @@ typedef struct pnn_inputs {
   int64_t slab;   /* response maps whose masks are there at a time: all of a group, or a window's */
   int64_t depth;  /* outputs whose gradients are in a panel: all of a group, but where there are many beside few maps */
   int64_t width;  /* columns of a panel */
+  int64_t ld;     /* reals from row to row of a panel */
   bool masks;     /* grad_mask is wanted: an item takes all groups and the whole batch */
   bool steps;     /* from da to dx in steps, not in one kernel */
   bool rows;      /* channels-last form */

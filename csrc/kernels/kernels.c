@@ -13,15 +13,28 @@
 #include "philox.h"
 #include "table.h"
 
-/* Tiles of `product`: rows x vectors of accumulators, beside the vectors of B and one broadcast of A. 32 registers
- * hold 8 x 2; 16 registers hold 6 x 2. */
-#if defined(PNN_ISA_AVX512) || defined(PNN_ISA_NEON)
+/* Tiles of `product`: rows x vectors of accumulators, beside the vectors of B and one broadcast of A. 32 registers hold
+ * 6 x 4, which take 37 instructions for 24 multiply-adds where 8 x 2 take 29 for 16: a processor with two multiply-add
+ * units of 16 lanes is bound by what it decodes. 16 registers hold 6 x 2.
+ * Strips are the narrower tiles of products whose columns are outputs or maps, of which there may be few. */
+#if defined(PNN_ISA_AVX512)
+#define TILE_ROWS 6
+#define TILE_VECTORS 4
+#define STRIP_ROWS 8
+#define STRIP_VECTORS 2
+#elif defined(PNN_ISA_NEON)
 #define TILE_ROWS 8
+#define TILE_VECTORS 2
 #else
 #define TILE_ROWS 6
-#endif
 #define TILE_VECTORS 2
+#endif
+#if !defined(STRIP_ROWS)
+#define STRIP_ROWS TILE_ROWS
+#define STRIP_VECTORS TILE_VECTORS
+#endif
 #define TILE_COLUMNS (TILE_VECTORS * VR)
+#define STRIP_COLUMNS (STRIP_VECTORS * VR)
 #define LINE (64 / (int64_t)sizeof(real)) /* reals of a cache line */
 
 /* Tiles of `dot`: each accumulator is PNN_LANES lanes wide, LANE_VECTORS registers. */
@@ -243,60 +256,75 @@ static inline void store_some(real *p, vr v, int64_t n) {
 
 /* ---- products ---- */
 
-/* The sums of a tile, in registers from tile_begin to tile_end. */
-static inline __attribute__((always_inline)) void tile_begin(vr sum[TILE_ROWS][TILE_VECTORS], const real *c,
-                                                             int64_t ldc, const real *start) {
+/* The sums of a tile, in registers from tile_begin to tile_end: of `most` rows, a constant, the first `rows` of which C
+ * has. */
+static inline __attribute__((always_inline)) void tile_begin(int most, vr sum[][TILE_VECTORS], int64_t rows,
+                                                             const real *c, int64_t ldc, const real *start) {
   if (start) {
 #pragma GCC unroll 8
-    for (int i = 0; i < TILE_ROWS; i++)
-#pragma GCC unroll 2
+    for (int i = 0; i < most; i++)
+#pragma GCC unroll 4
       for (int v = 0; v < TILE_VECTORS; v++) sum[i][v] = vr_set1(start[i]);
-  } else {
-#pragma GCC unroll 8
-    for (int i = 0; i < TILE_ROWS; i++)
-#pragma GCC unroll 2
-      for (int v = 0; v < TILE_VECTORS; v++) sum[i][v] = vr_load(c + i * ldc + v * VR);
+    return;
   }
+#pragma GCC unroll 8
+  for (int i = 0; i < most; i++)
+#pragma GCC unroll 4
+    for (int v = 0; v < TILE_VECTORS; v++) sum[i][v] = i < rows ? vr_load(c + i * ldc + v * VR) : vr_set1(0);
 }
 
-static inline __attribute__((always_inline)) void tile_step(vr sum[TILE_ROWS][TILE_VECTORS], const real *a,
+static inline __attribute__((always_inline)) void tile_step(int most, vr sum[][TILE_VECTORS], const real *a,
                                                             const vr b[TILE_VECTORS]) {
 #pragma GCC unroll 8
-  for (int i = 0; i < TILE_ROWS; i++) {
+  for (int i = 0; i < most; i++) {
     const vr av = vr_set1(a[i]);
-#pragma GCC unroll 2
+#pragma GCC unroll 4
     for (int v = 0; v < TILE_VECTORS; v++) sum[i][v] = vr_fma(av, b[v], sum[i][v]);
   }
 }
 
-static inline __attribute__((always_inline)) void tile_products(int64_t depth, vr sum[TILE_ROWS][TILE_VECTORS],
+static inline __attribute__((always_inline)) void tile_products(int most, int64_t depth, vr sum[][TILE_VECTORS],
                                                                 const real *restrict a, const real *restrict b,
                                                                 int64_t ldb, pnn_ahead *ahead) {
   for (int64_t left = depth; left > 0; left -= PNN_AHEAD_DEPTH, pnn_ahead_step(ahead))
     for (int64_t k = 0; k < left && k < PNN_AHEAD_DEPTH; k++, a += TILE_ROWS, b += ldb) {
       vr bv[TILE_VECTORS];
-#pragma GCC unroll 2
+#pragma GCC unroll 4
       for (int v = 0; v < TILE_VECTORS; v++) bv[v] = vr_load(b + v * VR);
-      tile_step(sum, a, bv);
+      tile_step(most, sum, a, bv);
     }
 }
 
-static inline __attribute__((always_inline)) void tile_end(vr sum[TILE_ROWS][TILE_VECTORS], real *c, int64_t ldc) {
+static inline __attribute__((always_inline)) void tile_end(int most, vr sum[][TILE_VECTORS], int64_t rows, real *c,
+                                                           int64_t ldc) {
 #pragma GCC unroll 8
-  for (int i = 0; i < TILE_ROWS; i++)
-#pragma GCC unroll 2
+  for (int i = 0; i < most; i++) {
+    if (i >= rows) break;
+#pragma GCC unroll 4
     for (int v = 0; v < TILE_VECTORS; v++) vr_store(c + i * ldc + v * VR, sum[i][v]);
+  }
 }
 
-static void product(int64_t depth, const void *a_, const void *b_, int64_t ldb, void *c_, int64_t ldc,
-                    const void *start, pnn_ahead *ahead) {
-  const real *restrict a = a_;
-  const real *restrict b = b_;
-  real *restrict c = c_;
+static inline __attribute__((always_inline)) void tile_product(int most, int64_t depth, int64_t rows,
+                                                               const real *restrict a, const real *restrict b,
+                                                               int64_t ldb, real *restrict c, int64_t ldc,
+                                                               const real *start, pnn_ahead *ahead) {
   vr sum[TILE_ROWS][TILE_VECTORS];
-  tile_begin(sum, c, ldc, start);
-  tile_products(depth, sum, a, b, ldb, ahead);
-  tile_end(sum, c, ldc);
+  tile_begin(most, sum, rows, c, ldc, start);
+  tile_products(most, depth, sum, a, b, ldb, ahead);
+  tile_end(most, sum, rows, c, ldc);
+}
+
+static void product(int64_t depth, int64_t rows, const void *a, const void *b, int64_t ldb, void *c, int64_t ldc,
+                    const void *start, pnn_ahead *ahead) {
+  if (rows == TILE_ROWS)
+    tile_product(TILE_ROWS, depth, TILE_ROWS, a, b, ldb, c, ldc, start, ahead);
+  else if (rows > 4)
+    tile_product(TILE_ROWS, depth, rows, a, b, ldb, c, ldc, start, ahead);
+  else if (rows > 2)
+    tile_product(4, depth, rows, a, b, ldb, c, ldc, start, ahead);
+  else
+    tile_product(2, depth, rows, a, b, ldb, c, ldc, start, ahead);
 }
 
 /* One tile after the other along the columns, so that each row of C is written as one stream. The lines that the next
@@ -309,16 +337,16 @@ static void product_run(int64_t depth, int64_t rows, int64_t columns, const void
     const real *restrict b = (const real *)b_ + j;
     real *restrict c = (real *)c_ + j;
     vr sum[TILE_ROWS][TILE_VECTORS];
-    tile_begin(sum, c, ldc, start);
+    tile_begin(TILE_ROWS, sum, rows, c, ldc, start);
     for (int64_t k = 0; k < depth; k++, a += TILE_ROWS, b += ldb) {
       vr bv[TILE_VECTORS];
-#pragma GCC unroll 2
+#pragma GCC unroll 4
       for (int v = 0; v < TILE_VECTORS; v++) bv[v] = vr_load(b + v * VR);
-      tile_step(sum, a, bv);
+      tile_step(TILE_ROWS, sum, a, bv);
     }
     const int64_t n = columns - j;
     if (n >= TILE_COLUMNS && rows == TILE_ROWS) {
-      tile_end(sum, c, ldc);
+      tile_end(TILE_ROWS, sum, TILE_ROWS, c, ldc);
 #pragma GCC unroll 8
       for (int i = 0; i < TILE_ROWS; i++)
         for (int64_t next = columns; next < columns + TILE_COLUMNS; next += LINE)
@@ -328,7 +356,7 @@ static void product_run(int64_t depth, int64_t rows, int64_t columns, const void
 #pragma GCC unroll 8
     for (int i = 0; i < TILE_ROWS; i++) {
       if (i >= rows) continue;
-#pragma GCC unroll 2
+#pragma GCC unroll 4
       for (int v = 0; v < TILE_VECTORS; v++)
         if (v * VR < n) store_some(c + i * ldc + v * VR, sum[i][v], n - v * VR);
     }
@@ -535,7 +563,7 @@ static void sum_rows(int64_t columns, const void *a_, int64_t lda, int64_t rows,
 PNN_ACTIVATION_LIST(DEFINE_ACTIVATION)
 
 /* `product` whose panel is made on the way. */
-static inline __attribute__((always_inline)) void respond_product(int64_t depth, const real *restrict a,
+static inline __attribute__((always_inline)) void respond_product(int64_t depth, int64_t rows, const real *restrict a,
                                                                   real *restrict b, int64_t ldb, real *restrict c,
                                                                   int64_t ldc, const real *start,
                                                                   const pnn_source *source, pnn_ahead *ahead,
@@ -546,11 +574,11 @@ static inline __attribute__((always_inline)) void respond_product(int64_t depth,
   const real *x = source->x, *mask = source->mask, *mean = source->mean;
   if (masked && source->shared) mask += m * ldm;
   vr sum[TILE_ROWS][TILE_VECTORS];
-  tile_begin(sum, c, ldc, start);
+  tile_begin(TILE_ROWS, sum, rows, c, ldc, start);
   for (int64_t left = depth; left > 0; left -= PNN_AHEAD_DEPTH, pnn_ahead_step(ahead))
     for (int64_t k = 0; k < left && k < PNN_AHEAD_DEPTH; k++, a += TILE_ROWS, b += ldb) {
       vr bv[TILE_VECTORS];
-#pragma GCC unroll 2
+#pragma GCC unroll 4
       for (int v = 0; v < TILE_VECTORS; v++) {
         bv[v] = vr_load(x + v * VR);
         if (masked) bv[v] += vr_load(mask + v * VR);
@@ -558,7 +586,7 @@ static inline __attribute__((always_inline)) void respond_product(int64_t depth,
         if (centred) bv[v] -= vr_set1(*mean);
         vr_store(b + v * VR, bv[v]);
       }
-      tile_step(sum, a, bv);
+      tile_step(TILE_ROWS, sum, a, bv);
       if (masked) mask += ldm;
       if (centred) mean++;
       if (++m == masks) {
@@ -567,20 +595,20 @@ static inline __attribute__((always_inline)) void respond_product(int64_t depth,
         if (masked) mask -= mask_back;
       }
     }
-  tile_end(sum, c, ldc);
+  tile_end(TILE_ROWS, sum, rows, c, ldc);
 }
 
 /* From a tile of da to dx. All of x is read before the first store: where rows lie a multiple of 4096 bytes apart, a
  * processor takes a row's store for what the next row's load waits for. */
-static inline __attribute__((always_inline)) void tile_respond_grad(vr sum[TILE_ROWS][TILE_VECTORS], real *restrict dx,
+static inline __attribute__((always_inline)) void tile_respond_grad(int most, vr sum[][TILE_VECTORS], real *restrict dx,
                                                                     int64_t ldo, int64_t rows, const real *restrict x,
                                                                     int64_t ldx, const real *restrict mask, int64_t ldm,
                                                                     bool masked, const pnn_norm_terms *norm,
                                                                     vr (*activate)(vr), vr (*activate_grad)(vr, vr)) {
 #pragma GCC unroll 8
-  for (int i = 0; i < TILE_ROWS; i++) {
+  for (int i = 0; i < most; i++) {
     if (i >= rows) break;
-#pragma GCC unroll 2
+#pragma GCC unroll 4
     for (int v = 0; v < TILE_VECTORS; v++) {
       vr u = vr_load(x + i * ldx + v * VR), da = sum[i][v];
       if (masked) u += vr_load(mask + i * ldm + v * VR);
@@ -592,9 +620,9 @@ static inline __attribute__((always_inline)) void tile_respond_grad(vr sum[TILE_
     }
   }
 #pragma GCC unroll 8
-  for (int i = 0; i < TILE_ROWS; i++) {
+  for (int i = 0; i < most; i++) {
     if (i >= rows) break;
-#pragma GCC unroll 2
+#pragma GCC unroll 4
     for (int v = 0; v < TILE_VECTORS; v++) vr_store(dx + i * ldo + v * VR, sum[i][v]);
   }
 }
@@ -602,7 +630,7 @@ static inline __attribute__((always_inline)) void tile_respond_grad(vr sum[TILE_
 /* The sums of a tile through the activation to the gradient of the input, one mask a channel; g NULL: b holds the panel
  * already. */
 static inline __attribute__((always_inline)) void product_respond_grad(
-    int64_t depth, const real *restrict a, const real *restrict g, int64_t ldg, real *restrict b, int64_t ldb,
+    int most, int64_t depth, const real *restrict a, const real *restrict g, int64_t ldg, real *restrict b, int64_t ldb,
     real *restrict dx, int64_t ldo, int64_t rows, const pnn_source *source, const pnn_norm_terms *norm,
     pnn_ahead *ahead, vr (*activate)(vr), vr (*activate_grad)(vr, vr)) {
   const real *x = source->x, *mask = source->mask;
@@ -614,29 +642,29 @@ static inline __attribute__((always_inline)) void product_respond_grad(
     }
   vr sum[TILE_ROWS][TILE_VECTORS];
 #pragma GCC unroll 8
-  for (int i = 0; i < TILE_ROWS; i++)
-#pragma GCC unroll 2
+  for (int i = 0; i < most; i++)
+#pragma GCC unroll 4
     for (int v = 0; v < TILE_VECTORS; v++) sum[i][v] = vr_set1(0);
   if (g) {
     for (int64_t left = depth; left > 0; left -= PNN_AHEAD_DEPTH, pnn_ahead_step(ahead))
       for (int64_t k = 0; k < left && k < PNN_AHEAD_DEPTH; k++, a += TILE_ROWS, b += ldb, g += ldg) {
         vr bv[TILE_VECTORS];
-#pragma GCC unroll 2
+#pragma GCC unroll 4
         for (int v = 0; v < TILE_VECTORS; v++) {
           bv[v] = vr_load(g + v * VR);
           vr_store(b + v * VR, bv[v]);
         }
-        tile_step(sum, a, bv);
+        tile_step(most, sum, a, bv);
       }
   } else {
-    tile_products(depth, sum, a, b, ldb, ahead);
+    tile_products(most, depth, sum, a, b, ldb, ahead);
   }
   if (norm)
-    tile_respond_grad(sum, dx, ldo, rows, x, ldx, mask, ldm, mask != NULL, norm, activate, activate_grad);
+    tile_respond_grad(most, sum, dx, ldo, rows, x, ldx, mask, ldm, mask != NULL, norm, activate, activate_grad);
   else if (mask)
-    tile_respond_grad(sum, dx, ldo, rows, x, ldx, mask, ldm, true, NULL, activate, activate_grad);
+    tile_respond_grad(most, sum, dx, ldo, rows, x, ldx, mask, ldm, true, NULL, activate, activate_grad);
   else
-    tile_respond_grad(sum, dx, ldo, rows, x, ldx, NULL, 0, false, NULL, activate, activate_grad);
+    tile_respond_grad(most, sum, dx, ldo, rows, x, ldx, NULL, 0, false, NULL, activate, activate_grad);
 }
 
 /* `dot` whose panels are made on the way: a copied from g, b from its source, where these are not NULL. */
@@ -697,16 +725,16 @@ static inline __attribute__((always_inline)) void respond_dot(int64_t columns, r
 #endif
 
 #define DEFINE_RESPOND_PRODUCT(suffix, name)                                                                          \
-  static void respond_product_##name(int64_t depth, const void *a, void *b, int64_t ldb, void *c, int64_t ldc,        \
-                                     const void *start, const pnn_source *source, pnn_ahead *ahead) {                 \
+  static void respond_product_##name(int64_t depth, int64_t rows, const void *a, void *b, int64_t ldb, void *c,       \
+                                     int64_t ldc, const void *start, const pnn_source *source, pnn_ahead *ahead) {    \
     if (source->mask && source->mean)                                                                                 \
-      respond_product(depth, a, b, ldb, c, ldc, start, source, ahead, PNN_ACTIVATE(name), true, true);                \
+      respond_product(depth, rows, a, b, ldb, c, ldc, start, source, ahead, PNN_ACTIVATE(name), true, true);          \
     else if (source->mask)                                                                                            \
-      respond_product(depth, a, b, ldb, c, ldc, start, source, ahead, PNN_ACTIVATE(name), true, false);               \
+      respond_product(depth, rows, a, b, ldb, c, ldc, start, source, ahead, PNN_ACTIVATE(name), true, false);         \
     else if (source->mean)                                                                                            \
-      respond_product(depth, a, b, ldb, c, ldc, start, source, ahead, PNN_ACTIVATE(name), false, true);               \
+      respond_product(depth, rows, a, b, ldb, c, ldc, start, source, ahead, PNN_ACTIVATE(name), false, true);         \
     else                                                                                                              \
-      respond_product(depth, a, b, ldb, c, ldc, start, source, ahead, PNN_ACTIVATE(name), false, false);              \
+      respond_product(depth, rows, a, b, ldb, c, ldc, start, source, ahead, PNN_ACTIVATE(name), false, false);        \
   }                                                                                                                   \
   static void respond_dot_##name(int64_t columns, void *a, int64_t lda, const void *g, int64_t ldg, void *b,          \
                                  int64_t ldb, const pnn_source *source, void *out, int64_t ldo,                       \
@@ -721,8 +749,12 @@ static inline __attribute__((always_inline)) void respond_dot(int64_t columns, r
   static void product_respond_grad_##name(int64_t depth, const void *a, const void *g, int64_t ldg, void *b,          \
                                           int64_t ldb, void *dx, int64_t ldo, int64_t rows, const pnn_source *source, \
                                           const pnn_norm_terms *norm, pnn_ahead *ahead) {                             \
-    product_respond_grad(depth, a, g, ldg, b, ldb, dx, ldo, rows, source, norm, ahead, PNN_ACTIVATE(name),            \
-                         PNN_ACTIVATE_GRAD(name));                                                                    \
+    if (rows > 4)                                                                                                     \
+      product_respond_grad(TILE_ROWS, depth, a, g, ldg, b, ldb, dx, ldo, rows, source, norm, ahead,                   \
+                           PNN_ACTIVATE(name), PNN_ACTIVATE_GRAD(name));                                              \
+    else                                                                                                              \
+      product_respond_grad(4, depth, a, g, ldg, b, ldb, dx, ldo, rows, source, norm, ahead, PNN_ACTIVATE(name),       \
+                           PNN_ACTIVATE_GRAD(name));                                                                  \
   }
 CHEAP_ACTIVATIONS(DEFINE_RESPOND_PRODUCT)
 
@@ -774,37 +806,40 @@ static void round16(pnn_dtype which, void *a_, int64_t lda, int64_t rows, int64_
 
 /* ---- panels whose rows are pixels ---- */
 
-static void product_rows(pnn_product_mode mode, int64_t rows, int64_t columns, int64_t depth, const void *a_,
-                         int64_t a_row, int64_t a_step, const void *b_, int64_t ldb, void *c_, int64_t ldc,
-                         const void *start_, pnn_ahead *ahead) {
-  const real *restrict b = b_;
-  const real *start = start_;
-  real *restrict c = c_;
-  const real *a[TILE_ROWS];
-  vr sum[TILE_ROWS][TILE_VECTORS];
-  const bool full = columns == TILE_COLUMNS;
+/* `rows` pixels, at most `most`, with `columns` of `strips` strips. */
+static inline __attribute__((always_inline)) void rows_product(int most, int strips, pnn_product_mode mode,
+                                                               int64_t rows, int64_t columns, int64_t depth,
+                                                               const real *restrict a_, int64_t a_row, int64_t a_step,
+                                                               const real *restrict b, int64_t ldb, int64_t strip,
+                                                               real *restrict c, int64_t ldc, const real *start,
+                                                               pnn_ahead *ahead) {
+  const int vectors = strips * STRIP_VECTORS;
+  const real *a[STRIP_ROWS];
+  vr sum[STRIP_ROWS][TILE_VECTORS];
+  const bool full = columns == vectors * VR;
 #pragma GCC unroll 8
-  for (int i = 0; i < TILE_ROWS; i++) {
+  for (int i = 0; i < most; i++) {
     /* Rows that are not there repeat the last one and are not written. */
-    a[i] = (const real *)a_ + (i < rows ? i : rows - 1) * a_row;
-#pragma GCC unroll 2
-    for (int v = 0; v < TILE_VECTORS; v++) sum[i][v] = vr_set1(0);
+    a[i] = a_ + (i < rows ? i : rows - 1) * a_row;
+#pragma GCC unroll 4
+    for (int v = 0; v < vectors; v++) sum[i][v] = vr_set1(0);
   }
   if (mode == PNN_PRODUCT_START && start) {
-    for (int v = 0; v < TILE_VECTORS; v++) {
+#pragma GCC unroll 4
+    for (int v = 0; v < vectors; v++) {
       const vr s = full               ? vr_load(start + v * VR)
                    : v * VR < columns ? load_some(start + v * VR, columns - v * VR)
                                       : vr_set1(0);
 #pragma GCC unroll 8
-      for (int i = 0; i < TILE_ROWS; i++) sum[i][v] = s;
+      for (int i = 0; i < most; i++) sum[i][v] = s;
     }
   }
   if (mode == PNN_PRODUCT_CONTINUE) {
 #pragma GCC unroll 8
-    for (int i = 0; i < TILE_ROWS; i++) {
+    for (int i = 0; i < most; i++) {
       if (i >= rows) continue;
-#pragma GCC unroll 2
-      for (int v = 0; v < TILE_VECTORS; v++) {
+#pragma GCC unroll 4
+      for (int v = 0; v < vectors; v++) {
         if (full)
           sum[i][v] = vr_load(c + i * ldc + v * VR);
         else if (v * VR < columns)
@@ -816,21 +851,21 @@ static void product_rows(pnn_product_mode mode, int64_t rows, int64_t columns, i
     const int64_t next = k + PNN_AHEAD_DEPTH;
     for (; k < depth && k < next; k++, b += ldb) {
       vr bv[TILE_VECTORS];
-#pragma GCC unroll 2
-      for (int v = 0; v < TILE_VECTORS; v++) bv[v] = vr_load(b + v * VR);
+#pragma GCC unroll 4
+      for (int v = 0; v < vectors; v++) bv[v] = vr_load(b + v / STRIP_VECTORS * strip + v % STRIP_VECTORS * VR);
 #pragma GCC unroll 8
-      for (int i = 0; i < TILE_ROWS; i++) {
+      for (int i = 0; i < most; i++) {
         const vr av = vr_set1(a[i][k * a_step]);
-#pragma GCC unroll 2
-        for (int v = 0; v < TILE_VECTORS; v++) sum[i][v] = vr_fma(av, bv[v], sum[i][v]);
+#pragma GCC unroll 4
+        for (int v = 0; v < vectors; v++) sum[i][v] = vr_fma(av, bv[v], sum[i][v]);
       }
     }
   }
 #pragma GCC unroll 8
-  for (int i = 0; i < TILE_ROWS; i++) {
+  for (int i = 0; i < most; i++) {
     if (i >= rows) continue;
-#pragma GCC unroll 2
-    for (int v = 0; v < TILE_VECTORS; v++) {
+#pragma GCC unroll 4
+    for (int v = 0; v < vectors; v++) {
       real *to = c + i * ldc + v * VR;
       if (full) {
         vr_store(to, mode == PNN_PRODUCT_ADD ? vr_load(to) + sum[i][v] : sum[i][v]);
@@ -842,34 +877,47 @@ static void product_rows(pnn_product_mode mode, int64_t rows, int64_t columns, i
   }
 }
 
+static void product_rows(pnn_product_mode mode, int64_t rows, int64_t columns, int64_t depth, const void *a,
+                         int64_t a_row, int64_t a_step, const void *b, int64_t ldb, int64_t strip, void *c, int64_t ldc,
+                         const void *start, pnn_ahead *ahead) {
+#if TILE_VECTORS > STRIP_VECTORS
+  if (columns > STRIP_COLUMNS) {
+    rows_product(TILE_ROWS, TILE_VECTORS / STRIP_VECTORS, mode, rows, columns, depth, a, a_row, a_step, b, ldb, strip,
+                 c, ldc, start, ahead);
+    return;
+  }
+#endif
+  rows_product(STRIP_ROWS, 1, mode, rows, columns, depth, a, a_row, a_step, b, ldb, strip, c, ldc, start, ahead);
+}
+
 /* `rows` pixels with `columns` outputs, which lie in `vectors` vectors. The same outputs of the pixels two tiles
  * further on are asked for. */
 static inline __attribute__((always_inline)) void rows_tile(int vectors, int64_t rows, int64_t columns, int64_t depth,
                                                             const real *restrict a, int64_t a_row,
                                                             const real *restrict b, real *restrict c, int64_t ldc,
                                                             const real *start) {
-  const real *row[TILE_ROWS];
-  vr sum[TILE_ROWS][TILE_VECTORS];
+  const real *row[STRIP_ROWS];
+  vr sum[STRIP_ROWS][STRIP_VECTORS];
 #pragma GCC unroll 8
-  for (int i = 0; i < TILE_ROWS; i++) {
+  for (int i = 0; i < STRIP_ROWS; i++) {
     row[i] = a + (i < rows ? i : rows - 1) * a_row; /* rows that are not there repeat the last one */
     for (int v = 0; v < vectors; v++) sum[i][v] = vr_load(start + v * VR);
   }
-  for (int64_t k = 0; k < depth; k++, b += TILE_COLUMNS) {
-    vr bv[TILE_VECTORS];
+  for (int64_t k = 0; k < depth; k++, b += STRIP_COLUMNS) {
+    vr bv[STRIP_VECTORS];
     for (int v = 0; v < vectors; v++) bv[v] = vr_load(b + v * VR);
 #pragma GCC unroll 8
-    for (int i = 0; i < TILE_ROWS; i++) {
+    for (int i = 0; i < STRIP_ROWS; i++) {
       const vr av = vr_set1(row[i][k]);
       for (int v = 0; v < vectors; v++) sum[i][v] = vr_fma(av, bv[v], sum[i][v]);
     }
   }
 #pragma GCC unroll 8
-  for (int i = 0; i < TILE_ROWS; i++) {
+  for (int i = 0; i < STRIP_ROWS; i++) {
     if (i >= rows) continue;
     for (int v = 0; v < vectors; v++) {
       real *const to = c + i * ldc + v * VR;
-      __builtin_prefetch(to + 2 * TILE_ROWS * ldc, 1, 2);
+      __builtin_prefetch(to + 2 * STRIP_ROWS * ldc, 1, 2);
       store_some(to, sum[i][v], columns - v * VR);
     }
   }
@@ -878,16 +926,16 @@ static inline __attribute__((always_inline)) void rows_tile(int vectors, int64_t
 /* All of a pixel's outputs before the next pixels', so that C is written from its beginning to its end. */
 static void product_rows_run(int64_t rows, int64_t columns, int64_t depth, const void *a_, int64_t a_row,
                              const void *b_, void *c_, int64_t ldc, const void *start_, pnn_ahead *ahead) {
-  for (int64_t i = 0; i < rows; i += TILE_ROWS) {
+  for (int64_t i = 0; i < rows; i += STRIP_ROWS) {
     const real *const a = (const real *)a_ + i * a_row, *start = start_, *b = b_;
     real *const c = (real *)c_ + i * ldc;
-    const int64_t pixels = rows - i < TILE_ROWS ? rows - i : TILE_ROWS;
-    for (int64_t j = 0; j < columns; j += TILE_COLUMNS, b += depth * TILE_COLUMNS, pnn_ahead_step(ahead)) {
+    const int64_t pixels = rows - i < STRIP_ROWS ? rows - i : STRIP_ROWS;
+    for (int64_t j = 0; j < columns; j += STRIP_COLUMNS, b += depth * STRIP_COLUMNS, pnn_ahead_step(ahead)) {
       const int64_t n = columns - j;
-      if (pixels == TILE_ROWS && n >= TILE_COLUMNS)
-        rows_tile(TILE_VECTORS, TILE_ROWS, TILE_COLUMNS, depth, a, a_row, b, c + j, ldc, start + j);
+      if (pixels == STRIP_ROWS && n >= STRIP_COLUMNS)
+        rows_tile(STRIP_VECTORS, STRIP_ROWS, STRIP_COLUMNS, depth, a, a_row, b, c + j, ldc, start + j);
       else if (n > VR)
-        rows_tile(TILE_VECTORS, pixels, n, depth, a, a_row, b, c + j, ldc, start + j);
+        rows_tile(STRIP_VECTORS, pixels, n, depth, a, a_row, b, c + j, ldc, start + j);
       else
         rows_tile(1, pixels, n, depth, a, a_row, b, c + j, ldc, start + j);
     }
@@ -897,25 +945,25 @@ static void product_rows_run(int64_t rows, int64_t columns, int64_t depth, const
 static void pack_gradient(void *dst_, int64_t tile_step, const void *src_, int64_t step, int64_t pixels, int64_t rows) {
   real *restrict dst = dst_;
   const real *restrict src = src_;
-  if (rows == 2 * TILE_ROWS) {
+  if (rows == 2 * STRIP_ROWS) {
     for (int64_t p = 0; p < pixels; p++) {
-      memcpy(dst + p * TILE_ROWS, src + p * step, TILE_ROWS * sizeof(real));
-      memcpy(dst + tile_step + p * TILE_ROWS, src + p * step + TILE_ROWS, TILE_ROWS * sizeof(real));
+      memcpy(dst + p * STRIP_ROWS, src + p * step, STRIP_ROWS * sizeof(real));
+      memcpy(dst + tile_step + p * STRIP_ROWS, src + p * step + STRIP_ROWS, STRIP_ROWS * sizeof(real));
     }
     return;
   }
-  for (int64_t first = 0; first < rows; first += TILE_ROWS, dst += tile_step)
+  for (int64_t first = 0; first < rows; first += STRIP_ROWS, dst += tile_step)
     for (int64_t p = 0; p < pixels; p++)
-      for (int i = 0; i < TILE_ROWS; i++) dst[p * TILE_ROWS + i] = first + i < rows ? src[p * step + first + i] : 0;
+      for (int i = 0; i < STRIP_ROWS; i++) dst[p * STRIP_ROWS + i] = first + i < rows ? src[p * step + first + i] : 0;
 }
 
 static void sum_columns(int64_t depth, const void *a_, void *out_) {
   const real *restrict a = a_;
   real *restrict out = out_;
-  real sum[TILE_ROWS] = {0};
+  real sum[STRIP_ROWS] = {0};
   for (int64_t k = 0; k < depth; k++)
-    for (int i = 0; i < TILE_ROWS; i++) sum[i] += a[k * TILE_ROWS + i];
-  for (int i = 0; i < TILE_ROWS; i++) out[i] += sum[i];
+    for (int i = 0; i < STRIP_ROWS; i++) sum[i] += a[k * STRIP_ROWS + i];
+  for (int i = 0; i < STRIP_ROWS; i++) out[i] += sum[i];
 }
 
 #define DEFINE_RESPOND_ROWS(suffix, name)                                                                             \
@@ -1424,6 +1472,8 @@ const pnn_kernels PNN_KERNEL_NAME(pnn_kernels) = {
     .isa = PNN_STRING(PNN_ISA_SUFFIX),
     .tile_rows = TILE_ROWS,
     .tile_columns = TILE_COLUMNS,
+    .strip_rows = STRIP_ROWS,
+    .strip_columns = STRIP_COLUMNS,
     .dot_rows = DOT_ROWS,
     .dot_columns = DOT_COLUMNS,
 #if defined(PNN_REAL_F32)

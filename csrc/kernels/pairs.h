@@ -232,31 +232,31 @@ PAIRS_INLINE void respond_bfloat16(uint16_t *dst, int64_t ld, const pnn_source *
 
 /* ---- products ---- */
 
-PAIRS_INLINE void tile_step_pairs(__m512 sum[TILE_ROWS][TILE_VECTORS], const int32_t *a,
-                                  const __m512i b[TILE_VECTORS]) {
+PAIRS_INLINE void tile_step_pairs(__m512 sum[STRIP_ROWS][STRIP_VECTORS], const int32_t *a,
+                                  const __m512i b[STRIP_VECTORS]) {
 #pragma GCC unroll 8
-  for (int i = 0; i < TILE_ROWS; i++) {
+  for (int i = 0; i < STRIP_ROWS; i++) {
     const __m512i av = _mm512_set1_epi32(a[i]);
-#pragma GCC unroll 2
-    for (int v = 0; v < TILE_VECTORS; v++) sum[i][v] = _mm512_dpbf16_ps(sum[i][v], (__m512bh)av, (__m512bh)b[v]);
+#pragma GCC unroll 4
+    for (int v = 0; v < STRIP_VECTORS; v++) sum[i][v] = _mm512_dpbf16_ps(sum[i][v], (__m512bh)av, (__m512bh)b[v]);
   }
 }
 
-PAIRS_INLINE void tile_begin_pairs(__m512 sum[TILE_ROWS][TILE_VECTORS], const float *c, int64_t ldc,
+PAIRS_INLINE void tile_begin_pairs(__m512 sum[STRIP_ROWS][STRIP_VECTORS], const float *c, int64_t ldc,
                                    const float *start) {
 #pragma GCC unroll 8
-  for (int i = 0; i < TILE_ROWS; i++)
-#pragma GCC unroll 2
-    for (int v = 0; v < TILE_VECTORS; v++)
+  for (int i = 0; i < STRIP_ROWS; i++)
+#pragma GCC unroll 4
+    for (int v = 0; v < STRIP_VECTORS; v++)
       sum[i][v] = start ? _mm512_set1_ps(start[i]) : _mm512_loadu_ps(c + i * ldc + v * VR);
 }
 
-PAIRS_INLINE void tile_end_pairs(__m512 sum[TILE_ROWS][TILE_VECTORS], float *c, int64_t ldc, uint16_t *out,
+PAIRS_INLINE void tile_end_pairs(__m512 sum[STRIP_ROWS][STRIP_VECTORS], float *c, int64_t ldc, uint16_t *out,
                                  int64_t ldo) {
 #pragma GCC unroll 8
-  for (int i = 0; i < TILE_ROWS; i++)
-#pragma GCC unroll 2
-    for (int v = 0; v < TILE_VECTORS; v++) {
+  for (int i = 0; i < STRIP_ROWS; i++)
+#pragma GCC unroll 4
+    for (int v = 0; v < STRIP_VECTORS; v++) {
       if (out)
         _mm256_storeu_si256((__m256i *)(void *)(out + i * ldo + v * VR), narrow((vr)sum[i][v]));
       else
@@ -264,20 +264,20 @@ PAIRS_INLINE void tile_end_pairs(__m512 sum[TILE_ROWS][TILE_VECTORS], float *c, 
     }
 }
 
-PAIRS_INLINE void tile_products_pairs(int64_t depth, __m512 sum[TILE_ROWS][TILE_VECTORS], const int32_t *a,
+PAIRS_INLINE void tile_products_pairs(int64_t depth, __m512 sum[STRIP_ROWS][STRIP_VECTORS], const int32_t *a,
                                       const int32_t *b, int64_t ldb, pnn_ahead *ahead) {
   for (int64_t left = depth; left > 0; left -= PNN_AHEAD_DEPTH, pnn_ahead_step(ahead))
-    for (int64_t k = 0; k < left && k < PNN_AHEAD_DEPTH; k++, a += TILE_ROWS, b += ldb) {
-      __m512i bv[TILE_VECTORS];
-#pragma GCC unroll 2
-      for (int v = 0; v < TILE_VECTORS; v++) bv[v] = _mm512_loadu_si512(b + v * VR);
+    for (int64_t k = 0; k < left && k < PNN_AHEAD_DEPTH; k++, a += STRIP_ROWS, b += ldb) {
+      __m512i bv[STRIP_VECTORS];
+#pragma GCC unroll 4
+      for (int v = 0; v < STRIP_VECTORS; v++) bv[v] = _mm512_loadu_si512(b + v * VR);
       tile_step_pairs(sum, a, bv);
     }
 }
 
 PAIRS_TARGET static void product_pairs(int64_t depth, const void *a, const void *b, int64_t ldb, void *c, int64_t ldc,
                                        const void *start, void *out, int64_t ldo, pnn_ahead *ahead) {
-  __m512 sum[TILE_ROWS][TILE_VECTORS];
+  __m512 sum[STRIP_ROWS][STRIP_VECTORS];
   tile_begin_pairs(sum, c, ldc, start);
   tile_products_pairs(depth, sum, a, b, ldb, ahead);
   tile_end_pairs(sum, c, ldc, out, ldo);
@@ -288,16 +288,16 @@ PAIRS_INLINE void respond_product_pairs(int64_t maps, const int32_t *a, uint32_t
                                         const float *start, uint16_t *out, int64_t ldo, const pnn_source *source,
                                         pnn_ahead *ahead, vr (*activate)(vr), bool masked, bool centred) {
   map_walk low = walk_begin(source);
-  __m512 sum[TILE_ROWS][TILE_VECTORS];
+  __m512 sum[STRIP_ROWS][STRIP_VECTORS];
   tile_begin_pairs(sum, c, ldc, start);
   for (int64_t left = maps; left > 0; left -= 2 * PNN_AHEAD_DEPTH, pnn_ahead_step(ahead))
-    for (int64_t k = 0; k < left && k < 2 * PNN_AHEAD_DEPTH; k += 2, a += TILE_ROWS, b += ldb) {
+    for (int64_t k = 0; k < left && k < 2 * PNN_AHEAD_DEPTH; k += 2, a += STRIP_ROWS, b += ldb) {
       const bool two = k + 1 < left;
       map_walk high = low;
       if (two) walk_next(&high, source, masked, centred);
-      __m512i bv[TILE_VECTORS];
-#pragma GCC unroll 2
-      for (int v = 0; v < TILE_VECTORS; v++) {
+      __m512i bv[STRIP_VECTORS];
+#pragma GCC unroll 4
+      for (int v = 0; v < STRIP_VECTORS; v++) {
         bv[v] = pairs_of(walk_respond(&low, v * VR, activate, masked, centred),
                          two ? walk_respond(&high, v * VR, activate, masked, centred) : vr_set1(0));
         _mm512_storeu_si512(b + v * VR, bv[v]);
@@ -318,19 +318,19 @@ PAIRS_INLINE void product_pairs_respond_grad(int64_t depth, const int32_t *a, co
   const int64_t ldx = source->ldx, ldm = source->shared ? 0 : source->ldm;
   for (int64_t i = 0; i < rows; i++) {
     __builtin_prefetch(x + i * ldx);
-    for (int v = 0; mask && v < TILE_VECTORS; v++) __builtin_prefetch(mask + i * ldm + v * VR);
+    for (int v = 0; mask && v < STRIP_VECTORS; v++) __builtin_prefetch(mask + i * ldm + v * VR);
   }
-  __m512 sum[TILE_ROWS][TILE_VECTORS];
+  __m512 sum[STRIP_ROWS][STRIP_VECTORS];
 #pragma GCC unroll 8
-  for (int i = 0; i < TILE_ROWS; i++)
-#pragma GCC unroll 2
-    for (int v = 0; v < TILE_VECTORS; v++) sum[i][v] = _mm512_setzero_ps();
+  for (int i = 0; i < STRIP_ROWS; i++)
+#pragma GCC unroll 4
+    for (int v = 0; v < STRIP_VECTORS; v++) sum[i][v] = _mm512_setzero_ps();
   tile_products_pairs(depth, sum, a, b, ldb, ahead);
 #pragma GCC unroll 8
-  for (int i = 0; i < TILE_ROWS; i++) {
+  for (int i = 0; i < STRIP_ROWS; i++) {
     if (i >= rows) continue;
-#pragma GCC unroll 2
-    for (int v = 0; v < TILE_VECTORS; v++) {
+#pragma GCC unroll 4
+    for (int v = 0; v < STRIP_VECTORS; v++) {
       vr u = load_vector_bfloat16(x + i * ldx + v * VR);
       if (mask) u += vr_load(mask + i * ldm + v * VR);
       _mm256_storeu_si256((__m256i *)(void *)(dx + i * ldo + v * VR), narrow(activate_grad(u, (vr)sum[i][v])));
@@ -389,40 +389,40 @@ PAIRS_TARGET static void product_rows_pairs(pnn_product_mode mode, int64_t rows,
                                             pnn_ahead *ahead) {
   const int32_t *restrict b = b_;
   const real *start = mode == PNN_PRODUCT_START ? start_ : NULL;
-  const char *a[TILE_ROWS];
-  __m512 sum[TILE_ROWS][TILE_VECTORS];
-  __mmask16 there[TILE_VECTORS];
-#pragma GCC unroll 2
-  for (int v = 0; v < TILE_VECTORS; v++) {
+  const char *a[STRIP_ROWS];
+  __m512 sum[STRIP_ROWS][STRIP_VECTORS];
+  __mmask16 there[STRIP_VECTORS];
+#pragma GCC unroll 4
+  for (int v = 0; v < STRIP_VECTORS; v++) {
     there[v] = lanes(columns - v * VR);
     const __m512 s = start ? _mm512_maskz_loadu_ps(there[v], start + v * VR) : _mm512_setzero_ps();
 #pragma GCC unroll 8
-    for (int i = 0; i < TILE_ROWS; i++) sum[i][v] = s;
+    for (int i = 0; i < STRIP_ROWS; i++) sum[i][v] = s;
   }
 #pragma GCC unroll 8
-  for (int i = 0; i < TILE_ROWS; i++) /* rows that are not there repeat the last one and are not written */
+  for (int i = 0; i < STRIP_ROWS; i++) /* rows that are not there repeat the last one and are not written */
     a[i] = (const char *)a_ + (i < rows ? i : rows - 1) * a_row * 2;
   for (int64_t k = 0; k < depth; pnn_ahead_step(ahead)) {
     const int64_t next = k + PNN_AHEAD_DEPTH;
     for (; k < depth && k < next; k++, b += ldb) {
-      __m512i bv[TILE_VECTORS];
-#pragma GCC unroll 2
-      for (int v = 0; v < TILE_VECTORS; v++) bv[v] = _mm512_loadu_si512(b + v * VR);
+      __m512i bv[STRIP_VECTORS];
+#pragma GCC unroll 4
+      for (int v = 0; v < STRIP_VECTORS; v++) bv[v] = _mm512_loadu_si512(b + v * VR);
 #pragma GCC unroll 8
-      for (int i = 0; i < TILE_ROWS; i++) {
+      for (int i = 0; i < STRIP_ROWS; i++) {
         int32_t pair;
         memcpy(&pair, a[i] + k * a_step * 4, sizeof pair);
         const __m512i av = _mm512_set1_epi32(pair);
-#pragma GCC unroll 2
-        for (int v = 0; v < TILE_VECTORS; v++) sum[i][v] = _mm512_dpbf16_ps(sum[i][v], (__m512bh)av, (__m512bh)bv[v]);
+#pragma GCC unroll 4
+        for (int v = 0; v < STRIP_VECTORS; v++) sum[i][v] = _mm512_dpbf16_ps(sum[i][v], (__m512bh)av, (__m512bh)bv[v]);
       }
     }
   }
 #pragma GCC unroll 8
-  for (int i = 0; i < TILE_ROWS; i++) {
+  for (int i = 0; i < STRIP_ROWS; i++) {
     if (i >= rows) continue;
-#pragma GCC unroll 2
-    for (int v = 0; v < TILE_VECTORS; v++) {
+#pragma GCC unroll 4
+    for (int v = 0; v < STRIP_VECTORS; v++) {
       if (to_bfloat16) {
         _mm256_mask_storeu_epi16((uint16_t *)c + i * ldc + v * VR, there[v], narrow((vr)sum[i][v]));
       } else {

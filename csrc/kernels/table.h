@@ -70,9 +70,11 @@ typedef enum pnn_product_mode { PNN_PRODUCT_START, PNN_PRODUCT_CONTINUE, PNN_PRO
 
 typedef struct pnn_kernels {
   const char *isa;
-  int32_t tile_rows;    /* of `product`: rows of a packed A */
-  int32_t tile_columns; /* of `product` */
-  int32_t dot_rows;     /* of `dot` */
+  int32_t tile_rows;     /* of `product`: rows of a packed A */
+  int32_t tile_columns;  /* of `product` */
+  int32_t strip_rows;    /* of products on pairs, and of those with at most strip_columns outputs or maps as columns */
+  int32_t strip_columns; /* tile_columns or a part of it */
+  int32_t dot_rows;      /* of `dot` */
   int32_t dot_columns;
 
   /* dst[r*ld + j] = src[r*row_stride + j*column_stride] as real, exactly; by pnn_dtype. Nothing is padded. */
@@ -80,11 +82,11 @@ typedef struct pnn_kernels {
   /* The inverse, rounded to nearest even where the tensor's type is narrower. */
   pnn_store_fn store[4];
 
-  /* C[tile_rows][tile_columns] = start + A * B, each element one chain of fused multiply-adds in ascending k that
-   * begins at its row's `start`, or at C itself where start is NULL. a: packed [depth][tile_rows];  b: panel rows,
-   * [depth][ldb];  c: [tile_rows][ldc];  start: [tile_rows];  ahead: what to ask for on the way. */
-  void (*product)(int64_t depth, const void *a, const void *b, int64_t ldb, void *c, int64_t ldc, const void *start,
-                  pnn_ahead *ahead);
+  /* C[rows][tile_columns] = start + A * B, rows <= tile_rows, each element one chain of fused multiply-adds in
+   * ascending k that begins at its row's `start`, or at C itself where start is NULL. a: packed [depth][tile_rows];  b:
+   * panel rows, [depth][ldb];  c: [rows][ldc];  start: [tile_rows];  ahead: what to ask for on the way. */
+  void (*product)(int64_t depth, int64_t rows, const void *a, const void *b, int64_t ldb, void *c, int64_t ldc,
+                  const void *start, pnn_ahead *ahead);
 
   /* `product` of one tile of outputs with `columns` columns, any number, for few maps: C[rows][columns] = start + A * B
    * with rows <= tile_rows. b is readable to the last tile's end; nothing behind C's columns is touched. */
@@ -106,8 +108,8 @@ typedef struct pnn_kernels {
   /* `product` with b as an output: the first tile of outputs makes the tile_columns columns of the panel as it goes, so
    * that the prologue runs beside the products. NULL where an activation takes more registers than the sums leave;
    * never for the identity. */
-  void (*respond_product[PNN_ACTIVATION_COUNT])(int64_t depth, const void *a, void *b, int64_t ldb, void *c,
-                                                int64_t ldc, const void *start, const pnn_source *source,
+  void (*respond_product[PNN_ACTIVATION_COUNT])(int64_t depth, int64_t rows, const void *a, void *b, int64_t ldb,
+                                                void *c, int64_t ldc, const void *start, const pnn_source *source,
                                                 pnn_ahead *ahead);
 
   /* a = activation(a), in place over rows x columns (a multiple of PNN_LANES). */
@@ -161,10 +163,10 @@ typedef struct pnn_kernels {
 
   /* ---- bfloat16 dot products; NULL where the instruction set has none (pnn_kernels_pairs) ---- */
 
-  /* A pair is two bfloat16 values in 32 bits, the even one low. `product` and `dot` on pairs: the same tiles and
-   * layouts with `depth` and `columns` in pairs; A is packed [depth][tile_rows] pairs along the depth. out not NULL:
-   * the sums are rounded to bfloat16 and stored there, [tile_rows][ldo], instead of to c, which is read only where
-   * start is NULL. */
+  /* A pair is two bfloat16 values in 32 bits, the even one low. `product` and `dot` on pairs: the same layouts with
+   * `depth` and `columns` in pairs, tiles of strip_rows x strip_columns; A is packed [depth][strip_rows] pairs along
+   * the depth. out not NULL: the sums are rounded to bfloat16 and stored there, [tile_rows][ldo], instead of to c,
+   * which is read only where start is NULL. */
   void (*product_pairs)(int64_t depth, const void *a, const void *b, int64_t ldb, void *c, int64_t ldc,
                         const void *start, void *out, int64_t ldo, pnn_ahead *ahead);
   void (*dot_pairs)(int64_t columns, const void *a, int64_t lda, const void *b, int64_t ldb, int64_t rows,
@@ -197,21 +199,23 @@ typedef struct pnn_kernels {
 
   /* ---- panels whose rows are pixels, [pixels][ld], for channels-last tensors ---- */
 
-  /* C[rows][columns] (at most tile_rows x tile_columns), each element one chain of fused multiply-adds over depth:
-   *   a: element (i, k) at a[i*a_row + k*a_step];  b: [depth][ldb], readable to tile_columns;  c: [rows][ldc].
+  /* C[rows][columns], at most tile_rows x tile_columns, or strip_rows x strip_columns; each element one chain of fused
+   * multiply-adds over depth:
+   *   a: element (i, k) at a[i*a_row + k*a_step];  b: strips of columns, `strip` reals apart, [depth][ldb] each,
+   *   readable to whole strips;  c: [rows][ldc].
    * PNN_PRODUCT_START: the chain begins at start[column], or at 0 where start is NULL. PNN_PRODUCT_CONTINUE: at C.
    * PNN_PRODUCT_ADD: at 0, and the sum is added to C. */
   void (*product_rows)(pnn_product_mode mode, int64_t rows, int64_t columns, int64_t depth, const void *a,
-                       int64_t a_row, int64_t a_step, const void *b, int64_t ldb, void *c, int64_t ldc,
+                       int64_t a_row, int64_t a_step, const void *b, int64_t ldb, int64_t strip, void *c, int64_t ldc,
                        const void *start, pnn_ahead *ahead);
-  /* product_rows from `start` for any number of rows and columns, for few maps: b holds the tiles of columns one after
-   * the other, [depth][tile_columns] each, and start whole tiles. */
+  /* product_rows from `start` for any number of rows and columns, for few maps: b holds the strips one after the other,
+   * [depth][strip_columns] each, and start whole strips. */
   void (*product_rows_run)(int64_t rows, int64_t columns, int64_t depth, const void *a, int64_t a_row, const void *b,
                            void *c, int64_t ldc, const void *start, pnn_ahead *ahead);
-  /* Tiles of tile_rows rows, `tile_step` reals apart: tile[i / tile_rows][p][i mod tile_rows] = src[p*step + i] for
+  /* Tiles of strip_rows rows, `tile_step` reals apart: tile[i / strip_rows][p][i mod strip_rows] = src[p*step + i] for
    * i < rows; behind them 0. */
   void (*pack_gradient)(void *dst, int64_t tile_step, const void *src, int64_t step, int64_t pixels, int64_t rows);
-  /* out[i] += sum over depth of a[k*tile_rows + i], one chain from 0. */
+  /* out[i] += sum over depth of a[k*strip_rows + i], one chain from 0. */
   void (*sum_columns)(int64_t depth, const void *a, void *out);
   /* a[p][r] = activation(x[p][r] + mask[p][r]) - mean[r], one mask a channel; where shared, mask[p][0]. mask NULL:
    * nothing is added; mean NULL: nothing is subtracted. */
@@ -223,8 +227,9 @@ typedef struct pnn_kernels {
 
   /* The same on bfloat16 tensors and panels, with pairs along the depth; NULL as above. */
 
-  /* product_rows: pair (i, k) of a stands at a[i*a_row + 2*k*a_step], counted in bfloat16 values; b: [depth][ldb]
-   * pairs. Never PNN_PRODUCT_CONTINUE. to_bfloat16, with PNN_PRODUCT_START only: c holds bfloat16 values. */
+  /* product_rows of one strip: pair (i, k) of a stands at a[i*a_row + 2*k*a_step], counted in bfloat16 values; b:
+   * [depth][ldb] pairs. Never PNN_PRODUCT_CONTINUE. to_bfloat16, with PNN_PRODUCT_START only: c holds bfloat16 values.
+   */
   void (*product_rows_pairs)(pnn_product_mode mode, int64_t rows, int64_t columns, int64_t depth, const void *a,
                              int64_t a_row, int64_t a_step, const void *b, int64_t ldb, void *c, int64_t ldc,
                              const void *start, int32_t to_bfloat16, pnn_ahead *ahead);
