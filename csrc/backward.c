@@ -627,7 +627,7 @@ static pnn_inputs inputs_prepare(const pnn_problem *p, const pnn_host *host, boo
   in.window = in.block < p->group_maps ? block_channels * PNN_MAX(1, PNN_LANES / block_channels) : block_channels;
   /* With more than one mask a channel the response maps outweigh the tensors, and their masks want short ranges. */
   in.width =
-      p->masks == 1 && !in.masks ? pnn_panel_columns(p, p->group_outputs / 2 + in.block, p->group_maps) : PNN_PANEL;
+      p->masks == 1 && !in.masks ? pnn_panel_columns(p, PNN_MAX(p->group_outputs, in.block), p->group_maps) : PNN_PANEL;
   in.ld = pnn_panel_ld(p, in.width);
   in.packing = pnn_packing_backward(p, in.rows ? p->kernels->strip_columns : p->tile_rows, in.block);
   in.slab = p->group_maps;
