@@ -806,28 +806,26 @@ static void round16(pnn_dtype which, void *a_, int64_t lda, int64_t rows, int64_
 
 /* ---- panels whose rows are pixels ---- */
 
-/* `rows` pixels, at most `most`, with `columns` of `strips` strips. */
-static inline __attribute__((always_inline)) void rows_product(int most, int strips, pnn_product_mode mode,
-                                                               int64_t rows, int64_t columns, int64_t depth,
-                                                               const real *restrict a_, int64_t a_row, int64_t a_step,
-                                                               const real *restrict b, int64_t ldb, int64_t strip,
-                                                               real *restrict c, int64_t ldc, const real *start,
-                                                               pnn_ahead *ahead) {
+/* `rows` of `most` rows, with `columns` of `strips` strips; whole: all of both. */
+static inline __attribute__((always_inline)) void rows_product(
+    int most, int strips, bool whole, pnn_product_mode mode, int64_t rows, int64_t columns, int64_t depth,
+    const real *restrict a, int64_t a_row, int64_t a_step, const real *restrict b, int64_t ldb, int64_t strip,
+    real *restrict c, int64_t ldc, const real *start, pnn_ahead *ahead) {
   const int vectors = strips * STRIP_VECTORS;
-  const real *a[STRIP_ROWS];
+  /* Three rows share a pointer, which their addresses need no more than a multiple of a_row beside. Where there are
+   * fewer, those that are missing repeat the last one and are not written. */
+  const real *third[3] = {a, a + 3 * a_row, a + 6 * a_row}, *row[STRIP_ROWS];
   vr sum[STRIP_ROWS][TILE_VECTORS];
-  const bool full = columns == vectors * VR;
 #pragma GCC unroll 8
   for (int i = 0; i < most; i++) {
-    /* Rows that are not there repeat the last one and are not written. */
-    a[i] = a_ + (i < rows ? i : rows - 1) * a_row;
+    row[i] = a + (i < rows ? i : rows - 1) * a_row;
 #pragma GCC unroll 4
     for (int v = 0; v < vectors; v++) sum[i][v] = vr_set1(0);
   }
   if (mode == PNN_PRODUCT_START && start) {
 #pragma GCC unroll 4
     for (int v = 0; v < vectors; v++) {
-      const vr s = full               ? vr_load(start + v * VR)
+      const vr s = whole              ? vr_load(start + v * VR)
                    : v * VR < columns ? load_some(start + v * VR, columns - v * VR)
                                       : vr_set1(0);
 #pragma GCC unroll 8
@@ -837,37 +835,37 @@ static inline __attribute__((always_inline)) void rows_product(int most, int str
   if (mode == PNN_PRODUCT_CONTINUE) {
 #pragma GCC unroll 8
     for (int i = 0; i < most; i++) {
-      if (i >= rows) continue;
+      if (!whole && i >= rows) continue;
 #pragma GCC unroll 4
       for (int v = 0; v < vectors; v++) {
-        if (full)
+        if (whole)
           sum[i][v] = vr_load(c + i * ldc + v * VR);
         else if (v * VR < columns)
           sum[i][v] = load_some(c + i * ldc + v * VR, columns - v * VR);
       }
     }
   }
-  for (int64_t k = 0; k < depth; pnn_ahead_step(ahead)) {
-    const int64_t next = k + PNN_AHEAD_DEPTH;
-    for (; k < depth && k < next; k++, b += ldb) {
+  for (int64_t left = depth; left > 0; left -= PNN_AHEAD_DEPTH, pnn_ahead_step(ahead))
+    for (int64_t k = 0; k < left && k < PNN_AHEAD_DEPTH; k++, b += ldb) {
       vr bv[TILE_VECTORS];
 #pragma GCC unroll 4
       for (int v = 0; v < vectors; v++) bv[v] = vr_load(b + v / STRIP_VECTORS * strip + v % STRIP_VECTORS * VR);
 #pragma GCC unroll 8
       for (int i = 0; i < most; i++) {
-        const vr av = vr_set1(a[i][k * a_step]);
+        const vr av = vr_set1(whole ? third[i / 3][i % 3 * a_row] : row[i][(depth - left + k) * a_step]);
 #pragma GCC unroll 4
         for (int v = 0; v < vectors; v++) sum[i][v] = vr_fma(av, bv[v], sum[i][v]);
       }
+#pragma GCC unroll 3
+      for (int i = 0; i < 3; i++) third[i] += a_step;
     }
-  }
 #pragma GCC unroll 8
   for (int i = 0; i < most; i++) {
-    if (i >= rows) continue;
+    if (!whole && i >= rows) continue;
 #pragma GCC unroll 4
     for (int v = 0; v < vectors; v++) {
       real *to = c + i * ldc + v * VR;
-      if (full) {
+      if (whole) {
         vr_store(to, mode == PNN_PRODUCT_ADD ? vr_load(to) + sum[i][v] : sum[i][v]);
       } else if (v * VR < columns) {
         const int64_t n = columns - v * VR;
@@ -882,12 +880,26 @@ static void product_rows(pnn_product_mode mode, int64_t rows, int64_t columns, i
                          const void *start, pnn_ahead *ahead) {
 #if TILE_VECTORS > STRIP_VECTORS
   if (columns > STRIP_COLUMNS) {
-    rows_product(TILE_ROWS, TILE_VECTORS / STRIP_VECTORS, mode, rows, columns, depth, a, a_row, a_step, b, ldb, strip,
-                 c, ldc, start, ahead);
+    const int strips = TILE_VECTORS / STRIP_VECTORS;
+    if (rows == TILE_ROWS && columns == TILE_COLUMNS)
+      rows_product(TILE_ROWS, strips, true, mode, rows, columns, depth, a, a_row, a_step, b, ldb, strip, c, ldc, start,
+                   ahead);
+    else
+      rows_product(TILE_ROWS, strips, false, mode, rows, columns, depth, a, a_row, a_step, b, ldb, strip, c, ldc, start,
+                   ahead);
     return;
   }
 #endif
-  rows_product(STRIP_ROWS, 1, mode, rows, columns, depth, a, a_row, a_step, b, ldb, strip, c, ldc, start, ahead);
+  if (rows == STRIP_ROWS && columns == STRIP_COLUMNS) {
+    if (a_row == 1) /* a packed operand */
+      rows_product(STRIP_ROWS, 1, true, mode, rows, columns, depth, a, 1, a_step, b, ldb, strip, c, ldc, start, ahead);
+    else
+      rows_product(STRIP_ROWS, 1, true, mode, rows, columns, depth, a, a_row, a_step, b, ldb, strip, c, ldc, start,
+                   ahead);
+  } else {
+    rows_product(STRIP_ROWS, 1, false, mode, rows, columns, depth, a, a_row, a_step, b, ldb, strip, c, ldc, start,
+                 ahead);
+  }
 }
 
 /* `rows` pixels with `columns` outputs, which lie in `vectors` vectors. The same outputs of the pixels two tiles
