@@ -77,7 +77,7 @@ static const isa *chosen(void) {
 }
 
 int pnn_kernels_pairs(const pnn_kernels *kernels) {
-#if defined(PNN_HAVE_AVX512)
+#if defined(PNN_HAVE_AVX512) && !defined(PNN_EMULATE_PAIRS)
   return kernels->product_pairs && __builtin_cpu_supports("avx512bf16");
 #else
   return kernels->product_pairs != NULL;

@@ -351,14 +351,19 @@ def find_nvcc() -> Path | None:
     return Path(found)
 
 
-def processor_isas() -> list[str]:
-    """The instruction sets of ISAS that this processor has and the kernel offers, by /proc/cpuinfo; best last."""
+def processor_flags() -> set[str]:
+    """What the kernel says that this processor has; empty where there is no /proc/cpuinfo."""
     try:
         text = Path("/proc/cpuinfo").read_text(encoding="utf-8")
     except OSError:
         text = ""
     match = re.search(r"^(?:flags|Features)\s*:(.*)$", text, re.MULTILINE)
-    flags = set(match.group(1).split()) if match else set()
+    return set(match.group(1).split()) if match else set()
+
+
+def processor_isas() -> list[str]:
+    """The instruction sets of ISAS that this processor has and the kernel offers; best last."""
+    flags = processor_flags()
     return [name for name, needed in ISAS.items() if needed <= flags]
 
 
@@ -387,7 +392,7 @@ def tier_python(machine: Machine) -> tuple[Counts, str]:
 
 
 def tier_isa(machine: Machine) -> tuple[Counts, str]:
-    """The C tests again on each instruction set that the machine has, but for the one that tier c ran on."""
+    """The C tests again on each instruction set that the machine has, but for the one that tier c ran on; bfloat16 pairs."""
     machine.build_dev()
     counts = Counts()
     ran = [machine.isa(None)]
@@ -400,6 +405,14 @@ def tier_isa(machine: Machine) -> tuple[Counts, str]:
             print(f"instruction set {name}:")
             counts += machine.ctest(machine.build, f"isa-{name}", {"PNN_MAX_ISA": name}, "-L", "^c$")
             ran.append(name)
+    if "avx512" in ran and "avx512_bf16" not in processor_flags():
+        # Nothing else runs the kernels on pairs here.
+        print("bfloat16 dot products, emulated:")
+        tree = ROOT / "build" / "pairs"
+        names = [f"{name}_test" for name in ("bounded", "exact", "promises", "workspace")]
+        machine.build_tree("c", tree, ["-DPNN_EMULATE_PAIRS=ON"], names)
+        counts += machine.ctest(tree, "isa-pairs", None, "-L", "^c$", "-R", f"^({'|'.join(names)})")
+        ran.append("emulated bfloat16 dot products")
     return counts, "with tier c: " + ", ".join(ran)
 
 

@@ -9,7 +9,11 @@
 #define PNN_KERNELS_PAIRS_H
 
 #define HAVE_PAIRS 1
+#if defined(PNN_EMULATE_PAIRS) /* tests/c/emulated_pairs.h */
+#define PAIRS_TARGET
+#else
 #define PAIRS_TARGET __attribute__((target("avx512bf16")))
+#endif
 #define PAIRS_INLINE PAIRS_TARGET static inline __attribute__((always_inline))
 
 /* ---- bfloat16 values and pairs of them, 16 at a time ---- */
