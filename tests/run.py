@@ -392,7 +392,7 @@ def tier_python(machine: Machine) -> tuple[Counts, str]:
 
 
 def tier_isa(machine: Machine) -> tuple[Counts, str]:
-    """The C tests again on each instruction set that the machine has, but for the one that tier c ran on; bfloat16 pairs."""
+    """The C tests again on each instruction set that the machine has, but for tier c's; and bfloat16 pairs."""
     machine.build_dev()
     counts = Counts()
     ran = [machine.isa(None)]

@@ -807,10 +807,12 @@ static void round16(pnn_dtype which, void *a_, int64_t lda, int64_t rows, int64_
 /* ---- panels whose rows are pixels ---- */
 
 /* `rows` of `most` rows, with `columns` of `strips` strips; whole: all of both. */
-static inline __attribute__((always_inline)) void rows_product(
-    int most, int strips, bool whole, pnn_product_mode mode, int64_t rows, int64_t columns, int64_t depth,
-    const real *restrict a, int64_t a_row, int64_t a_step, const real *restrict b, int64_t ldb, int64_t strip,
-    real *restrict c, int64_t ldc, const real *start, pnn_ahead *ahead) {
+static inline __attribute__((always_inline)) void rows_product(int most, int strips, bool whole, pnn_product_mode mode,
+                                                               int64_t rows, int64_t columns, int64_t depth,
+                                                               const real *restrict a, int64_t a_row, int64_t a_step,
+                                                               const real *restrict b, int64_t ldb, int64_t strip,
+                                                               real *restrict c, int64_t ldc, const real *start,
+                                                               pnn_ahead *ahead) {
   const int vectors = strips * STRIP_VECTORS;
   /* Three rows share a pointer, which their addresses need no more than a multiple of a_row beside. Where there are
    * fewer, those that are missing repeat the last one and are not written. */
