@@ -64,8 +64,7 @@ static void sums_products(const pnn_sums *s, const sums_scratch *t, int64_t colu
   const pnn_problem *p = s->problem;
   const pnn_kernels *kernels = p->kernels;
   const int64_t size = p->real_size, ld = p->group_maps, rounds = columns / (p->pairs ? 2 : 1) / PNN_LANES;
-  pnn_ahead_spread(ahead, (outputs + kernels->dot_rows - 1) / kernels->dot_rows *
-                              ((maps + kernels->dot_columns - 1) / kernels->dot_columns));
+  pnn_ahead_spread(ahead, pnn_quotient_up(outputs, kernels->dot_rows) * pnn_quotient_up(maps, kernels->dot_columns));
   for (int64_t near = 0, next; near < outputs; near = next) {
     next = PNN_MIN(near + NEAR_OUTPUTS, outputs);
     for (int64_t j = 0; j < maps; j += kernels->dot_columns)
@@ -120,7 +119,7 @@ pnn_ahead pnn_sums_ahead(const pnn_sums *s, const pnn_sums_place *at, int64_t ch
   pnn_range range;
   int64_t first, count = pnn_chunk_locate(p, &s->chunks, chunk, &range, &first);
   /* The blocks of outputs, of which this is number i, share what is asked for. */
-  const int64_t shares = (at->end - at->first + outputs - 1) / outputs, i = (output - at->first) / outputs;
+  const int64_t shares = pnn_quotient_up(at->end - at->first, outputs), i = pnn_quotient(output - at->first, outputs);
   /* A cache line of a pixel holds 32 outputs as bfloat16, more than a block's: the gradient comes with the input. */
   const bool with_input = s->rows && p->pairs;
   if (!with_input)
@@ -128,8 +127,8 @@ pnn_ahead pnn_sums_ahead(const pnn_sums *s, const pnn_sums_place *at, int64_t ch
                   PNN_MIN(outputs, at->end - output - outputs), false);
   /* The masks of the item's next range of pixels, or of the next item. */
   const int64_t per_range = pnn_chunks_per_range(p, &s->chunks);
-  const int64_t begin = PNN_MAX(range.pixel / s->chunks.pixels * per_range, at->first_chunk);
-  const int64_t turn = PNN_MIN(begin / per_range * per_range + per_range, at->end_chunk);
+  const int64_t begin = PNN_MAX(pnn_quotient(range.pixel, s->chunks.pixels) * per_range, at->first_chunk);
+  const int64_t turn = PNN_MIN(pnn_quotient(begin, per_range) * per_range + per_range, at->end_chunk);
   const bool same_item = turn < at->end_chunk;
   pnn_range masked;
   pnn_chunk_locate(p, &s->chunks, same_item ? turn : at->first_chunk, &masked, &first);
@@ -137,10 +136,11 @@ pnn_ahead pnn_sums_ahead(const pnn_sums *s, const pnn_sums_place *at, int64_t ch
                  (chunk - begin) * shares + i, (turn - begin) * shares);
   if (++chunk < end) {
     /* Of the next chunk's input its pixels are shared out, or its channels. */
-    int64_t channel = at->k0 / p->masks, channels = (at->k0 + at->maps - 1) / p->masks - channel + 1;
+    int64_t channel = pnn_quotient(at->k0, p->masks);
+    int64_t channels = pnn_quotient(at->k0 + at->maps - 1, p->masks) - channel + 1;
     int64_t *from = s->rows ? &first : &channel, *extent = s->rows ? &count : &channels;
     count = pnn_chunk_locate(p, &s->chunks, chunk, &range, &first);
-    const int64_t share = (*extent + shares - 1) / shares;
+    const int64_t share = pnn_quotient_up(*extent, shares);
     *from += i * share;
     *extent = PNN_MIN(share, *extent - i * share);
     pnn_ahead_add(p, &ahead, &range, first, count, &p->input, channel, channels, false);
@@ -436,7 +436,7 @@ static void inputs_tiles(const pnn_inputs *in, const inputs_scratch *s, const pn
   const bool paired = p->pairs && (pnn_columns_native(p, &p->grad_output) || pnn_columns_turned(p, &p->grad_output));
   for (int64_t j = 0, next; j < columns->columns; j = next) {
     for (next = j; next < columns->columns; next += tile) {
-      inputs_tile *at = &tiles[next / tile];
+      inputs_tile *at = &tiles[pnn_quotient(next, tile)];
       at->fused = fused && pnn_columns_place(p, columns, &p->input, channel, next, tile) &&
                   pnn_columns_place(p, columns, &p->grad_input, channel, next, tile);
       at->gradient = p->pairs || !p->group_maps ? NULL : pnn_columns_place(p, columns, &p->grad_output, t, next, tile);
@@ -497,19 +497,19 @@ static void inputs_products(const pnn_inputs *in, const inputs_scratch *s, const
   const int64_t rows = p->tile_rows, wide = p->tile_columns;
   pnn_source source[PNN_WIDEST / 4]; /* of a fused tile's first response maps, and where its gradient goes */
   char *dx[PNN_WIDEST / 4];
-  for (int64_t j = 0; j < columns->columns; j += wide)
-    if (tiles[j / wide].fused) { /* one mask a channel */
-      pnn_response_source(response, columns, k0, j, wide, 0, &source[j / wide]);
-      dx[j / wide] = pnn_columns_place(p, columns, &p->grad_input, k0, j, wide);
+  for (int64_t j = 0, n = 0; j < columns->columns; j += wide, n++)
+    if (tiles[n].fused) { /* one mask a channel */
+      pnn_response_source(response, columns, k0, j, wide, 0, &source[n]);
+      dx[n] = pnn_columns_place(p, columns, &p->grad_input, k0, j, wide);
     }
-  for (int64_t i = 0; i < maps; i += rows) {
-    const void *a = pnn_packing_tile(p, &in->packing, in->packed, group, block, i / rows, first);
-    for (int64_t j = 0; j < columns->columns; j += wide) {
-      const inputs_tile *at = &tiles[j / wide];
+  for (int64_t i = 0, tile = 0; i < maps; i += rows, tile++) {
+    const void *a = pnn_packing_tile(p, &in->packing, in->packed, group, block, tile, first);
+    for (int64_t j = 0, n = 0; j < columns->columns; j += wide, n++) {
+      const inputs_tile *at = &tiles[n];
       const char *gradient = copies && i == 0 ? at->gradient : NULL;
       if (at->fused) {
-        const pnn_source from = pnn_source_at(p, &source[j / wide], i);
-        inputs_fused(in, s, &from, a, gradient, j, dx[j / wide] + i * p->grad_input.channel * p->native, k0 + i,
+        const pnn_source from = pnn_source_at(p, &source[n], i);
+        inputs_fused(in, s, &from, a, gradient, j, dx[n] + i * p->grad_input.channel * p->native, k0 + i,
                      PNN_MIN(rows, maps - i), ahead);
       } else {
         inputs_product(in, s, a, depth, PNN_MIN(rows, maps - i), first ? NULL : zero_start, gradient, j,
@@ -550,9 +550,9 @@ static void inputs_slab(const pnn_inputs *in, const inputs_scratch *s, int64_t g
     pnn_ahead_add(p, &ahead, range, next, count, &p->grad_output, group * p->group_outputs, p->group_outputs, false);
     pnn_ahead_add(p, &ahead, range, next, count, &p->input, channel, channels, false);
     pnn_mask_ahead(p, &ahead, k_first + slab_end, PNN_MIN(in->slab, p->group_maps - slab_end), range,
-                   (column - begin) / panel, (end - begin + panel - 1) / panel);
-    pnn_ahead_spread(&ahead,
-                     (end_block - first_block) * in->packing.block_tiles * (columns.padded / width) * tile_steps);
+                   pnn_quotient(column - begin, panel), pnn_quotient_up(end - begin, panel));
+    pnn_ahead_spread(
+        &ahead, (end_block - first_block) * in->packing.block_tiles * pnn_quotient(columns.padded, width) * tile_steps);
     /* But for the last outputs there is one block of maps, whose sums wait for the next ones. */
     int64_t first = 0, depth = in->depth;
     for (; first + depth < p->group_outputs; first += depth) {
@@ -569,7 +569,7 @@ static void inputs_slab(const pnn_inputs *in, const inputs_scratch *s, int64_t g
         continue;
       }
       for (int64_t j = 0, rest; j < columns.columns; j = rest) {
-        for (rest = j; rest < columns.columns && !tiles[rest / width].fused; rest += width) continue;
+        for (rest = j; rest < columns.columns && !tiles[pnn_quotient(rest, width)].fused; rest += width) continue;
         if (rest > j) {
           pnn_columns part;
           pnn_columns_part(&part, &columns, column, j, PNN_MIN(rest, columns.columns));

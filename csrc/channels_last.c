@@ -34,8 +34,8 @@ bool pnn_rows_fit(const pnn_problem *problem, const pnn_view *a, const pnn_view 
  * odd number of cache lines keeps its rows apart. */
 static int64_t row_length(const pnn_problem *p, int64_t maps, int64_t size) {
   const int64_t tile = p->kernels->strip_columns, line = 64 / size;
-  const int64_t tiles = (maps + tile - 1) / tile * tile, lanes = (maps + PNN_LANES - 1) / PNN_LANES * PNN_LANES;
-  const int64_t lines = (PNN_MAX(tiles, lanes) + line - 1) / line;
+  const int64_t tiles = pnn_quotient_up(maps, tile) * tile, lanes = (maps + PNN_LANES - 1) / PNN_LANES * PNN_LANES;
+  const int64_t lines = pnn_quotient_up(PNN_MAX(tiles, lanes), line);
   return (lines | 1) * line;
 }
 
@@ -57,7 +57,8 @@ static int64_t pixel_runs(const pnn_problem *p, const pnn_columns *columns, cons
   for (int64_t i = 0; i < columns->segments; i++) {
     const pnn_segment *s = &columns->segment[i];
     for (int64_t done = 0; done < s->columns;) {
-      const int64_t pixel = s->pixel + done, row = pixel / p->out_width, from = pixel % p->out_width;
+      const int64_t pixel = s->pixel + done, row = pnn_quotient(pixel, p->out_width);
+      const int64_t from = pnn_remainder(pixel, p->out_width);
       const int64_t here = PNN_MIN(p->out_width - from, s->columns - done);
       const int64_t offset = s->image * v->batch + row * v->row + from * v->column;
       if (count && runs[count - 1].offset + runs[count - 1].columns * step == offset)
@@ -123,7 +124,7 @@ static input_run input_run_next(const pnn_problem *p, const row_masks *m, int64_
     return (input_run){0, columns->columns, v->data + (s->image * v->batch + k0) * p->native, mask, 0};
   }
   const bool rows_join = p->out_height == 1 || v->row == width * step;
-  const int64_t pixel = s->pixel + *done, row = pixel / width, from = pixel % width;
+  const int64_t pixel = s->pixel + *done, row = pnn_quotient(pixel, width), from = pnn_remainder(pixel, width);
   input_run run = {.column = s->column + *done, .mask_step = m->ld};
   run.columns = rows_join ? s->columns - *done : PNN_MIN(width - from, s->columns - *done);
   run.x = v->data + (s->image * v->batch + k0 + row * v->row + from * v->column) * p->native;
@@ -206,11 +207,11 @@ void pnn_rows_forward_item(void *state, int32_t worker, int64_t item) {
   const pnn_forward_state *f = state;
   const pnn_problem *p = f->problem;
   const pnn_kernels *kernels = p->kernels;
-  const int64_t pieces = f->deal.ranges * f->deal.cuts, group = item / pieces;
+  const int64_t pieces = f->deal.ranges * f->deal.cuts, group = pnn_quotient(item, pieces);
   const int64_t k_first = group * p->group_maps, strip = f->packing.tile, wide = p->tile_columns;
   pnn_range range;
   int64_t column, end;
-  pnn_deal_piece(p, &f->deal, item % pieces, &range, &column, &end);
+  pnn_deal_piece(p, &f->deal, pnn_remainder(item, pieces), &range, &column, &end);
   if (column == end) return;
   pnn_arena own = {.base = f->scratch + worker * f->scratch_bytes};
   const forward_scratch s = forward_take(f, &own);
@@ -224,18 +225,18 @@ void pnn_rows_forward_item(void *state, int32_t worker, int64_t item) {
     pnn_ahead ahead = {.streams = 0};
     pnn_ahead_add(p, &ahead, &range, next, ahead_count, &p->input, group * p->group_channels, p->group_channels, false);
     if (f->few) {
-      pnn_ahead_spread(&ahead, f->packing.block_tiles * (columns.columns / kernels->strip_rows + 1));
+      pnn_ahead_spread(&ahead, f->packing.block_tiles * (pnn_quotient(columns.columns, kernels->strip_rows) + 1));
       forward_runs(f, &s, &columns, column, group, runs, count, step, &ahead);
       continue;
     }
     pnn_ahead_add(p, &ahead, &range, next, ahead_count, &p->output, group * p->group_outputs, p->group_outputs, true);
-    pnn_ahead_spread(&ahead, f->packing.block_tiles * (columns.columns / kernels->strip_rows + 1) *
+    pnn_ahead_spread(&ahead, f->packing.block_tiles * (pnn_quotient(columns.columns, kernels->strip_rows) + 1) *
                                  (p->group_maps / (p->pairs ? 2 : 1) / PNN_AHEAD_DEPTH + 1));
     for (int64_t k = 0; k < p->group_maps || k == 0; k += PNN_MAX(f->block, 1)) {
       const int64_t depth = PNN_MIN(f->block, p->group_maps - k);
       int64_t made = 0; /* pixels of the panel, a few ahead of the first tile of outputs, which finds them in cache */
       for (int64_t t = 0; t < p->group_outputs; t += wide) {
-        const void *b = pnn_packing_tile(p, &f->packing, f->packed, group, 0, t / strip, k);
+        const void *b = pnn_packing_tile(p, &f->packing, f->packed, group, 0, pnn_quotient(t, strip), k);
         const char *start = from_map(p, f->bias, group * f->sum_rows + t);
         const int64_t outputs = PNN_MIN(wide, p->group_outputs - t), rows = rows_of(p, outputs);
         for (int64_t r = 0; r < count; r++)
@@ -451,11 +452,11 @@ void pnn_rows_inputs_item(void *inputs, int32_t worker, int64_t item) {
   const pnn_inputs *in = inputs;
   const pnn_problem *p = in->problem;
   const pnn_kernels *kernels = p->kernels;
-  const int64_t pieces = in->deal.ranges * in->deal.cuts, group = item / pieces, size = p->real_size;
+  const int64_t pieces = in->deal.ranges * in->deal.cuts, group = pnn_quotient(item, pieces), size = p->real_size;
   const int64_t k_first = group * p->group_maps, strip = in->packing.tile, wide = p->tile_columns;
   pnn_range range;
   int64_t column, end;
-  pnn_deal_piece(p, &in->deal, item % pieces, &range, &column, &end);
+  pnn_deal_piece(p, &in->deal, pnn_remainder(item, pieces), &range, &column, &end);
   if (column == end) return;
   pnn_arena own = {.base = in->scratch + worker * in->scratch_bytes};
   const inputs_scratch s = inputs_take(in, &own);
@@ -474,12 +475,12 @@ void pnn_rows_inputs_item(void *inputs, int32_t worker, int64_t item) {
     pnn_ahead_add(p, &ahead, &range, next, count, &p->grad_output, group * p->group_outputs, p->group_outputs, false);
     pnn_ahead_add(p, &ahead, &range, next, count, &p->input, group * p->group_channels, p->group_channels, false);
     pnn_ahead_spread(&ahead, in->packing.blocks * in->packing.block_tiles *
-                                 (columns.columns / kernels->strip_rows + 1) *
+                                 (pnn_quotient(columns.columns, kernels->strip_rows) + 1) *
                                  (p->group_outputs / (p->pairs ? 2 : 1) / PNN_AHEAD_DEPTH + 1));
     for (int64_t block = 0; block < in->packing.blocks; block++) {
       const int64_t k = block * in->block, k0 = k_first + k, maps = PNN_MIN(in->block, p->group_maps - k);
       for (int64_t j = 0; j < maps; j += wide) {
-        const void *b = pnn_packing_tile(p, &in->packing, in->packed, group, block, j / strip, 0);
+        const void *b = pnn_packing_tile(p, &in->packing, in->packed, group, block, pnn_quotient(j, strip), 0);
         const int64_t some = PNN_MIN(wide, maps - j), rows = rows_of(p, some);
         for (int64_t r = 0; r < gradients; r++)
           for (int64_t i = 0; i < gradient[r].columns; i += rows) {

@@ -25,7 +25,7 @@ int64_t pnn_chunks_per_range(const pnn_problem *problem, const pnn_chunks *chunk
 int64_t pnn_chunk_locate(const pnn_problem *problem, const pnn_chunks *chunks, int64_t chunk, pnn_range *range,
                          int64_t *first) {
   const int64_t per_range = pnn_chunks_per_range(problem, chunks);
-  const int64_t r = PNN_MIN(chunk / per_range, chunks->ranges - 1);
+  const int64_t r = PNN_MIN(pnn_quotient(chunk, per_range), chunks->ranges - 1);
   range->pixel = r * chunks->pixels;
   range->pixels = PNN_MIN(chunks->pixels, problem->pixels - range->pixel);
   *first = (chunk - r * per_range) * PNN_CHUNK;
@@ -33,6 +33,6 @@ int64_t pnn_chunk_locate(const pnn_problem *problem, const pnn_chunks *chunks, i
 }
 
 void pnn_chunks_part(const pnn_chunks *chunks, int64_t part, int64_t *first, int64_t *end) {
-  *first = chunks->count * part / chunks->parts;
-  *end = chunks->count * (part + 1) / chunks->parts;
+  *first = pnn_quotient(chunks->count * part, chunks->parts);
+  *end = pnn_quotient(chunks->count * (part + 1), chunks->parts);
 }

@@ -12,8 +12,8 @@
 #define MORE_BYTES (256 * 1024)
 
 int64_t pnn_panel_columns(const pnn_problem *problem, int64_t rows, int64_t more) {
-  const int64_t a = PANEL_BYTES / problem->real_size / PNN_MAX(rows, 1);
-  const int64_t b = MORE_BYTES / problem->real_size / PNN_MAX(more, 1);
+  const int64_t a = pnn_quotient(PANEL_BYTES / problem->real_size, PNN_MAX(rows, 1));
+  const int64_t b = pnn_quotient(MORE_BYTES / problem->real_size, PNN_MAX(more, 1));
   return PNN_MAX(PNN_PANEL, PNN_MIN(PNN_MIN(a, b) / PNN_PANEL * PNN_PANEL, PNN_WIDEST));
 }
 
@@ -22,7 +22,7 @@ void pnn_columns_set(pnn_columns *columns, const pnn_range *range, int64_t first
   columns->columns = count;
   columns->padded = (count + PNN_PAD - 1) / PNN_PAD * PNN_PAD;
   columns->segments = 0;
-  int64_t image = first / range->pixels, pixel = first % range->pixels;
+  int64_t image = pnn_quotient(first, range->pixels), pixel = pnn_remainder(first, range->pixels);
   for (int64_t column = 0; column < count;) {
     const int64_t run = PNN_MIN(range->pixels - pixel, count - column);
     columns->segment[columns->segments++] =
@@ -83,7 +83,7 @@ static void move_all(const mover *m, const pnn_columns *columns) {
     int64_t pixel = s->pixel, column = s->column;
     const int64_t end = s->pixel + s->columns;
     while (pixel < end) {
-      const int64_t row = pixel / width, from = pixel % width;
+      const int64_t row = pnn_quotient(pixel, width), from = pnn_remainder(pixel, width);
       const int64_t count = PNN_MIN(width - from, end - pixel);
       move(m, image + row * v->row + from * v->column, column, count, v->column);
       pixel += count;
@@ -175,7 +175,7 @@ void pnn_ahead_add(const pnn_problem *problem, pnn_ahead *ahead, const pnn_range
   /* Channels-last images without a gap are one. */
   const bool images_joined = !pixels && range->pixels == problem->pixels && v->batch == problem->pixels * v->column;
   for (int64_t run; count > 0 && ahead->streams < PNN_AHEAD_STREAMS; column += run, count -= run) {
-    const int64_t image = column / range->pixels, pixel = column % range->pixels;
+    const int64_t image = pnn_quotient(column, range->pixels), pixel = pnn_remainder(column, range->pixels);
     run = images_joined ? count : PNN_MIN(count, range->pixels - pixel);
     pnn_ahead_stream *s = &ahead->stream[ahead->streams++];
     *s = (pnn_ahead_stream){
@@ -189,7 +189,7 @@ void pnn_ahead_add(const pnn_problem *problem, pnn_ahead *ahead, const pnn_range
     /* Without gaps: one row, or rows of a page. */
     const int64_t bytes = s->rows * s->bytes;
     s->rows = s->far ? PNN_MAX(bytes / PNN_AHEAD_PAGE, 1) : 1;
-    s->stride = s->bytes = (bytes + s->rows - 1) / s->rows;
+    s->stride = s->bytes = pnn_quotient_up(bytes, s->rows);
   }
 }
 
@@ -199,39 +199,37 @@ void pnn_ahead_add(const pnn_problem *problem, pnn_ahead *ahead, const pnn_range
  * many maps). */
 #define LEAST_MASK_BYTES (128 * 1024)
 
-static int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
 pnn_deal pnn_deal_columns(const pnn_problem *problem, const pnn_host *host, int64_t width, int64_t mask_rows,
                           int64_t share, bool whole_batch) {
   const int64_t pixels = problem->pixels, images = problem->batch;
   /* Four pieces a thread even out what the threads lose to other work. */
-  const int64_t wanted = ceil_div(4 * (int64_t)(host ? host->threads : 1), PNN_MAX(share, 1));
-  int64_t most = mask_rows ? MASK_BYTES / problem->real_size / mask_rows : pixels;
+  const int64_t wanted = pnn_quotient_up(4 * (int64_t)(host ? host->threads : 1), PNN_MAX(share, 1));
+  int64_t most = mask_rows ? pnn_quotient(MASK_BYTES / problem->real_size, mask_rows) : pixels;
   if (whole_batch || images < wanted) {
-    const int64_t ranges = whole_batch ? wanted : ceil_div(wanted, PNN_MAX(images, 1));
-    most = PNN_MIN(most, ceil_div(pixels, ranges));
+    const int64_t ranges = whole_batch ? wanted : pnn_quotient_up(wanted, PNN_MAX(images, 1));
+    most = PNN_MIN(most, pnn_quotient_up(pixels, ranges));
   }
   const int64_t group_rows = PNN_MIN(pnn_mask_rows(problem, problem->group_maps), mask_rows);
   const int64_t room = LEAST_MASK_BYTES / problem->real_size + problem->outputs * problem->group_maps;
-  int64_t least = group_rows ? PNN_MAX(PNN_MIN(room / group_rows, width), 1) : width;
+  int64_t least = group_rows ? PNN_MAX(PNN_MIN(pnn_quotient(room, group_rows), width), 1) : width;
   if (least > PNN_LANES) least = least / PNN_LANES * PNN_LANES; /* whole cache lines */
   const int64_t step = most < width ? least : width;
-  most = PNN_MAX(ceil_div(most, step) * step, step);
-  pnn_deal deal = {.ranges = ceil_div(pixels, most)};
-  deal.pixels = deal.ranges ? PNN_MIN(ceil_div(ceil_div(pixels, deal.ranges), step) * step, pixels) : 0;
-  deal.ranges = deal.pixels ? ceil_div(pixels, deal.pixels) : 0;
+  most = PNN_MAX(pnn_quotient_up(most, step) * step, step);
+  pnn_deal deal = {.ranges = pnn_quotient_up(pixels, most)};
+  deal.pixels = deal.ranges ? PNN_MIN(pnn_quotient_up(pnn_quotient_up(pixels, deal.ranges), step) * step, pixels) : 0;
+  deal.ranges = deal.pixels ? pnn_quotient_up(pixels, deal.pixels) : 0;
   /* No piece without columns: it would wake a thread for nothing. */
-  const int64_t panels = PNN_MAX(ceil_div(deal.pixels * images, width), 1);
-  deal.cuts = whole_batch || !deal.ranges ? 1 : PNN_MIN(ceil_div(wanted, deal.ranges), panels);
-  deal.columns = ceil_div(ceil_div(deal.pixels * images, deal.cuts), width) * width;
+  const int64_t panels = PNN_MAX(pnn_quotient_up(deal.pixels * images, width), 1);
+  deal.cuts = whole_batch || !deal.ranges ? 1 : PNN_MIN(pnn_quotient_up(wanted, deal.ranges), panels);
+  deal.columns = pnn_quotient_up(pnn_quotient_up(deal.pixels * images, deal.cuts), width) * width;
   return deal;
 }
 
 void pnn_deal_piece(const pnn_problem *problem, const pnn_deal *deal, int64_t i, pnn_range *range, int64_t *first,
                     int64_t *end) {
-  range->pixel = i / deal->cuts * deal->pixels;
+  range->pixel = pnn_quotient(i, deal->cuts) * deal->pixels;
   range->pixels = PNN_MIN(deal->pixels, problem->pixels - range->pixel);
   const int64_t total = range->pixels * problem->batch;
-  *first = PNN_MIN(i % deal->cuts * deal->columns, total);
+  *first = PNN_MIN(pnn_remainder(i, deal->cuts) * deal->columns, total);
   *end = PNN_MIN(*first + deal->columns, total);
 }

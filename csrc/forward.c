@@ -59,8 +59,9 @@ static void prologue(const pnn_forward_state *f, const pnn_response *response, c
   for (int64_t j = 0, next; j < columns->columns; j = next) {
     next = j;
     while (next < columns->columns) { /* up to a tile that makes its own */
-      if (fused && pnn_response_source(response, columns, k0, next, tile, turned_ld, &source[next / tile])) break;
-      source[next / tile].x = NULL;
+      if (fused && pnn_response_source(response, columns, k0, next, tile, turned_ld, &source[pnn_quotient(next, tile)]))
+        break;
+      source[pnn_quotient(next, tile)].x = NULL;
       next += tile;
     }
     if (next > j) {
@@ -94,11 +95,11 @@ static void panel_products(const pnn_forward_state *f, const worker_scratch *s, 
   const pnn_kernels *kernels = p->kernels;
   const int64_t size = p->real_size, columns = w->columns->columns, rows = p->tile_rows, wide = p->tile_columns;
   /* The kernels on pairs write whole tiles. */
-  const int64_t in_place = p->pairs ? p->group_outputs / rows * rows : p->group_outputs;
+  const int64_t in_place = p->pairs ? pnn_quotient(p->group_outputs, rows) * rows : p->group_outputs;
   const bool last = k + depth == p->group_maps;
-  for (int64_t j = 0; j < columns; j += wide) {
-    char *const at = w->place[j / wide];
-    const pnn_source *from = &w->source[j / wide];
+  for (int64_t j = 0, n = 0; j < columns; j += wide, n++) {
+    char *const at = w->place[n];
+    const pnn_source *from = &w->source[n];
     for (int64_t tile = first; tile < end; tile++) {
       const void *a = pnn_packing_tile(p, &f->packing, f->packed, w->group, 0, tile, k);
       const int64_t row = tile * rows;
@@ -128,9 +129,9 @@ static void panel_products(const pnn_forward_state *f, const worker_scratch *s, 
   if (!last) return;
   /* Neighbouring tiles that wait in `sums` go out together. */
   for (int64_t j = 0, rest; j < columns; j = rest) {
-    const bool here = w->place[j / wide];
+    const bool here = w->place[pnn_quotient(j, wide)];
     for (rest = j + wide; rest < columns; rest += wide)
-      if ((w->place[rest / wide] != NULL) != here) break;
+      if ((w->place[pnn_quotient(rest, wide)] != NULL) != here) break;
     rest = PNN_MIN(rest, columns);
     output_rest(f, w->range, w->column, j, rest - j, w->group, first * rows,
                 here ? PNN_MAX(in_place, first * rows) : first * rows, PNN_MIN(end * rows, p->group_outputs), s->sums);
@@ -164,28 +165,27 @@ static void forward_panel(const pnn_forward_state *f, const worker_scratch *s, c
                           int64_t group, const pnn_range *range, int64_t begin, int64_t column, int64_t end,
                           int64_t first, int64_t last) {
   const pnn_problem *p = f->problem;
-  const int64_t k_group = group * p->group_maps, channel = (k_group + first) / p->masks;
+  const int64_t k_group = group * p->group_maps, channel = pnn_quotient(k_group + first, p->masks);
   pnn_columns columns;
   pnn_columns_set(&columns, range, column, PNN_MIN(f->width, end - column));
   const int64_t next = column + f->width, count = PNN_MIN(f->width, end - next);
   pnn_ahead ahead = {.streams = 0};
   if (first < last)
-    pnn_ahead_add(p, &ahead, range, next, count, &p->input, channel, (k_group + last - 1) / p->masks - channel + 1,
-                  false);
+    pnn_ahead_add(p, &ahead, range, next, count, &p->input, channel,
+                  pnn_quotient(k_group + last - 1, p->masks) - channel + 1, false);
   if (f->few) {
-    pnn_ahead_spread(&ahead, f->packing.block_tiles * (columns.padded / p->tile_columns));
+    pnn_ahead_spread(&ahead, f->packing.block_tiles * pnn_quotient(columns.padded, p->tile_columns));
     panel_runs(f, s, response, &columns, group, &ahead);
     return;
   }
   panel_walk w;
   w.columns = &columns, w.range = range, w.column = column, w.group = group;
-  for (int64_t j = 0; j < columns.columns; j += p->tile_columns)
-    w.place[j / p->tile_columns] =
-        pnn_columns_place(p, &columns, &p->output, group * p->group_outputs, j, p->tile_columns);
+  for (int64_t j = 0, n = 0; j < columns.columns; j += p->tile_columns, n++)
+    w.place[n] = pnn_columns_place(p, &columns, &p->output, group * p->group_outputs, j, p->tile_columns);
   pnn_ahead_add(p, &ahead, range, next, count, &p->output, group * p->group_outputs, p->group_outputs, true);
-  pnn_mask_ahead(p, &ahead, k_group + last, PNN_MIN(f->slab, p->group_maps - last), range, (column - begin) / f->width,
-                 (end - begin + f->width - 1) / f->width);
-  pnn_ahead_spread(&ahead, f->packing.block_tiles * (columns.padded / p->tile_columns) *
+  pnn_mask_ahead(p, &ahead, k_group + last, PNN_MIN(f->slab, p->group_maps - last), range,
+                 pnn_quotient(column - begin, f->width), pnn_quotient_up(end - begin, f->width));
+  pnn_ahead_spread(&ahead, f->packing.block_tiles * pnn_quotient(columns.padded, p->tile_columns) *
                                ((last - first) / (p->pairs ? 2 : 1) / PNN_AHEAD_DEPTH + 1));
   for (int64_t k = first; k < last || k == 0; k += PNN_MAX(f->block, 1)) {
     const int64_t depth = PNN_MIN(f->block, last - k);
@@ -198,10 +198,10 @@ static void forward_panel(const pnn_forward_state *f, const worker_scratch *s, c
 static void forward_item(void *forward_, int32_t worker, int64_t item) {
   const pnn_forward_state *f = forward_;
   const pnn_problem *p = f->problem;
-  const int64_t pieces = f->deal.ranges * f->deal.cuts, group = item / pieces;
+  const int64_t pieces = f->deal.ranges * f->deal.cuts, group = pnn_quotient(item, pieces);
   pnn_range range;
   int64_t begin, end;
-  pnn_deal_piece(p, &f->deal, item % pieces, &range, &begin, &end);
+  pnn_deal_piece(p, &f->deal, pnn_remainder(item, pieces), &range, &begin, &end);
   if (begin == end) return;
   pnn_arena own = {.base = f->scratch + worker * f->scratch_bytes};
   const worker_scratch s = scratch_take(f, &own);

@@ -20,7 +20,7 @@ int64_t pnn_mask_rows(const pnn_problem *problem, int64_t rows) {
 
 int64_t pnn_mask_ld(const pnn_problem *problem, int64_t pixels) {
   /* An odd number of cache lines, so that the rows of images of 2^n pixels don't all fall into the same few sets. */
-  const int64_t line = 64 / problem->real_size, lines = (pixels + line - 1) / line;
+  const int64_t line = 64 / problem->real_size, lines = pnn_quotient_up(pixels, line);
   if (pixels < line) return pixels;
   return (lines < 16 ? lines : lines | 1) * line;
 }
@@ -70,7 +70,7 @@ void pnn_mask_panel(const pnn_problem *problem, int64_t k0, int64_t rows, const 
 void pnn_mask_ahead(const pnn_problem *problem, pnn_ahead *ahead, int64_t k0, int64_t rows, const pnn_range *range,
                     int64_t share, int64_t shares) {
   const pnn_view *v = &problem->mask;
-  const int64_t step = problem->masks == 1 ? v->channel : v->batch, each = (rows + shares - 1) / shares;
+  const int64_t step = problem->masks == 1 ? v->channel : v->batch, each = pnn_quotient_up(rows, shares);
   const int64_t first = PNN_MIN(share * each, rows), count = PNN_MIN(each, rows - first);
   const bool joined = v->column == 1 && v->row == problem->out_width && v->channel == problem->masks * step;
   if (problem->noise != PNN_NOISE_TENSOR || problem->shared || !joined || count <= 0) return;

@@ -9,7 +9,7 @@
 #include "internal.h"
 
 int64_t pnn_response_channels(const pnn_problem *problem, int64_t rows) {
-  return PNN_MIN(rows / problem->masks + 2, problem->channels);
+  return PNN_MIN(pnn_quotient(rows, problem->masks) + 2, problem->channels);
 }
 
 /* Whether the input's elements are of `element` bytes with columns next to each other. */
@@ -25,7 +25,8 @@ static bool reads_bfloat16(const pnn_problem *p) {
 /* The channels of the response maps [k0, k0 + rows) as rows of elements of `element` bytes. */
 static void load_channels(const pnn_problem *p, const pnn_columns *columns, int64_t k0, int64_t rows, int64_t element,
                           void *panel, int64_t ld) {
-  const int64_t channel = k0 / p->masks, channels = (k0 + rows - 1) / p->masks - channel + 1;
+  const int64_t channel = pnn_quotient(k0, p->masks);
+  const int64_t channels = pnn_quotient(k0 + rows - 1, p->masks) - channel + 1;
   if (element == p->real_size)
     pnn_columns_load(p, columns, &p->input, channel, channels, panel, ld);
   else
@@ -40,7 +41,7 @@ static void respond(const pnn_response *response, const pnn_columns *columns, in
   const pnn_problem *p = response->problem;
   const pnn_view *v = &p->input;
   if (!rows) return;
-  const int64_t size = p->real_size, channel = k0 / p->masks, width = p->out_width;
+  const int64_t size = p->real_size, channel = pnn_quotient(k0, p->masks), width = p->out_width;
   const char *mask = p->noise == PNN_NOISE_NONE ? NULL : response->mask;
   if (mask && !p->shared) mask += (k0 - response->mask_k0) * response->mask_ld * size;
   const bool in_place = reads_in_place(p, element);
@@ -55,7 +56,7 @@ static void respond(const pnn_response *response, const pnn_columns *columns, in
   for (int64_t i = 0; i < columns->segments; i++) {
     const pnn_segment *s = &columns->segment[i];
     for (int64_t done = 0, count; done < s->columns; done += count) {
-      const int64_t pixel = s->pixel + done, row = pixel / width, from = pixel % width;
+      const int64_t pixel = s->pixel + done, row = pnn_quotient(pixel, width), from = pnn_remainder(pixel, width);
       count = in_place && !rows_join ? PNN_MIN(width - from, s->columns - done) : s->columns - done;
       const int64_t column = s->column + done;
       pnn_source source = {.x = x + column * element,
@@ -145,7 +146,7 @@ bool pnn_response_source(const pnn_response *response, const pnn_columns *column
   while (columns->segment[i].column + columns->segment[i].columns <= column) i++;
   if (column + count > columns->segment[i].column + columns->segment[i].columns) return false;
   const char *x = (const char *)response->channels + column * p->native, *mask = NULL;
-  if (!turned_ld) x = pnn_columns_place(p, columns, &p->input, k0 / p->masks, column, count);
+  if (!turned_ld) x = pnn_columns_place(p, columns, &p->input, pnn_quotient(k0, p->masks), column, count);
   if (!x) return false;
   if (p->noise != PNN_NOISE_NONE) {
     const int64_t pixel = columns->segment[i].pixel + column - columns->segment[i].column - columns->range->pixel;
@@ -164,10 +165,10 @@ bool pnn_response_source(const pnn_response *response, const pnn_columns *column
 }
 
 pnn_source pnn_source_at(const pnn_problem *problem, const pnn_source *source, int64_t rows) {
-  const int64_t size = problem->real_size, channel = source->k0 / source->masks;
+  const int64_t size = problem->real_size, channel = pnn_quotient(source->k0, source->masks);
   pnn_source at = *source;
   at.k0 += rows;
-  at.x = (const char *)at.x + (at.k0 / at.masks - channel) * at.ldx * problem->native;
+  at.x = (const char *)at.x + (pnn_quotient(at.k0, at.masks) - channel) * at.ldx * problem->native;
   if (at.mask && !at.shared) at.mask = (const char *)at.mask + rows * at.ldm * size;
   if (at.mean) at.mean = (const char *)at.mean + rows * size;
   return at;

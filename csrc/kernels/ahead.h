@@ -14,6 +14,8 @@
 
 #include <stdint.h>
 
+#include "quotient.h"
+
 #define PNN_AHEAD_DEPTH 8
 #define PNN_AHEAD_STREAMS 12
 #define PNN_AHEAD_PAGE 4096
@@ -77,7 +79,7 @@ static inline pnn_ahead_run pnn_ahead_take(pnn_ahead *ahead, int64_t rounds, con
     return none;
   }
   const int64_t bytes = ahead->pace < rounds ? ahead->pace * 64 : rounds * 64;
-  const pnn_ahead_run run = {ahead->line, (bytes + rounds - 1) / rounds};
+  const pnn_ahead_run run = {ahead->line, pnn_quotient_up(bytes, rounds)};
   ahead->line += bytes;
   return run;
 }
@@ -91,7 +93,7 @@ static inline void pnn_ahead_spread(pnn_ahead *ahead, int64_t steps) {
     const int64_t page = s->stride < PNN_AHEAD_PAGE && s->stride > 0 ? PNN_AHEAD_PAGE / s->stride : 1; /* rows on one */
     for (int64_t r = 0; s->far && r < s->rows; r += page) __builtin_prefetch(s->data + r * s->stride, 0, 2);
   }
-  ahead->pace = steps > 0 ? (lines + steps - 1) / steps : 0;
+  ahead->pace = steps > 0 ? pnn_quotient_up(lines, steps) : 0;
 }
 
 #endif

@@ -495,7 +495,7 @@ static void sum_rows(int64_t columns, const void *a_, int64_t lda, int64_t rows,
   static void respond_##name(void *a_, int64_t lda, const pnn_source *source, int64_t rows, int64_t columns) {         \
     const int64_t whole = columns / VR * VR, rest = columns - whole, ldx = source->ldx, ldm = source->ldm;             \
     const int64_t masks = source->masks;                                                                               \
-    int64_t m = source->k0 % masks, channel = 0;                                                                       \
+    int64_t m = pnn_remainder(source->k0, masks), channel = 0;                                                         \
     for (int64_t r = 0; r < rows; r++) {                                                                               \
       real *a = (real *)a_ + r * lda;                                                                                  \
       const real *x = (const real *)source->x + channel * ldx;                                                         \
@@ -570,7 +570,7 @@ static inline __attribute__((always_inline)) void respond_product(int64_t depth,
                                                                   vr (*activate)(vr), bool masked, bool centred) {
   const int64_t masks = source->masks, ldm = source->ldm, ldx = source->ldx;
   const int64_t mask_back = source->shared ? masks * ldm : 0;
-  int64_t m = source->k0 % masks;
+  int64_t m = pnn_remainder(source->k0, masks);
   const real *x = source->x, *mask = source->mask, *mean = source->mean;
   if (masked && source->shared) mask += m * ldm;
   vr sum[TILE_ROWS][TILE_VECTORS];
@@ -677,7 +677,7 @@ static inline __attribute__((always_inline)) void respond_dot(int64_t columns, r
   const real *x[DOT_COLUMNS], *mask[DOT_COLUMNS];
   vr mean[DOT_COLUMNS];
   const bool masked = source && source->mask;
-  int64_t m = source ? source->k0 % source->masks : 0, channel = 0;
+  int64_t m = source ? pnn_remainder(source->k0, source->masks) : 0, channel = 0;
   for (int j = 0; j < DOT_COLUMNS; j++) {
     if (!source) continue;
     x[j] = (const real *)source->x + channel * source->ldx;
@@ -1209,7 +1209,7 @@ static inline __attribute__((always_inline)) void respond_moments(void *a, const
                                                                   int64_t n, double *mean, double *m2, pnn_ahead *ahead,
                                                                   vr (*activate)(vr), pnn_respond_fn respond,
                                                                   bool masked) {
-  int64_t m = source->k0 % source->masks, channel = 0;
+  int64_t m = pnn_remainder(source->k0, source->masks), channel = 0;
   for (int64_t first = 0, abreast; first < rows; first += abreast) {
     const real *x[MOMENTS_ABREAST], *mask[MOMENTS_ABREAST];
     real guess[MOMENTS_ABREAST];
