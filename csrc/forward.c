@@ -286,9 +286,12 @@ void pnn_forward_pass(const pnn_problem *problem, const pnn_host *host, pnn_aren
   /* With many maps a piece's masks would fill the second-level cache for a few pixels. Where the sums can wait in the
    * output, the maps are the outermost loop: masks and weights of one panel's maps serve the whole piece. */
   f.slab = f.block;
-  f.deal = pnn_deal_columns(p, host, f.width, pnn_mask_rows(p, f.slab), p->groups, true);
-  if (rows || p->group_maps == f.block || p->shared || !outputs_wait(p) ||
-      p->groups * f.deal.ranges < 2 * (host ? host->threads : 1)) {
+  bool slabs = !rows && f.slab < p->group_maps && !p->shared && outputs_wait(p);
+  if (slabs) {
+    f.deal = pnn_deal_columns(p, host, f.width, pnn_mask_rows(p, f.slab), p->groups, true);
+    slabs = p->groups * f.deal.ranges >= 2 * (host ? host->threads : 1);
+  }
+  if (!slabs) {
     f.slab = p->group_maps;
     f.deal = pnn_deal_columns(p, host, f.few ? PNN_PANEL : f.width, pnn_mask_rows(p, f.slab), p->groups, false);
   }
