@@ -165,7 +165,7 @@ typedef struct pnn_kernels {
 
   /* A pair is two bfloat16 values in 32 bits, the even one low. `product` and `dot` on pairs: the same layouts with
    * `depth` and `columns` in pairs, tiles of strip_rows x strip_columns; A is packed [depth][strip_rows] pairs along
-   * the depth. out not NULL: the sums are rounded to bfloat16 and stored there, [tile_rows][ldo], instead of to c,
+   * the depth. out not NULL: the sums are rounded to bfloat16 and stored there, [strip_rows][ldo], instead of to c,
    * which is read only where start is NULL. */
   void (*product_pairs)(int64_t depth, const void *a, const void *b, int64_t ldb, void *c, int64_t ldc,
                         const void *start, void *out, int64_t ldo, pnn_ahead *ahead);
