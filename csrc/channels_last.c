@@ -230,7 +230,8 @@ void pnn_rows_forward_item(void *state, int32_t worker, int64_t item) {
       continue;
     }
     pnn_ahead_add(p, &ahead, &range, next, ahead_count, &p->output, group * p->group_outputs, p->group_outputs, true);
-    pnn_ahead_spread(&ahead, f->packing.block_tiles * (pnn_quotient(columns.columns, kernels->strip_rows) + 1) *
+    pnn_ahead_spread(&ahead, pnn_quotient_up(p->group_outputs, wide) *
+                                 (pnn_quotient(columns.columns, rows_of(p, p->group_outputs)) + 1) *
                                  (p->group_maps / (p->pairs ? 2 : 1) / PNN_AHEAD_DEPTH + 1));
     for (int64_t k = 0; k < p->group_maps || k == 0; k += PNN_MAX(f->block, 1)) {
       const int64_t depth = PNN_MIN(f->block, p->group_maps - k);
@@ -474,8 +475,8 @@ void pnn_rows_inputs_item(void *inputs, int32_t worker, int64_t item) {
                   p->group_channels, true);
     pnn_ahead_add(p, &ahead, &range, next, count, &p->grad_output, group * p->group_outputs, p->group_outputs, false);
     pnn_ahead_add(p, &ahead, &range, next, count, &p->input, group * p->group_channels, p->group_channels, false);
-    pnn_ahead_spread(&ahead, in->packing.blocks * in->packing.block_tiles *
-                                 (pnn_quotient(columns.columns, kernels->strip_rows) + 1) *
+    pnn_ahead_spread(&ahead, in->packing.blocks * pnn_quotient_up(in->block, wide) *
+                                 (pnn_quotient(columns.columns, rows_of(p, in->block)) + 1) *
                                  (p->group_outputs / (p->pairs ? 2 : 1) / PNN_AHEAD_DEPTH + 1));
     for (int64_t block = 0; block < in->packing.blocks; block++) {
       const int64_t k = block * in->block, k0 = k_first + k, maps = PNN_MIN(in->block, p->group_maps - k);
