@@ -48,6 +48,6 @@ if(PNN_SANITIZE)
       "PNN_SANITIZE is '${PNN_SANITIZE}'; it should be address, undefined, address,undefined or thread")
   endif()
   # A finding ends the program, or a test run would print it and still pass.
-  add_compile_options(-fsanitize=${PNN_SANITIZE} -fno-sanitize-recover=all -fno-omit-frame-pointer -g)
+  add_compile_options(-fsanitize=${PNN_SANITIZE} -fno-sanitize-recover=all -fno-omit-frame-pointer -g1)
   add_link_options(-fsanitize=${PNN_SANITIZE})
 endif()

@@ -1,7 +1,7 @@
 """Line coverage of the device code: every line of cuda/ must be run by its tests on the CPU.
 
-    python tests/run.py coverage                         builds with --coverage, runs the tests, then this
-    python tests/cuda/coverage.py --build build/coverage
+    python tests/run.py coverage                         builds, runs the tests, then this
+    python tests/cuda/coverage.py --build build/dev      after tests of the kernels (ctest -L cuda) have run there
 
 Reads what gcov knows of the kernels' objects after the tests have run, and names each line that none has run. A line
 that no test can run carries the comment `/* not covered: why */`; such a line must indeed not be covered. A line counts

@@ -1,9 +1,12 @@
 """Fixtures that every Python test has: a fixed seed, and the compiled operators where a test is about them."""
 
 import os
+import sys
 
 import pytest
 import torch
+
+WORKERS_RATIOS = pytest.StashKey[dict]()
 
 
 @pytest.fixture(autouse=True)
@@ -26,14 +29,33 @@ def compiled_operators():
     return status
 
 
-def pytest_terminal_summary(terminalreporter):
-    """Prints the worst and the mean ratio of error to bound that the bounded tier saw."""
-    import sys
-
+def ratios():
+    """What tests of the bounded tier have seen so far in this process: (name, dtype) to worst, total and count."""
     support = sys.modules.get("tiers_support")
-    if support is None or not support.RATIOS:
+    return support.RATIOS if support else {}
+
+
+def pytest_sessionfinish(session):
+    """Under pytest-xdist, a worker hands over what it saw."""
+    if hasattr(session.config, "workeroutput"):
+        session.config.workeroutput["ratios"] = [(*key, *seen) for key, seen in ratios().items()]
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node, error):
+    """Under pytest-xdist, what an ended worker handed over."""
+    seen = node.config.stash.setdefault(WORKERS_RATIOS, {})
+    for name, dtype, *found in getattr(node, "workeroutput", {}).get("ratios", []):
+        worst, total, count = seen.get((name, dtype), (0.0, 0.0, 0))
+        seen[name, dtype] = [max(worst, found[0]), total + found[1], count + found[2]]
+
+
+def pytest_terminal_summary(terminalreporter, config):
+    """Prints the worst and the mean ratio of error to bound that the bounded tier saw."""
+    seen = config.stash.get(WORKERS_RATIOS, ratios())
+    if not seen:
         return
     terminalreporter.section("bounded tier: |error| / bound")
-    for (name, dtype), (worst, total, count) in sorted(support.RATIOS.items()):
+    for (name, dtype), (worst, total, count) in sorted(seen.items()):
         mean = total / count
         terminalreporter.write_line(f"{name:12} {dtype:9} worst {worst:.3f}  mean {mean:.4f}  ({count} values)")

@@ -26,7 +26,7 @@ OPTIONS = [
     {"masks": 2, "noise": "normal", "activation": "gelu"},
     {"noise": "waves", "shared_masks": True, "stride": 2},
     {"mask_size": (8, 7)},
-    {"mask": torch.randn(1, 1, 8, 7)},
+    {"mask": torch.linspace(-1, 1, 56).reshape(1, 1, 8, 7)},
     {"mask_size": (8, 7), "train_masks": True},
     {"norm": True},
     {"groups": 3, "downsample": "avg", "stride": (1, 2)},
