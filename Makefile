@@ -66,7 +66,7 @@ endif
 test: $(PACKAGES) ## all tests: C, sanitizers, each instruction set, Python, packaging
 	@$(RUN) $(ARGS)
 
-check: $(PACKAGES) ## the quick tests, in about three minutes
+check: $(PACKAGES) ## the quick tests, in about five minutes once all is built
 	@$(RUN) --quick $(ARGS)
 
 test-operators: $(PACKAGES) ## the operators' Python tests alone, for a further PyTorch: TORCH=2.14.1 VENV=.venv-2.14

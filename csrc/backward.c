@@ -30,21 +30,19 @@ typedef struct sums_scratch {
   char *map_pairs, *output_pairs; /* the two operands as bfloat16 pairs along the pixels, or NULL */
 } sums_scratch;
 
-static int64_t round_up(int64_t x, int64_t to) { return (x + to - 1) / to * to; }
-
 static sums_scratch sums_take(const pnn_sums *s, pnn_arena *arena) {
   const pnn_problem *p = s->problem;
   const pnn_kernels *kernels = p->kernels;
   sums_scratch t;
   memset(&t, 0, sizeof t);
-  t.outputs = pnn_arena_take(arena, round_up(OUTPUT_BLOCK, kernels->dot_rows) * PNN_CHUNK, p->real_size);
+  t.outputs = pnn_arena_take(arena, pnn_round_up(OUTPUT_BLOCK, kernels->dot_rows) * PNN_CHUNK, p->real_size);
   t.totals = pnn_arena_take(arena, OUTPUT_BLOCK, p->real_size);
-  if (p->pairs) t.output_pairs = pnn_arena_take(arena, round_up(OUTPUT_BLOCK, kernels->dot_rows) * PNN_CHUNK, 2);
+  if (p->pairs) t.output_pairs = pnn_arena_take(arena, pnn_round_up(OUTPUT_BLOCK, kernels->dot_rows) * PNN_CHUNK, 2);
   if (!s->products) return t;
-  t.maps = pnn_arena_take(arena, round_up(s->block, kernels->dot_columns) * PNN_CHUNK, p->real_size);
+  t.maps = pnn_arena_take(arena, pnn_round_up(s->block, kernels->dot_columns) * PNN_CHUNK, p->real_size);
   t.mask = pnn_arena_take(arena, pnn_mask_rows(p, s->block) * pnn_mask_ld(p, s->chunks.pixels), p->real_size);
   if (p->masks > 1) t.channels = pnn_arena_take(arena, pnn_response_channels(p, s->block) * PNN_CHUNK, p->real_size);
-  if (p->pairs) t.map_pairs = pnn_arena_take(arena, round_up(s->block, kernels->dot_columns) * PNN_CHUNK, 2);
+  if (p->pairs) t.map_pairs = pnn_arena_take(arena, pnn_round_up(s->block, kernels->dot_columns) * PNN_CHUNK, 2);
   return t;
 }
 
@@ -162,7 +160,7 @@ static void sums_part(const pnn_sums *s, const pnn_sums_place at, const sums_scr
                                  .channels = t.channels};
   pnn_sums_begin(s, &at);
   if (at.maps) { /* rows that a last tile reads beyond the block's end */
-    const int64_t more = (round_up(at.maps, p->kernels->dot_columns) - at.maps) * PNN_CHUNK;
+    const int64_t more = (pnn_round_up(at.maps, p->kernels->dot_columns) - at.maps) * PNN_CHUNK;
     memset(t.maps + at.maps * PNN_CHUNK * size, 0, (size_t)(more * size));
     if (p->pairs) memset(t.map_pairs + at.maps * PNN_CHUNK * 2, 0, (size_t)(more * 2));
   }
@@ -191,7 +189,7 @@ static void sums_part(const pnn_sums *s, const pnn_sums_place at, const sums_scr
         pnn_response_operand(&response, &columns, at.k0, at.maps, t.maps, PNN_CHUNK);
     }
     for (int64_t o = at.first; o < at.end; o += OUTPUT_BLOCK) {
-      const int64_t rows = PNN_MIN(OUTPUT_BLOCK, at.end - o), padded = round_up(rows, p->kernels->dot_rows);
+      const int64_t rows = PNN_MIN(OUTPUT_BLOCK, at.end - o), padded = pnn_round_up(rows, p->kernels->dot_rows);
       sums_source from = {.source = !made && o == at.first ? &source : NULL};
       if (whole && rows == padded)
         from.gradient = pnn_columns_place(p, &columns, &p->grad_output, o, 0, columns.columns);
@@ -256,7 +254,7 @@ static pnn_sums sums_prepare(const pnn_problem *p, const pnn_host *host, bool pr
   pnn_sums s = {.problem = p, .chunks = pnn_chunks_make(p), .products = products};
   s.rows = p->group_maps > FEW_MAPS && pnn_rows_fit(p, &p->grad_output, NULL);
   s.block = PNN_MAX(PNN_MIN(p->group_maps, MAP_BYTES / p->real_size), 1);
-  s.map_blocks = products ? PNN_MAX((p->group_maps + s.block - 1) / s.block, 1) : 1;
+  s.map_blocks = products ? PNN_MAX(pnn_quotient_up(p->group_maps, s.block), 1) : 1;
   /* Outputs are split only where parts and maps leave threads idle: each split computes the response maps again. */
   const int64_t wanted = 2 * (int64_t)(host ? host->threads : 1);
   const int64_t have = p->groups * s.chunks.parts * s.map_blocks;
@@ -265,8 +263,8 @@ static pnn_sums sums_prepare(const pnn_problem *p, const pnn_host *host, bool pr
   while (s.part_run * 2 <= s.chunks.parts && s.chunks.parts % (s.part_run * 2) == 0 &&
          have / (s.part_run * 2) >= 4 * wanted)
     s.part_run *= 2;
-  s.output_cuts = PNN_MAX(1, PNN_MIN((wanted + have - 1) / have, p->group_outputs / OUTPUT_BLOCK));
-  s.output_rows = round_up((p->group_outputs + s.output_cuts - 1) / s.output_cuts, OUTPUT_BLOCK);
+  s.output_cuts = PNN_MAX(1, PNN_MIN(pnn_quotient_up(wanted, have), p->group_outputs / OUTPUT_BLOCK));
+  s.output_rows = pnn_round_up(pnn_quotient_up(p->group_outputs, s.output_cuts), OUTPUT_BLOCK);
   s.outputs_part = pnn_arena_take(arena, s.chunks.parts * p->outputs, p->real_size);
   if (products) {
     int64_t count;
@@ -526,7 +524,7 @@ static void inputs_slab(const pnn_inputs *in, const inputs_scratch *s, int64_t g
   const int64_t k_first = group * p->group_maps, width = p->tile_columns;
   const int64_t slab_maps = PNN_MIN(in->slab, p->group_maps - slab), slab_end = slab + slab_maps;
   const int64_t first_block = slab / PNN_MAX(in->block, 1);
-  const int64_t end_block = in->slab < p->group_maps ? (slab_end + in->block - 1) / in->block : in->packing.blocks;
+  const int64_t end_block = in->slab < p->group_maps ? pnn_quotient_up(slab_end, in->block) : in->packing.blocks;
   const int64_t channel = (k_first + slab) / p->masks, channels = slab_maps / p->masks;
   const pnn_response response = {.problem = p,
                                  .mask = s->mask,
@@ -611,8 +609,8 @@ static void inputs_item(void *inputs_, int32_t worker, int64_t item) {
 static int64_t input_maps(const pnn_problem *p, bool rows) {
   const int64_t most = PNN_MIN(p->masks * PNN_MAX(1, INPUT_MAPS / p->masks), p->group_maps);
   if (rows || most == 0) return most;
-  const int64_t blocks = (p->group_maps + most - 1) / most, even = (p->group_maps + blocks - 1) / blocks;
-  return PNN_MIN(round_up(even, p->masks == 1 ? p->tile_rows : p->masks), most);
+  const int64_t blocks = pnn_quotient_up(p->group_maps, most), even = pnn_quotient_up(p->group_maps, blocks);
+  return PNN_MIN(pnn_round_up(even, p->masks == 1 ? p->tile_rows : p->masks), most);
 }
 
 /* `spare` (or NULL) offers spare_bytes that the packed weights may take. */
@@ -825,7 +823,7 @@ void pnn_backward_pass(const pnn_problem *problem, const pnn_host *host, pnn_are
   if (want_inputs) inputs_scratch_prepare(&in, host, free_parts ? s.maps_part : NULL, spare_parts * part, arena);
   arena->used = PNN_MAX(arena->used, sums_arena.used);
   arena->overflow |= sums_arena.overflow;
-  if (!run) return;
+  if (!run || !pnn_arena_fits(arena)) return;
 
   const int64_t n = p->batch * p->pixels;
   if (p->norm) {

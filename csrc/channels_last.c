@@ -30,13 +30,9 @@ bool pnn_rows_fit(const pnn_problem *problem, const pnn_view *a, const pnn_view 
   return true;
 }
 
-/* A panel's row holds `maps` elements of `size` bytes, readable to a whole strip and written to whole PNN_LANES; the
- * odd number of cache lines keeps its rows apart. */
+/* A panel's row holds `maps` elements of `size` bytes, readable to a whole strip and written to whole PNN_LANES. */
 static int64_t row_length(const pnn_problem *p, int64_t maps, int64_t size) {
-  const int64_t tile = p->kernels->strip_columns, line = 64 / size;
-  const int64_t tiles = pnn_quotient_up(maps, tile) * tile, lanes = (maps + PNN_LANES - 1) / PNN_LANES * PNN_LANES;
-  const int64_t lines = pnn_quotient_up(PNN_MAX(tiles, lanes), line);
-  return (lines | 1) * line;
+  return pnn_odd_lines(PNN_MAX(pnn_round_up(maps, p->kernels->strip_columns), pnn_round_up(maps, PNN_LANES)), size);
 }
 
 /* ---- runs of pixels at one step ---- */

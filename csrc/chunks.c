@@ -9,7 +9,7 @@
 pnn_chunks pnn_chunks_make(const pnn_problem *problem) {
   pnn_chunks c = {.pixels = PNN_MIN(problem->pixels, PNN_CHUNK), .ranges = 0, .count = 0, .parts = 1};
   if (problem->pixels == 0 || problem->batch == 0) return c;
-  c.ranges = (problem->pixels + c.pixels - 1) / c.pixels;
+  c.ranges = pnn_quotient_up(problem->pixels, c.pixels);
   /* Every range but the last holds c.pixels pixels. */
   const int64_t last = problem->pixels - (c.ranges - 1) * c.pixels;
   c.count = (c.ranges - 1) * ((c.pixels * problem->batch + PNN_CHUNK - 1) / PNN_CHUNK) +

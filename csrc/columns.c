@@ -214,14 +214,14 @@ pnn_deal pnn_deal_columns(const pnn_problem *problem, const pnn_host *host, int6
   int64_t least = group_rows ? PNN_MAX(PNN_MIN(pnn_quotient(room, group_rows), width), 1) : width;
   if (least > PNN_LANES) least = least / PNN_LANES * PNN_LANES; /* whole cache lines */
   const int64_t step = most < width ? least : width;
-  most = PNN_MAX(pnn_quotient_up(most, step) * step, step);
+  most = PNN_MAX(pnn_round_up(most, step), step);
   pnn_deal deal = {.ranges = pnn_quotient_up(pixels, most)};
-  deal.pixels = deal.ranges ? PNN_MIN(pnn_quotient_up(pnn_quotient_up(pixels, deal.ranges), step) * step, pixels) : 0;
+  deal.pixels = deal.ranges ? PNN_MIN(pnn_round_up(pnn_quotient_up(pixels, deal.ranges), step), pixels) : 0;
   deal.ranges = deal.pixels ? pnn_quotient_up(pixels, deal.pixels) : 0;
   /* No piece without columns: it would wake a thread for nothing. */
   const int64_t panels = PNN_MAX(pnn_quotient_up(deal.pixels * images, width), 1);
   deal.cuts = whole_batch || !deal.ranges ? 1 : PNN_MIN(pnn_quotient_up(wanted, deal.ranges), panels);
-  deal.columns = pnn_quotient_up(pnn_quotient_up(deal.pixels * images, deal.cuts), width) * width;
+  deal.columns = pnn_round_up(pnn_quotient_up(deal.pixels * images, deal.cuts), width);
   return deal;
 }
 

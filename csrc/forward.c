@@ -319,7 +319,7 @@ void pnn_forward_pass(const pnn_problem *problem, const pnn_host *host, pnn_aren
   f.scratch = pnn_arena_take(arena, pnn_workers(host, items), f.scratch_bytes);
   arena->used = PNN_MAX(arena->used, moments_arena.used);
   arena->overflow |= moments_arena.overflow || one.overflow;
-  if (!run) return;
+  if (!run || !pnn_arena_fits(arena)) return;
 
   pnn_weights_load(p, weights);
   start_values(p, host, weights, NULL, start);

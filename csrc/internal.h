@@ -93,15 +93,19 @@ const char *pnn_dtype_name(pnn_dtype dtype);
 /* Hands out 64-byte aligned pieces. With base NULL it only counts; `overflow` says the sum left size_t. */
 typedef struct pnn_arena {
   char *base;
-  size_t used;
+  size_t used, room;
   bool overflow;
 } pnn_arena;
 
-/* An arena over the caller's workspace, its start rounded up to the alignment; NULL counts. */
-pnn_arena pnn_arena_make(void *workspace);
+/* An arena over the caller's workspace of `room` bytes, its start rounded up to the alignment; NULL counts. */
+pnn_arena pnn_arena_make(void *workspace, size_t room);
 void *pnn_arena_take(pnn_arena *arena, int64_t count, int64_t element);
 /* Bytes to ask of the caller, alignment included. */
 size_t pnn_arena_bytes(const pnn_arena *arena);
+/* Whether the pieces lie within the caller's workspace: until this has been asked, none may be touched. */
+bool pnn_arena_fits(const pnn_arena *arena);
+/* Where they do not: the caller's workspace against what was taken; `ask` is the function that tells its size. */
+pnn_status pnn_arena_check(const pnn_arena *arena, const pnn_params *params, const char *ask, pnn_error *error);
 
 /* ---- threads (parallel.c) ---- */
 
@@ -146,11 +150,15 @@ typedef struct pnn_columns {
  * rows that they take. */
 int64_t pnn_panel_columns(const pnn_problem *problem, int64_t rows, int64_t more);
 
-/* Reals from row to row of such a panel: an odd number of cache lines, so that a tile's columns of many rows don't all
- * fall into the same few sets of the first-level cache. */
+/* Elements of `size` bytes from row to row of a panel whose rows hold `elements`: an odd number of cache lines, so that
+ * the same columns of many rows don't all fall into the same few sets of the first-level cache. */
+static inline int64_t pnn_odd_lines(int64_t elements, int64_t size) {
+  const int64_t line = 64 / size;
+  return (pnn_quotient_up(elements, line) | 1) * line;
+}
+
 static inline int64_t pnn_panel_ld(const pnn_problem *problem, int64_t width) {
-  const int64_t line = 64 / problem->real_size;
-  return (((width + line - 1) / line) | 1) * line;
+  return pnn_odd_lines(width, problem->real_size);
 }
 
 /* The columns [first, first + count) of the range. */
@@ -356,7 +364,7 @@ void pnn_moments_run(const pnn_problem *problem, const pnn_host *host, const pnn
 
 /* ---- the passes (forward.c, backward.c) ---- */
 
-/* Lays out the pass's workspace in the arena and, where `run` is set, runs it. */
+/* Lays out the pass's workspace in the arena and, where `run` is set and the arena has the room, runs it. */
 void pnn_forward_pass(const pnn_problem *problem, const pnn_host *host, pnn_arena *arena, bool run);
 void pnn_backward_pass(const pnn_problem *problem, const pnn_host *host, pnn_arena *arena, bool run);
 

@@ -19,10 +19,10 @@ int64_t pnn_mask_rows(const pnn_problem *problem, int64_t rows) {
 }
 
 int64_t pnn_mask_ld(const pnn_problem *problem, int64_t pixels) {
-  /* An odd number of cache lines, so that the rows of images of 2^n pixels don't all fall into the same few sets. */
-  const int64_t line = 64 / problem->real_size, lines = pnn_quotient_up(pixels, line);
+  const int64_t line = 64 / problem->real_size;
   if (pixels < line) return pixels;
-  return (lines < 16 ? lines : lines | 1) * line;
+  /* Short rows stay as they are: a further line would weigh more there. */
+  return pixels <= 15 * line ? pnn_round_up(pixels, line) : pnn_odd_lines(pixels, problem->real_size);
 }
 
 /* Moves one image row's piece between a mask tensor and a panel, for the maps [first, first + rows). In a mask's view

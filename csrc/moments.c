@@ -29,7 +29,7 @@ pnn_moments_plan pnn_moments_prepare(const pnn_problem *problem, const pnn_host 
   pnn_moments_plan plan = {.chunks = pnn_chunks_make(problem)};
   plan.rows = !problem->pairs && pnn_rows_fit(problem, NULL, NULL);
   plan.block = PNN_MIN(problem->maps, plan.rows ? ROWS_BLOCK : BLOCK);
-  plan.blocks = plan.block ? (problem->maps + plan.block - 1) / plan.block : 0;
+  plan.blocks = plan.block ? pnn_quotient_up(problem->maps, plan.block) : 0;
   /* Channels that have to be turned are loaded for the whole block. */
   plan.near = problem->input.column == 1 ? PNN_MIN(NEAR_ROWS, plan.block) : plan.block;
   plan.part_run = 1;

@@ -81,7 +81,7 @@ pnn_packing pnn_packing_forward(const pnn_problem *problem, int64_t tile) {
                        .depth = problem->group_maps,
                        .block = PNN_MAX(rows, 1),
                        .tile = tile,
-                       .block_tiles = (PNN_MAX(rows, 1) + tile - 1) / tile,
+                       .block_tiles = pnn_quotient_up(PNN_MAX(rows, 1), tile),
                        .blocks = rows > 0,
                        .pairs = problem->pairs};
 }
@@ -92,8 +92,8 @@ pnn_packing pnn_packing_backward(const pnn_problem *problem, int64_t tile, int64
                        .depth = problem->group_outputs,
                        .block = step,
                        .tile = tile,
-                       .block_tiles = (step + tile - 1) / tile,
-                       .blocks = (rows + step - 1) / step,
+                       .block_tiles = pnn_quotient_up(step, tile),
+                       .blocks = pnn_quotient_up(rows, step),
                        .transposed = true,
                        .pairs = problem->pairs};
 }

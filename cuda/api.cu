@@ -301,29 +301,25 @@ pnn_status result(Status status, pnn_error *error) {
   return pnn_succeed(error);
 }
 
-/* No kernel reads a host pointer: the arena's start is rounded up on the host, as an address only. */
-pnn_status prepare(const pnn_params *params, pnn_pass pass, pnn_problem *problem, size_t *bytes, pnn_error *error) {
+/* The plan in the caller's workspace, or, to count its bytes, in none. No kernel reads a host pointer: the arena's
+ * start is rounded up on the host, as an address only. */
+pnn_status prepare(const pnn_params *params, pnn_pass pass, bool count, pnn_problem *problem, pnn_arena *arena,
+                   Plan *plan, pnn_error *error) {
   PNN_FORWARD_IF(pnn_check(params, pass, nullptr, problem, error));
-  pnn_arena arena = pnn_arena_make(nullptr);
-  plan_make(*problem, pass, &arena);
-  PNN_FAIL_IF(arena.overflow, error, PNN_ERROR_OVERFLOW,
+  *arena = count ? pnn_arena_make(nullptr, 0) : pnn_arena_make(params->workspace, params->workspace_bytes);
+  *plan = plan_make(*problem, pass, arena);
+  PNN_FAIL_IF(arena->overflow, error, PNN_ERROR_OVERFLOW,
               "the workspace for %lld outputs and %lld response maps exceeds what can be addressed",
               static_cast<long long>(problem->outputs), static_cast<long long>(problem->maps));
-  *bytes = pnn_arena_bytes(&arena);
   return PNN_OK;
 }
 
 pnn_status run(const pnn_params *params, pnn_pass pass, pnn_cuda_stream stream, pnn_error *error) {
   pnn_problem problem;
-  size_t bytes = 0;
-  PNN_FORWARD_IF(prepare(params, pass, &problem, &bytes, error));
-  PNN_FAIL_IF(bytes && !params->workspace, error, PNN_ERROR_NULL,
-              "workspace is NULL, it should point to %zu bytes: ask pnn_cuda_workspace_size", bytes);
-  PNN_FAIL_IF(bytes > params->workspace_bytes, error, PNN_ERROR_WORKSPACE,
-              "workspace_bytes is %zu, it should be at least %zu: ask pnn_cuda_workspace_size", params->workspace_bytes,
-              bytes);
-  pnn_arena arena = pnn_arena_make(params->workspace);
-  Plan plan = plan_make(problem, pass, &arena);
+  Plan plan;
+  pnn_arena arena;
+  PNN_FORWARD_IF(prepare(params, pass, false, &problem, &arena, &plan, error));
+  PNN_FORWARD_IF(pnn_arena_check(&arena, params, "pnn_cuda_workspace_size", error));
   return result((pass == PNN_PASS_FORWARD ? forward : backward)(problem, plan, stream), error);
 }
 
@@ -334,7 +330,10 @@ pnn_status pnn_cuda_workspace_size(const pnn_params *params, pnn_pass pass, size
   pnn_problem problem;
   PNN_FAIL_IF(!bytes, error, PNN_ERROR_NULL, "bytes is NULL, it should point to a size_t");
   *bytes = 0;
-  PNN_FORWARD_IF(pnn_cuda::prepare(params, pass, &problem, bytes, error));
+  pnn_cuda::Plan plan;
+  pnn_arena arena;
+  PNN_FORWARD_IF(pnn_cuda::prepare(params, pass, true, &problem, &arena, &plan, error));
+  *bytes = pnn_arena_bytes(&arena);
   return pnn_succeed(error);
 }
 

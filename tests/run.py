@@ -528,8 +528,8 @@ TIERS: dict[str, Tier] = {
     "operators": tier_operators,
     "zoo": tier_zoo,
 }
-QUICK = ("c", "asan", "python")
-FULL = ("c", "asan", "python", "isa", "tsan", "qemu", "cuda", "coverage", "slow")
+QUICK = ("c", "python")
+FULL = ("c", "python", "asan", "coverage", "isa", "tsan", "qemu", "cuda", "slow")
 
 
 def torch_version() -> str:

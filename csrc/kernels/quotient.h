@@ -21,4 +21,7 @@ static inline int64_t pnn_remainder(int64_t a, int64_t b) {
 /* Rounded up. */
 static inline int64_t pnn_quotient_up(int64_t a, int64_t b) { return pnn_quotient(a + b - 1, b); }
 
+/* The least multiple of b that is not below a. */
+static inline int64_t pnn_round_up(int64_t a, int64_t b) { return pnn_quotient_up(a, b) * b; }
+
 #endif
