@@ -15,6 +15,13 @@ def fixed_seed():
     torch.manual_seed(0)
 
 
+@pytest.fixture(autouse=True, scope="module")
+def no_compiled_graphs():
+    """Dynamo compiles a function eight times at most: each file has all of them, whatever ran before it."""
+    if "torch._dynamo" in sys.modules:
+        torch._dynamo.reset()
+
+
 @pytest.fixture(scope="session")
 def compiled_operators():
     """Skips a test of the compiled operators where only the reference is there; TORCH_PNN_REQUIRE_OPS=1 fails it."""
