@@ -240,6 +240,16 @@ static void join_parts(const pnn_sums *s, char *parts, int64_t width, int64_t t,
   if (s->chunks.parts > 2) add_reals(p, first, first + 2 * part, count * width);
 }
 
+/* dV = G for the outputs [t, t + count). */
+static void weight_store(const pnn_sums *s, int64_t t, int64_t count) {
+  const pnn_problem *p = s->problem;
+  const pnn_tensor *out = &p->params->grad_weight;
+  const int64_t step = p->outputs > 1 ? out->stride[0] : 0;
+  p->kernels->store[out->dtype]((char *)out->data + t * step * pnn_dtype_size(out->dtype), step,
+                                p->group_maps > 1 ? out->stride[1] : 1, s->maps_part + t * p->group_maps * p->real_size,
+                                p->group_maps, count, p->group_maps);
+}
+
 #define JOIN_OUTPUTS 16
 
 static void join_item(void *sums_, int32_t worker, int64_t item) {
@@ -248,10 +258,12 @@ static void join_item(void *sums_, int32_t worker, int64_t item) {
   const int64_t t = item * JOIN_OUTPUTS, count = PNN_MIN(JOIN_OUTPUTS, s->problem->outputs - t);
   join_parts(s, s->outputs_part, 1, t, count);
   if (s->products) join_parts(s, s->maps_part, s->problem->group_maps, t, count);
+  if (s->stores) weight_store(s, t, count);
 }
 
 static pnn_sums sums_prepare(const pnn_problem *p, const pnn_host *host, bool products, pnn_arena *arena) {
   pnn_sums s = {.problem = p, .chunks = pnn_chunks_make(p), .products = products};
+  s.stores = p->params->grad_weight.data && !p->norm;
   s.rows = p->group_maps > FEW_MAPS && pnn_rows_fit(p, &p->grad_output, NULL);
   s.block = PNN_MAX(PNN_MIN(p->group_maps, MAP_BYTES / p->real_size), 1);
   s.map_blocks = products ? PNN_MAX(pnn_quotient_up(p->group_maps, s.block), 1) : 1;
@@ -295,7 +307,6 @@ static void sums_run(pnn_sums *s, const pnn_host *host) {
   if (sums_items(s) == 0) { /* no pixels: the sums are 0 */
     memset(s->outputs_part, 0, (size_t)(s->chunks.parts * p->outputs * p->real_size));
     if (s->products) memset(s->maps_part, 0, (size_t)(s->chunks.parts * p->outputs * p->group_maps * p->real_size));
-    return;
   }
   pnn_parallel(host, sums_items(s), s->rows ? pnn_rows_sums_item : sums_item, s);
   pnn_parallel(pnn_weights_host(p, host), (p->outputs + JOIN_OUTPUTS - 1) / JOIN_OUTPUTS, join_item, s);
@@ -629,7 +640,7 @@ static pnn_inputs inputs_prepare(const pnn_problem *p, const pnn_host *host, boo
   in.ld = pnn_panel_ld(p, in.width);
   in.packing = pnn_packing_backward(p, in.rows ? p->kernels->strip_columns : p->tile_rows, in.block);
   in.slab = p->group_maps;
-  in.deal = pnn_deal_columns(p, host, in.width, in.masks ? p->maps : pnn_mask_rows(p, p->group_maps),
+  in.deal = pnn_deal_columns(p, host, in.width, PNN_PANEL, in.masks ? p->maps : pnn_mask_rows(p, p->group_maps),
                              in.masks ? 1 : p->groups, in.masks);
   /* With many maps a panel's masks would fill the second-level cache. A channel's gradient needs its own maps only, so
    * the maps become the outermost loop: a window's masks serve the whole piece while the next ones are on their way. */
@@ -638,7 +649,7 @@ static pnn_inputs inputs_prepare(const pnn_problem *p, const pnn_host *host, boo
       pnn_columns_native(p, &p->grad_output) && /* else each slab would turn it again */
       pnn_mask_rows(p, p->group_maps) * in.deal.pixels * p->real_size > FAR_MASK_BYTES) {
     in.slab = slab;
-    in.deal = pnn_deal_columns(p, host, in.width, pnn_mask_rows(p, slab), p->groups, true);
+    in.deal = pnn_deal_columns(p, host, in.width, PNN_PANEL, pnn_mask_rows(p, slab), p->groups, true);
   }
   in.depth = in.packing.blocks == 1 ? PNN_MIN(p->group_outputs, INPUT_OUTPUTS) : p->group_outputs;
   const int64_t bytes = pnn_packing_bytes(p, &in.packing);
@@ -775,16 +786,10 @@ static void weight_store_item(void *job_, int32_t worker, int64_t item) {
   }
 }
 
-static void weight_store(const pnn_problem *p, const pnn_host *host, const pnn_sums *s, const pnn_norm *norm) {
-  const pnn_tensor *out = &p->params->grad_weight;
-  if (norm) {
-    algebra_job job = {.problem = p, .sums = s, .norm = norm};
-    pnn_parallel(pnn_weights_host(p, host), (p->outputs + ALGEBRA_OUTPUTS - 1) / ALGEBRA_OUTPUTS, weight_store_item,
-                 &job);
-    return;
-  }
-  p->kernels->store[out->dtype](out->data, p->outputs > 1 ? out->stride[0] : 0, p->group_maps > 1 ? out->stride[1] : 1,
-                                s->maps_part, p->group_maps, p->outputs, p->group_maps);
+static void weight_store_norm(const pnn_problem *p, const pnn_host *host, const pnn_sums *s, const pnn_norm *norm) {
+  algebra_job job = {.problem = p, .sums = s, .norm = norm};
+  pnn_parallel(pnn_weights_host(p, host), (p->outputs + ALGEBRA_OUTPUTS - 1) / ALGEBRA_OUTPUTS, weight_store_item,
+               &job);
 }
 
 void pnn_backward_pass(const pnn_problem *problem, const pnn_host *host, pnn_arena *arena, bool run) {
@@ -812,7 +817,7 @@ void pnn_backward_pass(const pnn_problem *problem, const pnn_host *host, pnn_are
   if (__builtin_mul_overflow(p->outputs * p->group_maps, p->real_size, &part)) part = 0; /* the arena reports it */
   const int64_t parts = want_products ? s.chunks.parts : 1;
   char *const free_parts = parts > 1 && arena->base ? s.maps_part + part : NULL;
-  void *weights = parts > 1 ? free_parts : pnn_arena_take(arena, p->outputs * p->group_maps, p->real_size);
+  void *room = parts > 1 ? free_parts : pnn_arena_take(arena, p->outputs * p->group_maps, p->real_size);
   const bool reuse = parts > 3 && part % 64 == 0 && part <= INT64_MAX / 2;
   if (want_inputs)
     in = inputs_prepare(p, host, affine, free_parts ? free_parts + part : NULL, reuse ? 2 * part : 0, arena);
@@ -835,7 +840,7 @@ void pnn_backward_pass(const pnn_problem *problem, const pnn_host *host, pnn_are
     s.mean = norm.mean_reals;
     sums_run(&s, host);
   }
-  pnn_weights_load(p, weights);
+  const void *weights = pnn_weights_read(p, room);
   if (want_sums) {
     for (int64_t t = 0; t < p->outputs; t++) row[t] = pnn_real_get(p, s.outputs_part, t);
     pnn_vector_store(&params->grad_bias, p->outputs, row);
@@ -848,7 +853,7 @@ void pnn_backward_pass(const pnn_problem *problem, const pnn_host *host, pnn_are
         pnn_vector_store(&params->grad_norm_weight, p->maps, norm.gamma);
       }
     }
-    if (params->grad_weight.data) weight_store(p, host, &s, p->norm ? &norm : NULL);
+    if (params->grad_weight.data && p->norm) weight_store_norm(p, host, &s, &norm);
   }
   if (!want_inputs) return;
   clear(p, host, &params->grad_input);
@@ -864,7 +869,8 @@ void pnn_backward_pass(const pnn_problem *problem, const pnn_host *host, pnn_are
     pnn_reals_store(p, p->maps, norm.beta, in.slope);
   }
   if (p->norm) {
-    pnn_weights_scale(p, host, weights, norm.scale);
+    pnn_weights_scale(p, host, weights, norm.scale, room);
+    weights = room;
     in.mean = norm.mean_reals;
   }
   pnn_packing_fill(p, host, &in.packing, weights, in.packed);

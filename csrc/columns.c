@@ -199,8 +199,8 @@ void pnn_ahead_add(const pnn_problem *problem, pnn_ahead *ahead, const pnn_range
  * many maps). */
 #define LEAST_MASK_BYTES (128 * 1024)
 
-pnn_deal pnn_deal_columns(const pnn_problem *problem, const pnn_host *host, int64_t width, int64_t mask_rows,
-                          int64_t share, bool whole_batch) {
+pnn_deal pnn_deal_columns(const pnn_problem *problem, const pnn_host *host, int64_t width, int64_t unit,
+                          int64_t mask_rows, int64_t share, bool whole_batch) {
   const int64_t pixels = problem->pixels, images = problem->batch;
   /* Four pieces a thread even out what the threads lose to other work. */
   const int64_t wanted = pnn_quotient_up(4 * (int64_t)(host ? host->threads : 1), PNN_MAX(share, 1));
@@ -221,7 +221,7 @@ pnn_deal pnn_deal_columns(const pnn_problem *problem, const pnn_host *host, int6
   /* No piece without columns: it would wake a thread for nothing. */
   const int64_t panels = PNN_MAX(pnn_quotient_up(deal.pixels * images, width), 1);
   deal.cuts = whole_batch || !deal.ranges ? 1 : PNN_MIN(pnn_quotient_up(wanted, deal.ranges), panels);
-  deal.columns = pnn_round_up(pnn_quotient_up(deal.pixels * images, deal.cuts), width);
+  deal.unit = unit;
   return deal;
 }
 
@@ -229,7 +229,8 @@ void pnn_deal_piece(const pnn_problem *problem, const pnn_deal *deal, int64_t i,
                     int64_t *end) {
   range->pixel = pnn_quotient(i, deal->cuts) * deal->pixels;
   range->pixels = PNN_MIN(deal->pixels, problem->pixels - range->pixel);
-  const int64_t total = range->pixels * problem->batch;
-  *first = PNN_MIN(pnn_remainder(i, deal->cuts) * deal->columns, total);
-  *end = PNN_MIN(*first + deal->columns, total);
+  const int64_t total = range->pixels * problem->batch, cut = pnn_remainder(i, deal->cuts);
+  const int64_t units = pnn_quotient_up(total, deal->unit);
+  *first = PNN_MIN(pnn_quotient(units * cut, deal->cuts) * deal->unit, total);
+  *end = PNN_MIN(pnn_quotient(units * (cut + 1), deal->cuts) * deal->unit, total);
 }

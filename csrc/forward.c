@@ -288,19 +288,20 @@ void pnn_forward_pass(const pnn_problem *problem, const pnn_host *host, pnn_aren
   f.slab = f.block;
   bool slabs = !rows && f.slab < p->group_maps && !p->shared && outputs_wait(p);
   if (slabs) {
-    f.deal = pnn_deal_columns(p, host, f.width, pnn_mask_rows(p, f.slab), p->groups, true);
+    f.deal = pnn_deal_columns(p, host, f.width, PNN_PANEL, pnn_mask_rows(p, f.slab), p->groups, true);
     slabs = p->groups * f.deal.ranges >= 2 * (host ? host->threads : 1);
   }
   if (!slabs) {
     f.slab = p->group_maps;
-    f.deal = pnn_deal_columns(p, host, f.few ? PNN_PANEL : f.width, pnn_mask_rows(p, f.slab), p->groups, false);
+    f.deal =
+        pnn_deal_columns(p, host, f.few ? PNN_PANEL : f.width, PNN_PANEL, pnn_mask_rows(p, f.slab), p->groups, false);
   }
   f.sum_rows = f.packing.block_tiles * f.packing.tile;
   f.tiles = PNN_MAX(f.packing.block_tiles, 1);
   if (f.block == p->group_maps) f.tiles = PNN_MIN(f.tiles, SUM_ROWS / f.packing.tile);
   const int64_t items = p->group_outputs ? p->groups * f.deal.ranges * f.deal.cuts : 0;
 
-  void *weights = pnn_arena_take(arena, p->outputs * p->group_maps, p->real_size);
+  void *room = pnn_arena_take(arena, p->outputs * p->group_maps, p->real_size);
   double *start = pnn_arena_take(arena, p->outputs, 8);
   f.bias = pnn_arena_take(arena, p->groups * f.sum_rows, p->real_size);
   pnn_norm norm;
@@ -321,7 +322,7 @@ void pnn_forward_pass(const pnn_problem *problem, const pnn_host *host, pnn_aren
   arena->overflow |= moments_arena.overflow || one.overflow;
   if (!run || !pnn_arena_fits(arena)) return;
 
-  pnn_weights_load(p, weights);
+  const void *weights = pnn_weights_read(p, room);
   start_values(p, host, weights, NULL, start);
   if (p->norm) {
     if (p->training) {
@@ -334,7 +335,8 @@ void pnn_forward_pass(const pnn_problem *problem, const pnn_host *host, pnn_aren
     }
     pnn_norm_fill(p, &norm);
     start_values(p, host, weights, norm.beta, start);
-    pnn_weights_scale(p, host, weights, norm.scale);
+    pnn_weights_scale(p, host, weights, norm.scale, room);
+    weights = room;
     f.mean = norm.mean_reals;
   }
   memset(f.bias, 0, (size_t)(p->groups * f.sum_rows * p->real_size));

@@ -198,16 +198,16 @@ void pnn_columns_pair(const pnn_problem *problem, const pnn_columns *columns, co
 void pnn_ahead_add(const pnn_problem *problem, pnn_ahead *ahead, const pnn_range *range, int64_t column, int64_t count,
                    const pnn_view *view, int64_t channel, int64_t channels, bool write);
 
-/* How the columns are dealt out to the workers: ranges of up to `pixels` pixels, each cut into `cuts` pieces of
- * `columns` columns. Only speed depends on it. */
+/* How the columns are dealt out to the workers: ranges of up to `pixels` pixels, each cut into `cuts` pieces that differ
+ * by at most `unit` columns. Only speed depends on it. */
 typedef struct pnn_deal {
-  int64_t ranges, pixels, cuts, columns;
+  int64_t ranges, pixels, cuts, unit;
 } pnn_deal;
 
-/* Ranges and pieces are whole panels of `width` columns, but for ranges whose masks would take too much memory;
- * `mask_rows` rows of masks are kept per range, and `share` (groups, say) multiplies the number of items. */
-pnn_deal pnn_deal_columns(const pnn_problem *problem, const pnn_host *host, int64_t width, int64_t mask_rows,
-                          int64_t share, bool whole_batch);
+/* Ranges are whole panels of `width` columns, unless their masks would take too much memory; pieces are whole units of
+ * columns. `mask_rows` rows of masks are kept per range, and `share` (groups, say) multiplies the number of items. */
+pnn_deal pnn_deal_columns(const pnn_problem *problem, const pnn_host *host, int64_t width, int64_t unit,
+                          int64_t mask_rows, int64_t share, bool whole_batch);
 /* Piece i, 0 <= i < ranges * cuts; *end may equal *first (nothing to do). */
 void pnn_deal_piece(const pnn_problem *problem, const pnn_deal *deal, int64_t i, pnn_range *range, int64_t *first,
                     int64_t *end);
@@ -273,10 +273,11 @@ pnn_source pnn_source_at(const pnn_problem *problem, const pnn_source *source, i
 
 /* ---- weights and per-map algebra (weights.c) ---- */
 
-/* dst = weight as reals, dense [T][K/G]. */
-void pnn_weights_load(const pnn_problem *problem, void *dst);
-/* Multiplies the column of map k by scale[k] and rounds once to the product's type. */
-void pnn_weights_scale(const pnn_problem *problem, const pnn_host *host, void *weights, const double *scale);
+/* The weight as reals, dense [T][K/G]: the tensor itself where it is just that, else read into `room`. */
+const void *pnn_weights_read(const pnn_problem *problem, void *room);
+/* scaled = weights with the column of map k times scale[k], rounded once to the product's type; may be `weights`. */
+void pnn_weights_scale(const pnn_problem *problem, const pnn_host *host, const void *weights, const double *scale,
+                       void *scaled);
 /* The host, or NULL for a weight matrix that one thread is done with before a second has woken. */
 const pnn_host *pnn_weights_host(const pnn_problem *problem, const pnn_host *host);
 

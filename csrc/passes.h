@@ -43,6 +43,7 @@ typedef struct pnn_sums {
   int64_t part_run;                 /* parts of an item */
   int64_t workers;
   bool products; /* G is wanted, not h alone */
+  bool stores;   /* G is dV */
   bool rows;     /* channels-last form */
   const void *mean;
   char *maps_part, *outputs_part; /* G and h of each part: [parts][T][K/G], [parts][T] */

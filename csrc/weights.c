@@ -6,10 +6,14 @@
 
 #include "internal.h"
 
-void pnn_weights_load(const pnn_problem *problem, void *dst) {
+const void *pnn_weights_read(const pnn_problem *problem, void *room) {
   const pnn_tensor *w = &problem->params->weight;
-  problem->kernels->load[w->dtype](dst, problem->group_maps, w->data, problem->outputs, w->stride[0],
+  const bool rows_join = problem->outputs < 2 || w->stride[0] == problem->group_maps;
+  if (pnn_dtype_size(w->dtype) == problem->real_size && rows_join && (problem->group_maps < 2 || w->stride[1] == 1))
+    return w->data;
+  problem->kernels->load[w->dtype](room, problem->group_maps, w->data, problem->outputs, w->stride[0],
                                    problem->group_maps, problem->group_maps > 1 ? w->stride[1] : 1);
+  return room;
 }
 
 void pnn_reals_store(const pnn_problem *problem, int64_t count, const double *src, void *dst) {
@@ -43,8 +47,9 @@ const pnn_host *pnn_weights_host(const pnn_problem *problem, const pnn_host *hos
 
 typedef struct scale_job {
   const pnn_problem *problem;
-  void *weights;
+  const char *weights;
   const double *scale;
+  char *scaled;
 } scale_job;
 
 #define SCALE_OUTPUTS 16
@@ -57,9 +62,10 @@ static void scale_item(void *job_, int32_t worker, int64_t item) {
   const bool narrow = problem->rounded;
   for (int64_t t = item * SCALE_OUTPUTS; t < end; t++) {
     const double *s = job->scale + t / problem->group_outputs * columns;
-    char *row = (char *)job->weights + t * columns * problem->real_size;
+    const char *from = job->weights + t * columns * problem->real_size;
+    char *row = job->scaled + t * columns * problem->real_size;
     for (int64_t k = 0; k < columns; k++) {
-      const double product = pnn_real_get(problem, row, k) * s[k];
+      const double product = pnn_real_get(problem, from, k) * s[k];
       if (problem->precision)
         ((double *)(void *)row)[k] = product;
       else
@@ -69,8 +75,9 @@ static void scale_item(void *job_, int32_t worker, int64_t item) {
   }
 }
 
-void pnn_weights_scale(const pnn_problem *problem, const pnn_host *host, void *weights, const double *scale) {
-  scale_job job = {problem, weights, scale};
+void pnn_weights_scale(const pnn_problem *problem, const pnn_host *host, const void *weights, const double *scale,
+                       void *scaled) {
+  scale_job job = {problem, weights, scale, scaled};
   pnn_parallel(pnn_weights_host(problem, host), (problem->outputs + SCALE_OUTPUTS - 1) / SCALE_OUTPUTS, scale_item,
                &job);
 }

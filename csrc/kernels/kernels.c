@@ -37,16 +37,13 @@
 #define STRIP_COLUMNS (STRIP_VECTORS * VR)
 #define LINE (64 / (int64_t)sizeof(real)) /* reals of a cache line */
 
-/* Tiles of `dot`: each accumulator is PNN_LANES lanes wide, LANE_VECTORS registers. */
+/* Tiles of `dot`: rows x columns of sums in PNN_LANES lanes each, LANE_VECTORS registers, of which one is in work at a
+ * time: 32 registers hold 4 x 4, 16 hold 4 x 2. */
 #define LANE_VECTORS (PNN_LANES / VR)
-#if LANE_VECTORS == 1
 #define DOT_ROWS 4
+#if defined(PNN_ISA_AVX512) || defined(PNN_ISA_NEON)
 #define DOT_COLUMNS 4
-#elif LANE_VECTORS == 2
-#define DOT_ROWS 2
-#define DOT_COLUMNS 2
 #else
-#define DOT_ROWS 1
 #define DOT_COLUMNS 2
 #endif
 
@@ -166,40 +163,102 @@ static inline void store_vector_float(float *p, vr v) {
 
 #define LOAD_AHEAD 8 /* rows: short pieces far apart, which the processor's own prefetchers don't foresee */
 
-/* One loop where columns are contiguous, one where rows are (a channels-last tensor: VR x VR values are turned in
- * registers), one for the rest. */
-#define DEFINE_LOAD(name, type, convert)                                                                        \
-  static void name(void *dst_, int64_t ld, const void *src_, int64_t rows, int64_t row_stride, int64_t columns, \
-                   int64_t column_stride) {                                                                     \
-    real *dst = dst_;                                                                                           \
-    const type *src = src_;                                                                                     \
-    if (column_stride == 1) {                                                                                   \
-      for (int64_t r = 0; r < rows; r++) {                                                                      \
-        real *restrict d = dst + r * ld;                                                                        \
-        const type *restrict s = src + r * row_stride;                                                          \
-        if (r + LOAD_AHEAD < rows)                                                                              \
-          for (int64_t j = 0; j < columns; j += 64 / (int64_t)sizeof(type))                                     \
-            __builtin_prefetch(s + LOAD_AHEAD * row_stride + j);                                                \
-        int64_t j = 0;                                                                                          \
-        for (; j + VR <= columns; j += VR) vr_store(d + j, load_vector_##convert(s + j));                       \
-        for (; j < columns; j++) d[j] = from_##convert(s[j]);                                                   \
-      }                                                                                                         \
-      return;                                                                                                   \
-    }                                                                                                           \
-    const int64_t turned_rows = row_stride == 1 ? rows / VR * VR : 0, turned_columns = columns / VR * VR;       \
-    for (int64_t r = 0; r < turned_rows; r += VR) {                                                             \
-      for (int64_t j = 0; j < turned_columns; j += VR) {                                                        \
-        vr v[VR];                                                                                               \
-        for (int i = 0; i < VR; i++) v[i] = load_vector_##convert(src + r + (j + i) * column_stride);           \
-        vr_transpose(v);                                                                                        \
-        for (int i = 0; i < VR; i++) vr_store(dst + (r + i) * ld + j, v[i]);                                    \
-      }                                                                                                         \
-      for (int64_t j = turned_columns; j < columns; j++)                                                        \
-        for (int64_t i = r; i < r + VR; i++) dst[i * ld + j] = from_##convert(src[i + j * column_stride]);      \
-    }                                                                                                           \
-    for (int64_t j = 0; j < columns; j++)                                                                       \
-      for (int64_t r = turned_rows; r < rows; r++)                                                              \
-        dst[r * ld + j] = from_##convert(src[r * row_stride + j * column_stride]);                              \
+/* min(n, VR) reals. */
+static inline vr load_some(const real *p, int64_t n) { return n >= VR ? vr_load(p) : vr_load_part(p, n); }
+static inline void store_some(real *p, vr v, int64_t n) {
+  if (n >= VR)
+    vr_store(p, v);
+  else
+    vr_store_part(p, v, n);
+}
+
+/* The first n < VR values of a contiguous run, the other lanes 0 or anything; memory behind them is not touched. */
+static inline vr load_part_real(const real *p, int64_t n) { return vr_load_part(p, n); }
+static inline void store_part_real(real *p, vr v, int64_t n) { vr_store_part(p, v, n); }
+#define DEFINE_PART(type, convert)                                    \
+  static inline vr load_part_##convert(const type *p, int64_t n) {    \
+    type part[VR];                                                    \
+    copy_in(part, p, n);                                              \
+    return load_vector_##convert(part);                               \
+  }                                                                   \
+  static inline void store_part_##convert(type *p, vr v, int64_t n) { \
+    type part[VR];                                                    \
+    store_vector_##convert(part, v);                                  \
+    copy_out(p, part, n);                                             \
+  }
+#if defined(PNN_REAL_F32)
+static inline void copy_in(uint16_t part[VR], const uint16_t *p, int64_t n) {
+#if defined(PNN_ISA_AVX512)
+  _mm256_storeu_si256((__m256i *)(void *)part, _mm256_maskz_loadu_epi16((__mmask16)((1u << n) - 1), p));
+#else
+  for (int i = 0; i < VR; i++) part[i] = i < n ? p[i] : 0;
+#endif
+}
+static inline void copy_out(uint16_t *p, const uint16_t part[VR], int64_t n) {
+#if defined(PNN_ISA_AVX512)
+  _mm256_mask_storeu_epi16(p, (__mmask16)((1u << n) - 1), _mm256_loadu_si256((const __m256i *)(const void *)part));
+#else
+  for (int64_t i = 0; i < n; i++) p[i] = part[i];
+#endif
+}
+DEFINE_PART(uint16_t, bfloat16)
+DEFINE_PART(uint16_t, float16)
+#else
+static inline void copy_in(float part[VR], const float *p, int64_t n) {
+  for (int i = 0; i < VR; i++) part[i] = i < n ? p[i] : 0;
+}
+static inline void copy_out(float *p, const float part[VR], int64_t n) {
+  for (int64_t i = 0; i < n; i++) p[i] = part[i];
+}
+DEFINE_PART(float, float)
+#endif
+
+#define TURNED_LEAST (VR / 4) /* rows or columns; fewer are moved one by one */
+
+/* One loop where columns are contiguous, one where rows are (a channels-last tensor, packed weights: up to VR x VR
+ * values are turned in registers), one for the rest. */
+#define DEFINE_LOAD(name, type, convert)                                                                            \
+  static void name(void *dst_, int64_t ld, const void *src_, int64_t rows, int64_t row_stride, int64_t columns,     \
+                   int64_t column_stride) {                                                                         \
+    real *dst = dst_;                                                                                               \
+    const type *src = src_;                                                                                         \
+    if (column_stride == 1) {                                                                                       \
+      const int64_t whole = columns / VR * VR, rest = columns - whole;                                              \
+      for (int64_t r = 0; r < rows; r++) {                                                                          \
+        real *restrict d = dst + r * ld;                                                                            \
+        const type *restrict s = src + r * row_stride;                                                              \
+        if (r + LOAD_AHEAD < rows)                                                                                  \
+          for (int64_t j = 0; j < columns; j += 64 / (int64_t)sizeof(type))                                         \
+            __builtin_prefetch(s + LOAD_AHEAD * row_stride + j);                                                    \
+        for (int64_t j = 0; j < whole; j += VR) vr_store(d + j, load_vector_##convert(s + j));                      \
+        if (rest) vr_store_part(d + whole, load_part_##convert(s + whole, rest), rest);                             \
+      }                                                                                                             \
+      return;                                                                                                       \
+    }                                                                                                               \
+    const bool turned = row_stride == 1 && rows >= TURNED_LEAST && columns >= TURNED_LEAST;                         \
+    for (int64_t r = 0, n; turned && r < rows; r += n) {                                                            \
+      n = rows - r < VR ? rows - r : VR;                                                                            \
+      for (int64_t j = 0, count; j < columns; j += count) {                                                         \
+        count = columns - j < VR ? columns - j : VR;                                                                \
+        const type *from = src + r + j * column_stride;                                                             \
+        vr v[VR];                                                                                                   \
+        if (n == VR && count == VR) {                                                                               \
+          for (int i = 0; i < VR; i++) v[i] = load_vector_##convert(from + i * column_stride);                      \
+          vr_transpose(v);                                                                                          \
+          for (int i = 0; i < VR; i++) vr_store(dst + (r + i) * ld + j, v[i]);                                      \
+          continue;                                                                                                 \
+        }                                                                                                           \
+        for (int i = 0; i < VR; i++)                                                                                \
+          v[i] = i >= count ? vr_set1(0)                                                                            \
+                 : n == VR  ? load_vector_##convert(from + i * column_stride)                                       \
+                            : load_part_##convert(from + i * column_stride, n);                                      \
+        vr_transpose(v);                                                                                            \
+        for (int i = 0; i < VR; i++)                                                                                \
+          if (i < n) store_some(dst + (r + i) * ld + j, v[i], count);                                               \
+      }                                                                                                             \
+    }                                                                                                               \
+    for (int64_t j = 0; !turned && j < columns; j++)                                                                \
+      for (int64_t r = 0; r < rows; r++) dst[r * ld + j] = from_##convert(src[r * row_stride + j * column_stride]); \
   }
 
 #define DEFINE_STORE(name, type, convert)                                                                             \
@@ -208,29 +267,41 @@ static inline void store_vector_float(float *p, vr v) {
     type *dst = dst_;                                                                                                 \
     const real *src = src_;                                                                                           \
     if (column_stride == 1) {                                                                                         \
+      const int64_t whole = columns / VR * VR, rest = columns - whole;                                                \
       for (int64_t r = 0; r < rows; r++) {                                                                            \
         type *restrict d = dst + r * row_stride;                                                                      \
         const real *restrict s = src + r * ld;                                                                        \
-        int64_t j = 0;                                                                                                \
-        for (; j + VR <= columns; j += VR) store_vector_##convert(d + j, vr_load(s + j));                             \
-        for (; j < columns; j++) d[j] = to_##convert(s[j]);                                                           \
+        for (int64_t j = 0; j < whole; j += VR) store_vector_##convert(d + j, vr_load(s + j));                        \
+        if (rest) store_part_##convert(d + whole, vr_load_part(s + whole, rest), rest);                               \
       }                                                                                                               \
       return;                                                                                                         \
     }                                                                                                                 \
-    const int64_t turned_rows = row_stride == 1 ? rows / VR * VR : 0, turned_columns = columns / VR * VR;             \
-    for (int64_t r = 0; r < turned_rows; r += VR) {                                                                   \
-      for (int64_t j = 0; j < turned_columns; j += VR) {                                                              \
+    const bool turned = row_stride == 1 && rows >= TURNED_LEAST && columns >= TURNED_LEAST;                           \
+    for (int64_t r = 0, n; turned && r < rows; r += n) {                                                              \
+      n = rows - r < VR ? rows - r : VR;                                                                              \
+      for (int64_t j = 0, count; j < columns; j += count) {                                                           \
+        count = columns - j < VR ? columns - j : VR;                                                                  \
+        type *to = dst + r + j * column_stride;                                                                       \
         vr v[VR];                                                                                                     \
-        for (int i = 0; i < VR; i++) v[i] = vr_load(src + (r + i) * ld + j);                                          \
+        if (n == VR && count == VR) {                                                                                 \
+          for (int i = 0; i < VR; i++) v[i] = vr_load(src + (r + i) * ld + j);                                        \
+          vr_transpose(v);                                                                                            \
+          for (int i = 0; i < VR; i++) store_vector_##convert(to + i * column_stride, v[i]);                          \
+          continue;                                                                                                   \
+        }                                                                                                             \
+        for (int i = 0; i < VR; i++) v[i] = i < n ? load_some(src + (r + i) * ld + j, count) : vr_set1(0);            \
         vr_transpose(v);                                                                                              \
-        for (int i = 0; i < VR; i++) store_vector_##convert(dst + r + (j + i) * column_stride, v[i]);                 \
+        for (int i = 0; i < VR; i++) {                                                                                \
+          if (i >= count) continue;                                                                                   \
+          if (n == VR)                                                                                                \
+            store_vector_##convert(to + i * column_stride, v[i]);                                                     \
+          else                                                                                                        \
+            store_part_##convert(to + i * column_stride, v[i], n);                                                    \
+        }                                                                                                             \
       }                                                                                                               \
-      for (int64_t j = turned_columns; j < columns; j++)                                                              \
-        for (int64_t i = r; i < r + VR; i++) dst[i + j * column_stride] = to_##convert(src[i * ld + j]);              \
     }                                                                                                                 \
-    for (int64_t j = 0; j < columns; j++)                                                                             \
-      for (int64_t r = turned_rows; r < rows; r++)                                                                    \
-        dst[r * row_stride + j * column_stride] = to_##convert(src[r * ld + j]);                                      \
+    for (int64_t j = 0; !turned && j < columns; j++)                                                                  \
+      for (int64_t r = 0; r < rows; r++) dst[r * row_stride + j * column_stride] = to_##convert(src[r * ld + j]);     \
   }
 
 DEFINE_LOAD(load_real, real, real)
@@ -244,15 +315,6 @@ DEFINE_STORE(store_float16, uint16_t, float16)
 DEFINE_LOAD(load_float, float, float)
 DEFINE_STORE(store_float, float, float)
 #endif
-
-/* min(n, VR) reals. */
-static inline vr load_some(const real *p, int64_t n) { return n >= VR ? vr_load(p) : vr_load_part(p, n); }
-static inline void store_some(real *p, vr v, int64_t n) {
-  if (n >= VR)
-    vr_store(p, v);
-  else
-    vr_store_part(p, v, n);
-}
 
 /* ---- products ---- */
 
@@ -384,11 +446,13 @@ static inline real lanes_sum(const vr lane[LANE_VECTORS]) {
  * each addition works on full vectors. */
 static inline __attribute__((always_inline)) void lanes_sums(const vr sum[DOT_ROWS * DOT_COLUMNS][LANE_VECTORS],
                                                              real *out) {
-#if VR == 16
   /* Lanes whose number lacks the bit `step` become a[lane] + a[lane ^ step], the others b[lane] + b[lane ^ step]: one
    * operand keeps its lanes and needs no shuffle. */
 #define FOLD(a, b, step) \
   (__builtin_shufflevector(a, b, FOLD_KEEP_##step) + __builtin_shufflevector(a, b, FOLD_MOVE_##step))
+#define FOLD_ALL(step) \
+  _Pragma("GCC unroll 8") for (int i = 0; i < (step); i++) one[i] = FOLD(one[i], one[i + (step)], step);
+#if VR == 16
 #define FOLD_KEEP_8 0, 1, 2, 3, 4, 5, 6, 7, 24, 25, 26, 27, 28, 29, 30, 31
 #define FOLD_MOVE_8 8, 9, 10, 11, 12, 13, 14, 15, 16, 17, 18, 19, 20, 21, 22, 23
 #define FOLD_KEEP_4 0, 1, 2, 3, 20, 21, 22, 23, 8, 9, 10, 11, 28, 29, 30, 31
@@ -397,17 +461,48 @@ static inline __attribute__((always_inline)) void lanes_sums(const vr sum[DOT_RO
 #define FOLD_MOVE_2 2, 3, 16, 17, 6, 7, 20, 21, 10, 11, 24, 25, 14, 15, 28, 29
 #define FOLD_KEEP_1 0, 17, 2, 19, 4, 21, 6, 23, 8, 25, 10, 27, 12, 29, 14, 31
 #define FOLD_MOVE_1 1, 16, 3, 18, 5, 20, 7, 22, 9, 24, 11, 26, 13, 28, 15, 30
-  vr eight[8], four[4], two[2];
-#pragma GCC unroll 8
-  for (int i = 0; i < 8; i++) eight[i] = FOLD(sum[i][0], sum[i + 8][0], 8);
-#pragma GCC unroll 4
-  for (int i = 0; i < 4; i++) four[i] = FOLD(eight[i], eight[i + 4], 4);
-#pragma GCC unroll 2
-  for (int i = 0; i < 2; i++) two[i] = FOLD(four[i], four[i + 2], 2);
-  vr_store(out, FOLD(two[0], two[1], 1));
+#elif VR == 8
+#define FOLD_KEEP_4 0, 1, 2, 3, 12, 13, 14, 15
+#define FOLD_MOVE_4 4, 5, 6, 7, 8, 9, 10, 11
+#define FOLD_KEEP_2 0, 1, 10, 11, 4, 5, 14, 15
+#define FOLD_MOVE_2 2, 3, 8, 9, 6, 7, 12, 13
+#define FOLD_KEEP_1 0, 9, 2, 11, 4, 13, 6, 15
+#define FOLD_MOVE_1 1, 8, 3, 10, 5, 12, 7, 14
+#elif VR == 4
+#define FOLD_KEEP_2 0, 1, 6, 7
+#define FOLD_MOVE_2 2, 3, 4, 5
+#define FOLD_KEEP_1 0, 5, 2, 7
+#define FOLD_MOVE_1 1, 4, 3, 6
 #else
-  for (int i = 0; i < DOT_ROWS * DOT_COLUMNS; i++) out[i] = lanes_sum(sum[i]);
+#define FOLD_KEEP_1 0, 3
+#define FOLD_MOVE_1 1, 2
 #endif
+#pragma GCC unroll 8
+  for (int first = 0; first < DOT_ROWS * DOT_COLUMNS; first += VR) {
+    vr one[VR]; /* of each sum, in the end in lane i of one[0] */
+#pragma GCC unroll 16
+    for (int i = 0; i < VR; i++) {
+      vr lane[LANE_VECTORS];
+#pragma GCC unroll 8
+      for (int v = 0; v < LANE_VECTORS; v++) lane[v] = sum[first + i][v];
+#pragma GCC unroll 3
+      for (int width = LANE_VECTORS / 2; width > 0; width /= 2)
+#pragma GCC unroll 4
+        for (int v = 0; v < width; v++) lane[v] += lane[v + width];
+      one[i] = lane[0];
+    }
+#if VR >= 16
+    FOLD_ALL(8)
+#endif
+#if VR >= 8
+    FOLD_ALL(4)
+#endif
+#if VR >= 4
+    FOLD_ALL(2)
+#endif
+    FOLD_ALL(1)
+    vr_store(out + first, one[0]);
+  }
 }
 
 /* out[i][j] += the folded sums, where they belong to the output. */
@@ -428,43 +523,38 @@ static inline __attribute__((always_inline)) void add_tile(const vr sum[DOT_ROWS
     for (int64_t j = 0; j < width && j < DOT_COLUMNS; j++) out[i * ldo + j] += tile[i * DOT_COLUMNS + j];
 }
 
-/* Adds 16 columns' products to dot's sums. */
-static inline __attribute__((always_inline)) void dot_step(vr sum[DOT_ROWS * DOT_COLUMNS][LANE_VECTORS], int v,
-                                                           const vr av[DOT_ROWS], const vr bv[DOT_COLUMNS]) {
+/* Adds a vector of columns' products to dot's sums. */
+static inline __attribute__((always_inline)) void dot_step(vr one[DOT_ROWS * DOT_COLUMNS], const vr av[DOT_ROWS],
+                                                           const vr bv[DOT_COLUMNS]) {
 #pragma GCC unroll 4
   for (int i = 0; i < DOT_ROWS; i++)
 #pragma GCC unroll 4
-    for (int j = 0; j < DOT_COLUMNS; j++)
-      sum[i * DOT_COLUMNS + j][v] = vr_fma(av[i], bv[j], sum[i * DOT_COLUMNS + j][v]);
+    for (int j = 0; j < DOT_COLUMNS; j++) one[i * DOT_COLUMNS + j] = vr_fma(av[i], bv[j], one[i * DOT_COLUMNS + j]);
 }
 
-static inline __attribute__((always_inline)) void dot_begin(vr sum[DOT_ROWS * DOT_COLUMNS][LANE_VECTORS]) {
-#pragma GCC unroll 16
-  for (int i = 0; i < DOT_ROWS * DOT_COLUMNS; i++)
-#pragma GCC unroll 8
-    for (int v = 0; v < LANE_VECTORS; v++) sum[i][v] = vr_set1(0);
-}
-
+/* Lanes v * VR, ... of all sums at a time: as many columns of each PNN_LANES. */
 static void dot(int64_t columns, const void *a_, int64_t lda, const void *b_, int64_t ldb, int64_t rows, int64_t width,
                 void *out, int64_t ldo, const pnn_ahead_run *ahead) {
   const real *restrict a = a_;
   const real *restrict b = b_;
   vr sum[DOT_ROWS * DOT_COLUMNS][LANE_VECTORS];
-  dot_begin(sum);
-  const char *line = ahead->data;
-  const int64_t line_step = ahead->step;
-  for (int64_t p = 0; p < columns; p += PNN_LANES) {
-    __builtin_prefetch(line, 0, 2);
-    line += line_step;
 #pragma GCC unroll 8
-    for (int v = 0; v < LANE_VECTORS; v++) {
+  for (int v = 0; v < LANE_VECTORS; v++) {
+    vr one[DOT_ROWS * DOT_COLUMNS] = {{0}};
+    const char *line = ahead->data;
+    const int64_t line_step = ahead->step;
+    for (int64_t at = v * VR; at < columns; at += PNN_LANES) {
+      if (v == 0) __builtin_prefetch(line, 0, 2);
+      line += line_step;
       vr av[DOT_ROWS], bv[DOT_COLUMNS];
 #pragma GCC unroll 4
-      for (int j = 0; j < DOT_COLUMNS; j++) bv[j] = vr_load(b + j * ldb + p + v * VR);
+      for (int j = 0; j < DOT_COLUMNS; j++) bv[j] = vr_load(b + j * ldb + at);
 #pragma GCC unroll 4
-      for (int i = 0; i < DOT_ROWS; i++) av[i] = vr_load(a + i * lda + p + v * VR);
-      dot_step(sum, v, av, bv);
+      for (int i = 0; i < DOT_ROWS; i++) av[i] = vr_load(a + i * lda + at);
+      dot_step(one, av, bv);
     }
+#pragma GCC unroll 16
+    for (int i = 0; i < DOT_ROWS * DOT_COLUMNS; i++) sum[i][v] = one[i];
   }
   add_tile(sum, rows, width, out, ldo);
 }
@@ -673,7 +763,6 @@ static inline __attribute__((always_inline)) void respond_dot(int64_t columns, r
                                                               const pnn_source *source, real *out, int64_t ldo,
                                                               const pnn_ahead_run *ahead, vr (*activate)(vr)) {
   vr sum[DOT_ROWS * DOT_COLUMNS][LANE_VECTORS];
-  dot_begin(sum);
   const real *x[DOT_COLUMNS], *mask[DOT_COLUMNS];
   vr mean[DOT_COLUMNS];
   const bool masked = source && source->mask;
@@ -685,14 +774,14 @@ static inline __attribute__((always_inline)) void respond_dot(int64_t columns, r
     mean[j] = vr_set1(source->mean ? ((const real *)source->mean)[j] : 0);
     if (++m == source->masks) m = 0, channel++;
   }
-  const char *line = ahead->data;
-  const int64_t line_step = ahead->step;
-  for (int64_t p = 0; p < columns; p += PNN_LANES) {
-    __builtin_prefetch(line, 0, 2);
-    line += line_step;
 #pragma GCC unroll 8
-    for (int v = 0; v < LANE_VECTORS; v++) {
-      const int64_t at = p + v * VR;
+  for (int v = 0; v < LANE_VECTORS; v++) {
+    vr one[DOT_ROWS * DOT_COLUMNS] = {{0}};
+    const char *line = ahead->data;
+    const int64_t line_step = ahead->step;
+    for (int64_t at = v * VR; at < columns; at += PNN_LANES) {
+      if (v == 0) __builtin_prefetch(line, 0, 2);
+      line += line_step;
       vr av[DOT_ROWS], bv[DOT_COLUMNS];
 #pragma GCC unroll 4
       for (int j = 0; j < DOT_COLUMNS; j++) {
@@ -710,8 +799,10 @@ static inline __attribute__((always_inline)) void respond_dot(int64_t columns, r
         av[i] = vr_load(g ? g + i * ldg + at : a + i * lda + at);
         if (g) vr_store(a + i * lda + at, av[i]);
       }
-      dot_step(sum, v, av, bv);
+      dot_step(one, av, bv);
     }
+#pragma GCC unroll 16
+    for (int i = 0; i < DOT_ROWS * DOT_COLUMNS; i++) sum[i][v] = one[i];
   }
   add_tile(sum, DOT_ROWS, DOT_COLUMNS, out, ldo);
 }
