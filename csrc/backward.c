@@ -637,11 +637,16 @@ static pnn_inputs inputs_prepare(const pnn_problem *p, const pnn_host *host, boo
   /* With more than one mask a channel the response maps outweigh the tensors, and their masks want short ranges. */
   in.width =
       p->masks == 1 && !in.masks ? pnn_panel_columns(p, PNN_MAX(p->group_outputs, in.block), p->group_maps) : PNN_PANEL;
+  int64_t unit = PNN_PANEL;
+  if (in.rows) {
+    unit = pnn_rows_tile(p, in.block);
+    in.width = pnn_rows_width(p, in.width, in.block);
+  }
   in.ld = pnn_panel_ld(p, in.width);
   in.packing = pnn_packing_backward(p, in.rows ? p->kernels->strip_columns : p->tile_rows, in.block);
   in.slab = p->group_maps;
-  in.deal = pnn_deal_columns(p, host, in.width, PNN_PANEL, in.masks ? p->maps : pnn_mask_rows(p, p->group_maps),
-                             in.masks ? 1 : p->groups, in.masks);
+  in.deal = pnn_deal_columns(p, host, in.rows ? PNN_PANEL : in.width, unit,
+                             in.masks ? p->maps : pnn_mask_rows(p, p->group_maps), in.masks ? 1 : p->groups, in.masks);
   /* With many maps a panel's masks would fill the second-level cache. A channel's gradient needs its own maps only, so
    * the maps become the outermost loop: a window's masks serve the whole piece while the next ones are on their way. */
   const int64_t slab = in.block ? in.window / block_channels * in.block : 0;

@@ -154,9 +154,13 @@ static const char *from_map(const pnn_problem *p, const void *vector, int64_t k)
   return (const char *)vector + k * p->real_size;
 }
 
-/* Pixels of a product with `columns` outputs or maps. */
-static int64_t rows_of(const pnn_problem *p, int64_t columns) {
-  return columns > p->kernels->strip_columns ? p->tile_rows : p->kernels->strip_rows;
+int64_t pnn_rows_tile(const pnn_problem *problem, int64_t columns) {
+  return columns > problem->kernels->strip_columns ? problem->tile_rows : problem->kernels->strip_rows;
+}
+
+int64_t pnn_rows_width(const pnn_problem *problem, int64_t width, int64_t columns) {
+  const int64_t tile = pnn_rows_tile(problem, columns), up = pnn_round_up(width, tile);
+  return up <= PNN_WIDEST ? up : up - tile;
 }
 
 /* ---- forward ---- */
@@ -227,7 +231,7 @@ void pnn_rows_forward_item(void *state, int32_t worker, int64_t item) {
     }
     pnn_ahead_add(p, &ahead, &range, next, ahead_count, &p->output, group * p->group_outputs, p->group_outputs, true);
     pnn_ahead_spread(&ahead, pnn_quotient_up(p->group_outputs, wide) *
-                                 (pnn_quotient(columns.columns, rows_of(p, p->group_outputs)) + 1) *
+                                 (pnn_quotient(columns.columns, pnn_rows_tile(p, p->group_outputs)) + 1) *
                                  (p->group_maps / (p->pairs ? 2 : 1) / PNN_AHEAD_DEPTH + 1));
     for (int64_t k = 0; k < p->group_maps || k == 0; k += PNN_MAX(f->block, 1)) {
       const int64_t depth = PNN_MIN(f->block, p->group_maps - k);
@@ -235,7 +239,7 @@ void pnn_rows_forward_item(void *state, int32_t worker, int64_t item) {
       for (int64_t t = 0; t < p->group_outputs; t += wide) {
         const void *b = pnn_packing_tile(p, &f->packing, f->packed, group, 0, pnn_quotient(t, strip), k);
         const char *start = from_map(p, f->bias, group * f->sum_rows + t);
-        const int64_t outputs = PNN_MIN(wide, p->group_outputs - t), rows = rows_of(p, outputs);
+        const int64_t outputs = PNN_MIN(wide, p->group_outputs - t), rows = pnn_rows_tile(p, outputs);
         for (int64_t r = 0; r < count; r++)
           for (int64_t i = 0; i < runs[r].columns; i += rows) {
             const int64_t offset = runs[r].offset + i * step + group * p->group_outputs + t;
@@ -472,13 +476,13 @@ void pnn_rows_inputs_item(void *inputs, int32_t worker, int64_t item) {
     pnn_ahead_add(p, &ahead, &range, next, count, &p->grad_output, group * p->group_outputs, p->group_outputs, false);
     pnn_ahead_add(p, &ahead, &range, next, count, &p->input, group * p->group_channels, p->group_channels, false);
     pnn_ahead_spread(&ahead, in->packing.blocks * pnn_quotient_up(in->block, wide) *
-                                 (pnn_quotient(columns.columns, rows_of(p, in->block)) + 1) *
+                                 (pnn_quotient(columns.columns, pnn_rows_tile(p, in->block)) + 1) *
                                  (p->group_outputs / (p->pairs ? 2 : 1) / PNN_AHEAD_DEPTH + 1));
     for (int64_t block = 0; block < in->packing.blocks; block++) {
       const int64_t k = block * in->block, k0 = k_first + k, maps = PNN_MIN(in->block, p->group_maps - k);
       for (int64_t j = 0; j < maps; j += wide) {
         const void *b = pnn_packing_tile(p, &in->packing, in->packed, group, block, pnn_quotient(j, strip), 0);
-        const int64_t some = PNN_MIN(wide, maps - j), rows = rows_of(p, some);
+        const int64_t some = PNN_MIN(wide, maps - j), rows = pnn_rows_tile(p, some);
         for (int64_t r = 0; r < gradients; r++)
           for (int64_t i = 0; i < gradient[r].columns; i += rows) {
             const int64_t offset = gradient[r].offset + i * gradient_step + group * p->group_outputs;

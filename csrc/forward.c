@@ -281,6 +281,11 @@ void pnn_forward_pass(const pnn_problem *problem, const pnn_host *host, pnn_aren
   f.width = pnn_panel_columns(p, f.block, PNN_MAX(p->group_outputs, p->group_maps));
   f.few = !p->pairs && p->group_maps <= FEW_MAPS && (rows || runs_pay(p));
   if (f.few && !rows) f.width = PNN_MAX(f.width, run_columns(p));
+  int64_t unit = PNN_PANEL;
+  if (rows && !f.few) {
+    unit = pnn_rows_tile(p, p->group_outputs);
+    f.width = pnn_rows_width(p, f.width, p->group_outputs);
+  }
   f.ld = pnn_panel_ld(p, f.width);
   f.packing = pnn_packing_forward(p, rows ? p->kernels->strip_columns : p->tile_rows);
   /* With many maps a piece's masks would fill the second-level cache for a few pixels. Where the sums can wait in the
@@ -293,8 +298,8 @@ void pnn_forward_pass(const pnn_problem *problem, const pnn_host *host, pnn_aren
   }
   if (!slabs) {
     f.slab = p->group_maps;
-    f.deal =
-        pnn_deal_columns(p, host, f.few ? PNN_PANEL : f.width, PNN_PANEL, pnn_mask_rows(p, f.slab), p->groups, false);
+    f.deal = pnn_deal_columns(p, host, rows || f.few ? PNN_PANEL : f.width, unit, pnn_mask_rows(p, f.slab), p->groups,
+                              false);
   }
   f.sum_rows = f.packing.block_tiles * f.packing.tile;
   f.tiles = PNN_MAX(f.packing.block_tiles, 1);

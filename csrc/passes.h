@@ -101,6 +101,11 @@ pnn_norm_terms pnn_inputs_norm_terms(const pnn_inputs *inputs, int64_t k0);
 /* Whether these tensors are of the type that is computed in, with channels next to each other. */
 bool pnn_rows_fit(const pnn_problem *problem, const pnn_view *a, const pnn_view *b);
 
+/* Pixels of a product with `columns` outputs or maps. */
+int64_t pnn_rows_tile(const pnn_problem *problem, int64_t columns);
+/* Pixels of a panel of about `width`: whole tiles. */
+int64_t pnn_rows_width(const pnn_problem *problem, int64_t width, int64_t columns);
+
 /* Takes one worker's scratch from the arena. */
 void pnn_rows_forward_scratch(const pnn_forward_state *state, pnn_arena *arena);
 void pnn_rows_sums_scratch(const pnn_sums *sums, pnn_arena *arena);
