@@ -56,31 +56,33 @@ typedef struct sums_source {
   const pnn_source *source; /* of the first response map */
 } sums_source;
 
-/* G[t0.., k0..] += outputs * maps' over one chunk, tile by tile. */
+/* G[t0.., k0..] += outputs * maps' over one chunk, its part's first or not, tile by tile. */
 static void sums_products(const pnn_sums *s, const sums_scratch *t, int64_t columns, char *into, int64_t outputs,
-                          int64_t maps, const sums_source *from, pnn_ahead *ahead) {
+                          int64_t maps, bool first, const sums_source *from, pnn_ahead *ahead) {
   const pnn_problem *p = s->problem;
   const pnn_kernels *kernels = p->kernels;
   const int64_t size = p->real_size, ld = p->group_maps, rounds = columns / (p->pairs ? 2 : 1) / PNN_LANES;
   pnn_ahead_spread(ahead, pnn_quotient_up(outputs, kernels->dot_rows) * pnn_quotient_up(maps, kernels->dot_columns));
+  const pnn_ahead_run share = pnn_ahead_share(ahead, rounds);
   for (int64_t near = 0, next; near < outputs; near = next) {
     next = PNN_MIN(near + NEAR_OUTPUTS, outputs);
     for (int64_t j = 0; j < maps; j += kernels->dot_columns)
       for (int64_t i = near; i < next; i += kernels->dot_rows) {
         char *const out = into + (i * ld + j) * size, *const a = t->outputs + i * PNN_CHUNK * size;
         char *const b = t->maps + j * PNN_CHUNK * size;
-        const pnn_ahead_run run = pnn_ahead_take(ahead, rounds, a);
+        const pnn_ahead_run run = pnn_ahead_take(ahead, share, a);
         const char *gradient = from->gradient && j == 0 ? from->gradient + i * p->grad_output.channel * size : NULL;
         if (p->pairs) {
           kernels->dot_pairs(columns / 2, t->output_pairs + i * PNN_CHUNK * 2, PNN_CHUNK / 2,
-                             t->map_pairs + j * PNN_CHUNK * 2, PNN_CHUNK / 2, outputs - i, maps - j, out, ld, &run);
+                             t->map_pairs + j * PNN_CHUNK * 2, PNN_CHUNK / 2, outputs - i, maps - j, out, ld, first,
+                             &run);
         } else if (gradient || (from->source && i == 0)) {
           pnn_source source;
           if (from->source && i == 0) source = pnn_source_at(p, from->source, j);
           kernels->respond_dot[p->activation](columns, a, PNN_CHUNK, gradient, p->grad_output.channel, b, PNN_CHUNK,
-                                              from->source && i == 0 ? &source : NULL, out, ld, &run);
+                                              from->source && i == 0 ? &source : NULL, out, ld, first, &run);
         } else {
-          kernels->dot(columns, a, PNN_CHUNK, b, PNN_CHUNK, outputs - i, maps - j, out, ld, &run);
+          kernels->dot(columns, a, PNN_CHUNK, b, PNN_CHUNK, outputs - i, maps - j, out, ld, first, &run);
         }
       }
   }
@@ -158,7 +160,7 @@ static void sums_part(const pnn_sums *s, const pnn_sums_place at, const sums_scr
                                  .mask_k0 = at.k0,
                                  .mean = s->mean,
                                  .channels = t.channels};
-  pnn_sums_begin(s, &at);
+  if (at.totals) memset(at.totals + at.first * size, 0, (size_t)((at.end - at.first) * size));
   if (at.maps) { /* rows that a last tile reads beyond the block's end */
     const int64_t more = (pnn_round_up(at.maps, p->kernels->dot_columns) - at.maps) * PNN_CHUNK;
     memset(t.maps + at.maps * PNN_CHUNK * size, 0, (size_t)(more * size));
@@ -169,8 +171,9 @@ static void sums_part(const pnn_sums *s, const pnn_sums_place at, const sums_scr
   const bool copied = p->pairs && (pnn_columns_native(p, &p->grad_output) || pnn_columns_turned(p, &p->grad_output));
   pnn_columns columns;
   pnn_range range;
-  int64_t chunk, end;
-  for (pnn_chunks_part(&s->chunks, at.part, &chunk, &end); chunk < end; chunk++) {
+  int64_t part_first, end;
+  pnn_chunks_part(&s->chunks, at.part, &part_first, &end);
+  for (int64_t chunk = part_first; chunk < end; chunk++) {
     int64_t first;
     const int64_t count = pnn_chunk_locate(p, &s->chunks, chunk, &range, &first);
     if (range.pixel != masked->pixel) {
@@ -208,8 +211,8 @@ static void sums_part(const pnn_sums *s, const pnn_sums_place at, const sums_scr
       }
       if (at.maps) {
         pnn_ahead ahead = pnn_sums_ahead(s, &at, chunk, end, o, OUTPUT_BLOCK);
-        sums_products(s, &t, columns.padded, at.products + (o * p->group_maps + at.k) * size, rows, at.maps, &from,
-                      &ahead);
+        sums_products(s, &t, columns.padded, at.products + (o * p->group_maps + at.k) * size, rows, at.maps,
+                      chunk == part_first, &from, &ahead);
       }
       if (at.totals) {
         if (copied)
@@ -310,13 +313,6 @@ static void sums_run(pnn_sums *s, const pnn_host *host) {
   }
   pnn_parallel(host, sums_items(s), s->rows ? pnn_rows_sums_item : sums_item, s);
   pnn_parallel(pnn_weights_host(p, host), (p->outputs + JOIN_OUTPUTS - 1) / JOIN_OUTPUTS, join_item, s);
-}
-
-void pnn_sums_begin(const pnn_sums *s, const pnn_sums_place *at) {
-  const int64_t size = s->problem->real_size;
-  for (int64_t t = at->first; t < at->end; t++)
-    if (at->maps) memset(at->products + (t * s->problem->group_maps + at->k) * size, 0, (size_t)(at->maps * size));
-  if (at->totals) memset(at->totals + at->first * size, 0, (size_t)((at->end - at->first) * size));
 }
 
 /* ---- input and masks ---- */

@@ -343,12 +343,14 @@ static void sums_part(const pnn_sums *s, const pnn_sums_place at, const sums_scr
   const pnn_problem *p = s->problem;
   const pnn_kernels *kernels = p->kernels;
   const int64_t size = p->real_size, tile = kernels->strip_rows;
-  pnn_sums_begin(s, &at);
+  if (at.totals) memset(at.totals + at.first * size, 0, (size_t)((at.end - at.first) * size));
   pnn_columns columns;
   pixel_run runs[PNN_CHUNK];
   pnn_range range;
-  int64_t chunk, end;
-  for (pnn_chunks_part(&s->chunks, at.part, &chunk, &end); chunk < end; chunk++) {
+  int64_t part_first, end;
+  pnn_chunks_part(&s->chunks, at.part, &part_first, &end);
+  for (int64_t chunk = part_first; chunk < end; chunk++) {
+    const pnn_product_mode mode = chunk == part_first ? PNN_PRODUCT_START : PNN_PRODUCT_ADD;
     int64_t first;
     const int64_t count = pnn_chunk_locate(p, &s->chunks, chunk, &range, &first);
     if (range.pixel != made->pixel) {
@@ -386,10 +388,10 @@ static void sums_part(const pnn_sums *s, const pnn_sums_place at, const sums_scr
         const int64_t maps = PNN_MIN(kernels->strip_columns, at.maps - j);
         char *into = at.products + (o * p->group_maps + at.k + j) * size;
         if (p->pairs)
-          kernels->product_rows_pairs(PNN_PRODUCT_ADD, rows, maps, depth, outputs, 2, packed, t.maps + j * size, t.ld,
-                                      into, p->group_maps, NULL, false, &ahead);
+          kernels->product_rows_pairs(mode, rows, maps, depth, outputs, 2, packed, t.maps + j * size, t.ld, into,
+                                      p->group_maps, NULL, false, &ahead);
         else
-          kernels->product_rows(PNN_PRODUCT_ADD, rows, maps, depth, outputs, 1, tile, t.maps + j * size, t.ld, 0, into,
+          kernels->product_rows(mode, rows, maps, depth, outputs, 1, tile, t.maps + j * size, t.ld, 0, into,
                                 p->group_maps, NULL, &ahead);
       }
       if (!at.totals || p->pairs) continue;

@@ -61,8 +61,6 @@ typedef struct pnn_sums_place {
 } pnn_sums_place;
 
 pnn_sums_place pnn_sums_locate(const pnn_sums *sums, int64_t item, int64_t part);
-/* Sets what the item sums up to 0. */
-void pnn_sums_begin(const pnn_sums *sums, const pnn_sums_place *at);
 /* What the item reads next, while the products of the outputs [output, output + outputs) with `chunk` run: the gradient
  * of the outputs behind them, a share of the next chunk's input, and of the masks that are wanted next. */
 pnn_ahead pnn_sums_ahead(const pnn_sums *sums, const pnn_sums_place *at, int64_t chunk, int64_t end, int64_t output,

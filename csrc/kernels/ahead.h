@@ -69,19 +69,26 @@ static inline void pnn_ahead_step(pnn_ahead *ahead) {
 /* One step's share for a loop that asks for a line each time round: at data, data + step, ... */
 typedef struct pnn_ahead_run {
   const char *data;
-  int64_t step;
+  int64_t step, bytes;
 } pnn_ahead_run;
 
-/* The share of a loop of `rounds`; `otherwise`, which is in cache, where nothing is left. */
-static inline pnn_ahead_run pnn_ahead_take(pnn_ahead *ahead, int64_t rounds, const void *otherwise) {
+/* What each of several loops of `rounds` asks for: at most a line each time round. */
+static inline pnn_ahead_run pnn_ahead_share(const pnn_ahead *ahead, int64_t rounds) {
+  const int64_t bytes = 64 * (ahead->pace < rounds ? ahead->pace : rounds);
+  const pnn_ahead_run share = {0, pnn_quotient_up(bytes, rounds), bytes};
+  return share;
+}
+
+/* The next loop's share; `otherwise`, which is in cache, where nothing is left. */
+static inline pnn_ahead_run pnn_ahead_take(pnn_ahead *ahead, pnn_ahead_run share, const void *otherwise) {
   if (!ahead->pace || (ahead->line >= ahead->end && !pnn_ahead_next(ahead))) {
-    const pnn_ahead_run none = {(const char *)otherwise, 0};
-    return none;
+    share.data = (const char *)otherwise;
+    share.step = 0;
+    return share;
   }
-  const int64_t bytes = ahead->pace < rounds ? ahead->pace * 64 : rounds * 64;
-  const pnn_ahead_run run = {ahead->line, pnn_quotient_up(bytes, rounds)};
-  ahead->line += bytes;
-  return run;
+  share.data = ahead->line;
+  ahead->line += share.bytes;
+  return share;
 }
 
 /* Spreads what was added over `steps` steps. */

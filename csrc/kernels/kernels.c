@@ -505,22 +505,29 @@ static inline __attribute__((always_inline)) void lanes_sums(const vr sum[DOT_RO
   }
 }
 
-/* out[i][j] += the folded sums, where they belong to the output. */
+/* out[i][j] += the folded sums, where they belong to the output; first: = them. */
 static inline __attribute__((always_inline)) void add_tile(const vr sum[DOT_ROWS * DOT_COLUMNS][LANE_VECTORS],
-                                                           int64_t rows, int64_t width, real *out, int64_t ldo) {
+                                                           int64_t rows, int64_t width, real *out, int64_t ldo,
+                                                           bool first) {
   real tile[DOT_ROWS * DOT_COLUMNS];
   lanes_sums(sum, tile);
   if (rows >= DOT_ROWS && width >= DOT_COLUMNS) {
+    typedef real tile_row __attribute__((vector_size(DOT_COLUMNS * sizeof(real))));
+#pragma GCC unroll 4
     for (int i = 0; i < DOT_ROWS; i++) {
-      real row[DOT_COLUMNS]; /* read as a whole before any of it is written: a vector */
-      memcpy(row, out + i * ldo, sizeof row);
-      for (int j = 0; j < DOT_COLUMNS; j++) row[j] += tile[i * DOT_COLUMNS + j];
-      memcpy(out + i * ldo, row, sizeof row);
+      tile_row row, there;
+      memcpy(&row, tile + i * DOT_COLUMNS, sizeof row);
+      if (!first) {
+        memcpy(&there, out + i * ldo, sizeof there);
+        row += there;
+      }
+      memcpy(out + i * ldo, &row, sizeof row);
     }
     return;
   }
   for (int64_t i = 0; i < rows && i < DOT_ROWS; i++)
-    for (int64_t j = 0; j < width && j < DOT_COLUMNS; j++) out[i * ldo + j] += tile[i * DOT_COLUMNS + j];
+    for (int64_t j = 0; j < width && j < DOT_COLUMNS; j++)
+      out[i * ldo + j] = first ? tile[i * DOT_COLUMNS + j] : out[i * ldo + j] + tile[i * DOT_COLUMNS + j];
 }
 
 /* Adds a vector of columns' products to dot's sums. */
@@ -534,7 +541,7 @@ static inline __attribute__((always_inline)) void dot_step(vr one[DOT_ROWS * DOT
 
 /* Lanes v * VR, ... of all sums at a time: as many columns of each PNN_LANES. */
 static void dot(int64_t columns, const void *a_, int64_t lda, const void *b_, int64_t ldb, int64_t rows, int64_t width,
-                void *out, int64_t ldo, const pnn_ahead_run *ahead) {
+                void *out, int64_t ldo, int32_t first, const pnn_ahead_run *ahead) {
   const real *restrict a = a_;
   const real *restrict b = b_;
   vr sum[DOT_ROWS * DOT_COLUMNS][LANE_VECTORS];
@@ -556,7 +563,7 @@ static void dot(int64_t columns, const void *a_, int64_t lda, const void *b_, in
 #pragma GCC unroll 16
     for (int i = 0; i < DOT_ROWS * DOT_COLUMNS; i++) sum[i][v] = one[i];
   }
-  add_tile(sum, rows, width, out, ldo);
+  add_tile(sum, rows, width, out, ldo, first);
 }
 
 static void sum_rows(int64_t columns, const void *a_, int64_t lda, int64_t rows, void *out_) {
@@ -761,7 +768,8 @@ static inline __attribute__((always_inline)) void product_respond_grad(
 static inline __attribute__((always_inline)) void respond_dot(int64_t columns, real *restrict a, int64_t lda,
                                                               const real *g, int64_t ldg, real *restrict b, int64_t ldb,
                                                               const pnn_source *source, real *out, int64_t ldo,
-                                                              const pnn_ahead_run *ahead, vr (*activate)(vr)) {
+                                                              bool first, const pnn_ahead_run *ahead,
+                                                              vr (*activate)(vr)) {
   vr sum[DOT_ROWS * DOT_COLUMNS][LANE_VECTORS];
   const real *x[DOT_COLUMNS], *mask[DOT_COLUMNS];
   vr mean[DOT_COLUMNS];
@@ -804,7 +812,7 @@ static inline __attribute__((always_inline)) void respond_dot(int64_t columns, r
 #pragma GCC unroll 16
     for (int i = 0; i < DOT_ROWS * DOT_COLUMNS; i++) sum[i][v] = one[i];
   }
-  add_tile(sum, DOT_ROWS, DOT_COLUMNS, out, ldo);
+  add_tile(sum, DOT_ROWS, DOT_COLUMNS, out, ldo, first);
 }
 
 /* Activations of a few instructions, which leave the registers to the sums. The portable kernels gain nothing from it
@@ -828,14 +836,14 @@ static inline __attribute__((always_inline)) void respond_dot(int64_t columns, r
       respond_product(depth, rows, a, b, ldb, c, ldc, start, source, ahead, PNN_ACTIVATE(name), false, false);        \
   }                                                                                                                   \
   static void respond_dot_##name(int64_t columns, void *a, int64_t lda, const void *g, int64_t ldg, void *b,          \
-                                 int64_t ldb, const pnn_source *source, void *out, int64_t ldo,                       \
+                                 int64_t ldb, const pnn_source *source, void *out, int64_t ldo, int32_t first,        \
                                  const pnn_ahead_run *ahead) {                                                        \
     if (g && source)                                                                                                  \
-      respond_dot(columns, a, lda, g, ldg, b, ldb, source, out, ldo, ahead, PNN_ACTIVATE(name));                      \
+      respond_dot(columns, a, lda, g, ldg, b, ldb, source, out, ldo, first, ahead, PNN_ACTIVATE(name));               \
     else if (source)                                                                                                  \
-      respond_dot(columns, a, lda, NULL, 0, b, ldb, source, out, ldo, ahead, PNN_ACTIVATE(name));                     \
+      respond_dot(columns, a, lda, NULL, 0, b, ldb, source, out, ldo, first, ahead, PNN_ACTIVATE(name));              \
     else                                                                                                              \
-      respond_dot(columns, a, lda, g, ldg, b, ldb, NULL, out, ldo, ahead, PNN_ACTIVATE(name));                        \
+      respond_dot(columns, a, lda, g, ldg, b, ldb, NULL, out, ldo, first, ahead, PNN_ACTIVATE(name));                 \
   }                                                                                                                   \
   static void product_respond_grad_##name(int64_t depth, const void *a, const void *g, int64_t ldg, void *b,          \
                                           int64_t ldb, void *dx, int64_t ldo, int64_t rows, const pnn_source *source, \

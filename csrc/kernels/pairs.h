@@ -343,7 +343,8 @@ PAIRS_INLINE void product_pairs_respond_grad(int64_t depth, const int32_t *a, co
 }
 
 PAIRS_TARGET static void dot_pairs(int64_t columns, const void *a_, int64_t lda, const void *b_, int64_t ldb,
-                                   int64_t rows, int64_t width, void *out, int64_t ldo, const pnn_ahead_run *ahead) {
+                                   int64_t rows, int64_t width, void *out, int64_t ldo, int32_t first,
+                                   const pnn_ahead_run *ahead) {
   const int32_t *restrict a = a_;
   const int32_t *restrict b = b_;
   __m512 sum[DOT_ROWS][DOT_COLUMNS];
@@ -371,7 +372,7 @@ PAIRS_TARGET static void dot_pairs(int64_t columns, const void *a_, int64_t lda,
   for (int i = 0; i < DOT_ROWS; i++)
 #pragma GCC unroll 4
     for (int j = 0; j < DOT_COLUMNS; j++) all[i * DOT_COLUMNS + j][0] = (vr)sum[i][j];
-  add_tile(all, rows, width, out, ldo);
+  add_tile(all, rows, width, out, ldo, first);
 }
 
 static void sum_bfloat16(int64_t columns, const void *a_, int64_t lda, int64_t rows, void *out_) {

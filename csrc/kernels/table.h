@@ -94,10 +94,10 @@ typedef struct pnn_kernels {
                       int64_t ldc, const void *start, pnn_ahead *ahead);
 
   /* out[i*ldo + j] += sum over columns of a[i][.] * b[j][.] in PNN_LANES partial sums, each a chain of fused
-   * multiply-adds, for i < rows and j < width. columns is a multiple of PNN_LANES; dot_rows rows of a and dot_columns
-   * rows of b are read. */
+   * multiply-adds, for i < rows and j < width; first: out is set, not added to. columns is a multiple of PNN_LANES;
+   * dot_rows rows of a and dot_columns rows of b are read. */
   void (*dot)(int64_t columns, const void *a, int64_t lda, const void *b, int64_t ldb, int64_t rows, int64_t width,
-              void *out, int64_t ldo, const pnn_ahead_run *ahead);
+              void *out, int64_t ldo, int32_t first, const pnn_ahead_run *ahead);
 
   /* out[r] = sum over columns of a[r][.], in the same order as dot with ones. */
   void (*sum)(int64_t columns, const void *a, int64_t lda, int64_t rows, void *out);
@@ -130,7 +130,7 @@ typedef struct pnn_kernels {
    */
   void (*respond_dot[PNN_ACTIVATION_COUNT])(int64_t columns, void *a, int64_t lda, const void *g, int64_t ldg, void *b,
                                             int64_t ldb, const pnn_source *source, void *out, int64_t ldo,
-                                            const pnn_ahead_run *ahead);
+                                            int32_t first, const pnn_ahead_run *ahead);
 
   /* `product` from 0 with respond_grad as its epilogue, one mask a channel: dx of the `rows` response maps source->k0,
    * ... of a tile, tile_columns columns. g not NULL: the panel's rows stand there, [depth][ldg], and are copied to b on
@@ -170,7 +170,7 @@ typedef struct pnn_kernels {
   void (*product_pairs)(int64_t depth, const void *a, const void *b, int64_t ldb, void *c, int64_t ldc,
                         const void *start, void *out, int64_t ldo, pnn_ahead *ahead);
   void (*dot_pairs)(int64_t columns, const void *a, int64_t lda, const void *b, int64_t ldb, int64_t rows,
-                    int64_t width, void *out, int64_t ldo, const pnn_ahead_run *ahead);
+                    int64_t width, void *out, int64_t ldo, int32_t first, const pnn_ahead_run *ahead);
   /* dst[r/2][j] = (a[r][j], a[r+1][j]) rounded to bfloat16; behind an odd last row stands 0. columns: a multiple of
    * PNN_LANES. */
   void (*pair_rows)(void *dst, const void *a, int64_t ld, int64_t rows, int64_t columns);
