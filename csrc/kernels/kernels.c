@@ -1079,44 +1079,81 @@ static void sum_columns(int64_t depth, const void *a_, void *out_) {
   for (int i = 0; i < STRIP_ROWS; i++) out[i] += sum[i];
 }
 
-#define DEFINE_RESPOND_ROWS(suffix, name)                                                                             \
-  static void respond_rows_##name(void *a_, int64_t lda, const void *x_, int64_t ldx, const void *mask_, int64_t ldm, \
-                                  const void *mean_, int64_t pixels, int64_t rows, int32_t shared) {                  \
-    const real *mean = mean_;                                                                                         \
-    for (int64_t p = 0; p < pixels; p++) {                                                                            \
-      real *a = (real *)a_ + p * lda;                                                                                 \
-      const real *x = (const real *)x_ + p * ldx;                                                                     \
-      const real *mask = mask_ ? (const real *)mask_ + p * ldm : NULL;                                                \
-      const vr one = mask && shared ? vr_set1(mask[0]) : vr_set1(0);                                                  \
-      for (int64_t r = 0; r < rows; r += VR) {                                                                        \
-        const int64_t n = rows - r;                                                                                   \
-        vr u = load_some(x + r, n);                                                                                   \
-        if (mask) u += shared ? one : load_some(mask + r, n);                                                         \
-        u = PNN_ACTIVATE(name)(u);                                                                                    \
-        store_some(a + r, mean ? u - load_some(mean + r, n) : u, n);                                                  \
-      }                                                                                                               \
-    }                                                                                                                 \
-  }                                                                                                                   \
-  static void respond_grad_rows_##name(void *dx_, int64_t ldx, const void *d_, int64_t ldd, const void *x_,           \
-                                       int64_t step, const void *mask_, int64_t ldm, const pnn_norm_terms *norm,      \
-                                       int64_t pixels, int64_t rows, int32_t shared) {                                \
-    const real *mean = norm ? norm->mean : NULL, *offset = norm ? norm->offset : NULL;                                \
-    const real *slope = norm ? norm->slope : NULL;                                                                    \
-    for (int64_t p = 0; p < pixels; p++) {                                                                            \
-      real *dx = (real *)dx_ + p * ldx;                                                                               \
-      const real *d = (const real *)d_ + p * ldd, *x = (const real *)x_ + p * step;                                   \
-      const real *mask = mask_ ? (const real *)mask_ + p * ldm : NULL;                                                \
-      const vr one = mask && shared ? vr_set1(mask[0]) : vr_set1(0);                                                  \
-      for (int64_t r = 0; r < rows; r += VR) {                                                                        \
-        const int64_t n = rows - r;                                                                                   \
-        vr u = load_some(x + r, n), da = load_some(d + r, n);                                                         \
-        if (mask) u += shared ? one : load_some(mask + r, n);                                                         \
-        if (norm)                                                                                                     \
-          da = vr_fma(load_some(slope + r, n), PNN_ACTIVATE(name)(u) - load_some(mean + r, n),                        \
-                      da + load_some(offset + r, n));                                                                 \
-        store_some(dx + r, PNN_ACTIVATE_GRAD(name)(u, da), n);                                                        \
-      }                                                                                                               \
-    }                                                                                                                 \
+/* One mask value a pixel, or one for each of its channels, or none. */
+typedef enum row_mask { NO_MASK, MASK_OF_PIXEL, MASK_OF_CHANNEL } row_mask;
+
+static inline __attribute__((always_inline)) vr row_perturbed(row_mask kind, const real *x, const real *mask, vr one,
+                                                              int64_t r, int64_t n) {
+  vr u = load_some(x + r, n);
+  if (kind == MASK_OF_CHANNEL) u += load_some(mask + r, n);
+  if (kind == MASK_OF_PIXEL) u += one;
+  return u;
+}
+
+static inline __attribute__((always_inline)) void respond_rows(row_mask kind, real *a, int64_t lda, const real *x,
+                                                               int64_t ldx, const real *mask, int64_t ldm,
+                                                               const real *mean, int64_t pixels, int64_t rows,
+                                                               vr (*activate)(vr)) {
+  const int64_t whole = rows / VR * VR, rest = rows - whole;
+  for (int64_t p = 0; p < pixels; p++, a += lda, x += ldx, mask += kind == NO_MASK ? 0 : ldm) {
+    const vr one = vr_set1(kind == MASK_OF_PIXEL ? mask[0] : 0);
+    if (mean)
+      for (int64_t r = 0; r < whole; r += VR)
+        vr_store(a + r, activate(row_perturbed(kind, x, mask, one, r, VR)) - vr_load(mean + r));
+    else
+      for (int64_t r = 0; r < whole; r += VR) vr_store(a + r, activate(row_perturbed(kind, x, mask, one, r, VR)));
+    if (!rest) continue;
+    const vr last = activate(row_perturbed(kind, x, mask, one, whole, rest));
+    vr_store_part(a + whole, mean ? last - vr_load_part(mean + whole, rest) : last, rest);
+  }
+}
+
+static inline __attribute__((always_inline)) void respond_grad_rows(row_mask kind, real *dx, int64_t ldx, const real *d,
+                                                                    int64_t ldd, const real *x, int64_t step,
+                                                                    const real *mask, int64_t ldm,
+                                                                    const pnn_norm_terms *norm, int64_t pixels,
+                                                                    int64_t rows, vr (*activate)(vr),
+                                                                    vr (*activate_grad)(vr, vr)) {
+  const real *mean = norm ? norm->mean : NULL, *offset = norm ? norm->offset : NULL;
+  const real *slope = norm ? norm->slope : NULL;
+  const int64_t whole = norm ? 0 : rows / VR * VR;
+  for (int64_t p = 0; p < pixels; p++, dx += ldx, d += ldd, x += step, mask += kind == NO_MASK ? 0 : ldm) {
+    const vr one = vr_set1(kind == MASK_OF_PIXEL ? mask[0] : 0);
+    for (int64_t r = 0; r < whole; r += VR)
+      vr_store(dx + r, activate_grad(row_perturbed(kind, x, mask, one, r, VR), vr_load(d + r)));
+    for (int64_t r = whole; r < rows; r += VR) {
+      const int64_t n = rows - r;
+      const vr u = row_perturbed(kind, x, mask, one, r, n);
+      vr da = load_some(d + r, n);
+      if (norm)
+        da = vr_fma(load_some(slope + r, n), activate(u) - load_some(mean + r, n), da + load_some(offset + r, n));
+      store_some(dx + r, activate_grad(u, da), n);
+    }
+  }
+}
+
+#define DEFINE_RESPOND_ROWS(suffix, name)                                                                              \
+  static void respond_rows_##name(void *a, int64_t lda, const void *x, int64_t ldx, const void *mask, int64_t ldm,     \
+                                  const void *mean, int64_t pixels, int64_t rows, int32_t shared) {                    \
+    if (!mask)                                                                                                         \
+      respond_rows(NO_MASK, a, lda, x, ldx, mask, ldm, mean, pixels, rows, PNN_ACTIVATE(name));                        \
+    else if (shared)                                                                                                   \
+      respond_rows(MASK_OF_PIXEL, a, lda, x, ldx, mask, ldm, mean, pixels, rows, PNN_ACTIVATE(name));                  \
+    else                                                                                                               \
+      respond_rows(MASK_OF_CHANNEL, a, lda, x, ldx, mask, ldm, mean, pixels, rows, PNN_ACTIVATE(name));                \
+  }                                                                                                                    \
+  static void respond_grad_rows_##name(void *dx, int64_t ldx, const void *d, int64_t ldd, const void *x, int64_t step, \
+                                       const void *mask, int64_t ldm, const pnn_norm_terms *norm, int64_t pixels,      \
+                                       int64_t rows, int32_t shared) {                                                 \
+    if (!mask)                                                                                                         \
+      respond_grad_rows(NO_MASK, dx, ldx, d, ldd, x, step, mask, ldm, norm, pixels, rows, PNN_ACTIVATE(name),          \
+                        PNN_ACTIVATE_GRAD(name));                                                                      \
+    else if (shared)                                                                                                   \
+      respond_grad_rows(MASK_OF_PIXEL, dx, ldx, d, ldd, x, step, mask, ldm, norm, pixels, rows, PNN_ACTIVATE(name),    \
+                        PNN_ACTIVATE_GRAD(name));                                                                      \
+    else                                                                                                               \
+      respond_grad_rows(MASK_OF_CHANNEL, dx, ldx, d, ldd, x, step, mask, ldm, norm, pixels, rows, PNN_ACTIVATE(name),  \
+                        PNN_ACTIVATE_GRAD(name));                                                                      \
   }
 PNN_ACTIVATION_LIST(DEFINE_RESPOND_ROWS)
 
