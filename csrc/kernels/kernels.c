@@ -638,7 +638,15 @@ static void sum_rows(int64_t columns, const void *a_, int64_t lda, int64_t rows,
       const real *mean = norm ? (const real *)norm->mean + r * masks : NULL;                                           \
       const real *offset = norm ? (const real *)norm->offset + r * masks : NULL;                                       \
       const real *slope = norm ? (const real *)norm->slope + r * masks : NULL;                                         \
-      for (int64_t j = 0; j < columns; j += VR) {                                                                      \
+      const int64_t whole = masks == 1 && !norm ? columns / VR * VR : 0; /* the common case, without choices */        \
+      if (mask) {                                                                                                      \
+        for (int64_t j = 0; j < whole; j += VR)                                                                        \
+          vr_store(dx + j, PNN_ACTIVATE_GRAD(name)(vr_load(x + j) + vr_load(mask + j), vr_load(d + j)));               \
+      } else {                                                                                                         \
+        for (int64_t j = 0; j < whole; j += VR)                                                                        \
+          vr_store(dx + j, PNN_ACTIVATE_GRAD(name)(vr_load(x + j), vr_load(d + j)));                                   \
+      }                                                                                                                \
+      for (int64_t j = whole; j < columns; j += VR) {                                                                  \
         const int64_t n = columns - j;                                                                                 \
         const vr v = load_some(x + j, n);                                                                              \
         vr sum = vr_set1(0);                                                                                           \
