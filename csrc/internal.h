@@ -198,8 +198,8 @@ void pnn_columns_pair(const pnn_problem *problem, const pnn_columns *columns, co
 void pnn_ahead_add(const pnn_problem *problem, pnn_ahead *ahead, const pnn_range *range, int64_t column, int64_t count,
                    const pnn_view *view, int64_t channel, int64_t channels, bool write);
 
-/* How the columns are dealt out to the workers: ranges of up to `pixels` pixels, each cut into `cuts` pieces that differ
- * by at most `unit` columns. Only speed depends on it. */
+/* How the columns are dealt out to the workers: ranges of up to `pixels` pixels, each cut into `cuts` pieces that
+ * differ by at most `unit` columns. Only speed depends on it. */
 typedef struct pnn_deal {
   int64_t ranges, pixels, cuts, unit;
 } pnn_deal;
