@@ -1,7 +1,7 @@
 /*
  * bench_pnn.c - times libpnn by itself: GFLOP/s of each case, layout and pass on the instruction set in use.
  *
- *     bench_pnn [--quick] [--json] [--layout contiguous|channels_last] [--pass NAME] [--type float32|bfloat16]
+ *     bench_pnn [--quick] [--json] [--layout contiguous|channels_last] [--pass NAME] [--type float32|bfloat16|float64]
  *               [--noise tensor|uniform|normal|waves] [--norm] [--against LIBPNN] [B,C,H,T,M ...]
  *     PNN_MAX_ISA=avx2 bench_pnn --pass grad_input 32,64,56,64,1
  *
@@ -75,7 +75,8 @@ static void *need(size_t bytes) {
   return p;
 }
 
-/* A float32 or bfloat16 tensor [a, b, h, w], filled with values in (-1, 1) that repeat in no pattern of the sizes. */
+/* A float32, bfloat16 or float64 tensor [a, b, h, w], filled with values in (-1, 1) that repeat in no pattern of the
+ * sizes. */
 static pnn_tensor tensor(pnn_dtype type, int64_t a, int64_t b, int64_t h, int64_t w, bool channels_last) {
   pnn_tensor t = {.dtype = type, .size = {a, b, h, w}, .stride = {b * h * w, h * w, w, 1}};
   if (channels_last) {
@@ -84,7 +85,7 @@ static pnn_tensor tensor(pnn_dtype type, int64_t a, int64_t b, int64_t h, int64_
     t.stride[3] = b;
   }
   const int64_t count = a * b * h * w;
-  char *data = need((size_t)count * (type == PNN_FLOAT32 ? 4 : 2));
+  char *data = need((size_t)count * (type == PNN_FLOAT64 ? 8 : type == PNN_FLOAT32 ? 4 : 2));
   uint32_t state = 12345;
   for (int64_t i = 0; i < count; i++) {
     state = state * 1664525u + 1013904223u;
@@ -92,7 +93,10 @@ static pnn_tensor tensor(pnn_dtype type, int64_t a, int64_t b, int64_t h, int64_
     uint32_t bits;
     memcpy(&bits, &value, sizeof bits);
     const uint16_t half = (uint16_t)(bits >> 16); /* as bfloat16, toward 0 */
-    if (type == PNN_FLOAT32)
+    const double wide = (double)value;
+    if (type == PNN_FLOAT64)
+      memcpy(data + i * 8, &wide, sizeof wide);
+    else if (type == PNN_FLOAT32)
       memcpy(data + i * 4, &value, sizeof value);
     else
       memcpy(data + i * 2, &half, sizeof half);
@@ -185,7 +189,7 @@ static bool bench(const bench_case *c, bool channels_last, const bench_options *
   if (options->layout && strcmp(options->layout, layout) != 0) return true;
   const char *const isa = pnn_isa_name();
   const int64_t batch = strcmp(isa, "portable") == 0 ? 1 : c->batch, maps = c->channels * c->masks;
-  const pnn_dtype type = options->type;
+  const pnn_dtype type = options->type, real = type == PNN_FLOAT64 ? PNN_FLOAT64 : PNN_FLOAT32;
   const int64_t seed = 7;
   pnn_params p;
   pnn_params_init(&p);
@@ -195,7 +199,7 @@ static bool bench(const bench_case *c, bool channels_last, const bench_options *
   p.noise = options->noise;
   p.masks = c->masks;
   p.seed = p.noise == PNN_NOISE_TENSOR ? NULL : &seed;
-  if (p.noise == PNN_NOISE_TENSOR) p.mask = tensor(PNN_FLOAT32, c->channels, c->masks, c->side, c->side, false);
+  if (p.noise == PNN_NOISE_TENSOR) p.mask = tensor(real, c->channels, c->masks, c->side, c->side, false);
   p.level = 0.1;
   p.output = tensor(type, batch, c->outputs, c->side, c->side, channels_last);
   p.grad_output = tensor(type, batch, c->outputs, c->side, c->side, channels_last);
@@ -206,8 +210,13 @@ static bool bench(const bench_case *c, bool channels_last, const bench_options *
   p.norm = options->norm;
   p.norm_training = options->norm;
   pnn_tensor *const vectors[] = {&p.norm_weight, &p.norm_bias, &p.mean, &p.variance};
-  for (size_t i = 0; p.norm && i < 4; i++) *vectors[i] = tensor(PNN_FLOAT32, maps, 1, 1, 1, false);
-  for (int64_t k = 0; p.norm && k < maps; k++) ((float *)p.variance.data)[k] = 1; /* until forward writes it */
+  for (size_t i = 0; p.norm && i < 4; i++) *vectors[i] = tensor(real, maps, 1, 1, 1, false);
+  for (int64_t k = 0; p.norm && k < maps; k++) { /* until forward writes it */
+    if (real == PNN_FLOAT64)
+      ((double *)p.variance.data)[k] = 1;
+    else
+      ((float *)p.variance.data)[k] = 1;
+  }
 
   const pnn_host *const host = pnn_default_host();
   bool good = true;
@@ -260,8 +269,8 @@ int main(int count, char **arguments) {
     } else if (strcmp(arguments[first], "--norm") == 0) {
       options.norm = true;
     } else if (strcmp(arguments[first], "--type") == 0 && first + 1 < count &&
-               choose(arguments[first + 1], "float32 bfloat16", &choice)) {
-      options.type = choice ? PNN_BFLOAT16 : PNN_FLOAT32;
+               choose(arguments[first + 1], "float32 bfloat16 float64", &choice)) {
+      options.type = (pnn_dtype[]){PNN_FLOAT32, PNN_BFLOAT16, PNN_FLOAT64}[choice];
       first++;
     } else if (strcmp(arguments[first], "--noise") == 0 && first + 1 < count &&
                choose(arguments[first + 1], "tensor uniform normal waves", &choice)) {
@@ -279,7 +288,7 @@ int main(int count, char **arguments) {
     } else {
       fprintf(stderr,
               "usage: bench_pnn [--quick] [--json] [--layout contiguous|channels_last] "
-              "[--pass forward|backward|grad_input|grad_weight] [--type float32|bfloat16] "
+              "[--pass forward|backward|grad_input|grad_weight] [--type float32|bfloat16|float64] "
               "[--noise tensor|uniform|normal|waves] [--norm] [--against LIBPNN] [B,C,H,T,M ...]\n");
       return 2;
     }
