@@ -5,8 +5,23 @@ import sys
 
 import pytest
 import torch
+from torch.jit import _builtins
 
 WORKERS_RATIOS = pytest.StashKey[dict]()
+
+# TorchScript knows an operator's function by its address, for good, and PyTorch frees some of its own (torch.ao's
+# quantized_decomposed::quantize_per_tensor). Whatever comes to lie there is then taken for that operator, and a model
+# that holds it can't be scripted ("builtin cannot be used as a value"): none is freed here.
+_KEPT = []
+_register_builtin = _builtins._register_builtin
+
+
+def _register_and_keep(function, name):
+    _KEPT.append(function)
+    _register_builtin(function, name)
+
+
+_builtins._register_builtin = _register_and_keep
 
 
 @pytest.fixture(autouse=True)
