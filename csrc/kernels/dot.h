@@ -118,12 +118,25 @@ static inline __attribute__((always_inline)) void dot_step(vr one[DOT_ROWS * DOT
     for (int j = 0; j < DOT_COLUMNS; j++) one[i * DOT_COLUMNS + j] = vr_fma(av[i], bv[j], one[i * DOT_COLUMNS + j]);
 }
 
-/* Lanes v * VR, ... of all sums at a time: as many columns of each PNN_LANES. */
-static void dot(int64_t columns, const void *a_, int64_t lda, const void *b_, int64_t ldb, int64_t rows, int64_t width,
-                void *out, int64_t ldo, int32_t first, const pnn_ahead_run *ahead) {
-  const real *restrict a = a_;
-  const real *restrict b = b_;
+/* One tile of sums, lanes v * VR, ... of all of them at a time: as many columns of each PNN_LANES. Its panels are made
+ * on the way, a copied from g, b from its source, where these are not NULL. */
+static inline __attribute__((always_inline)) void dot_tile(int64_t columns, real *restrict a, int64_t lda,
+                                                           const real *g, int64_t ldg, real *restrict b, int64_t ldb,
+                                                           const pnn_source *source, int64_t rows, int64_t width,
+                                                           real *out, int64_t ldo, bool first,
+                                                           const pnn_ahead_run *ahead, vr (*activate)(vr)) {
   vr sum[DOT_ROWS * DOT_COLUMNS][LANE_VECTORS];
+  const real *x[DOT_COLUMNS], *mask[DOT_COLUMNS];
+  vr mean[DOT_COLUMNS];
+  const bool masked = source && source->mask;
+  int64_t m = source ? pnn_remainder(source->k0, source->masks) : 0, channel = 0;
+  for (int j = 0; j < DOT_COLUMNS; j++) {
+    if (!source) continue;
+    x[j] = (const real *)source->x + channel * source->ldx;
+    mask[j] = masked ? (const real *)source->mask + (source->shared ? m : j) * source->ldm : NULL;
+    mean[j] = vr_set1(source->mean ? ((const real *)source->mean)[j] : 0);
+    if (++m == source->masks) m = 0, channel++;
+  }
 #pragma GCC unroll 8
   for (int v = 0; v < LANE_VECTORS; v++) {
     vr one[DOT_ROWS * DOT_COLUMNS] = {{0}};
@@ -134,15 +147,36 @@ static void dot(int64_t columns, const void *a_, int64_t lda, const void *b_, in
       line += line_step;
       vr av[DOT_ROWS], bv[DOT_COLUMNS];
 #pragma GCC unroll 4
-      for (int j = 0; j < DOT_COLUMNS; j++) bv[j] = vr_load(b + j * ldb + at);
+      for (int j = 0; j < DOT_COLUMNS; j++) {
+        if (source) {
+          bv[j] = vr_load(x[j] + at);
+          if (masked) bv[j] += vr_load(mask[j] + at);
+          bv[j] = activate(bv[j]) - mean[j];
+          vr_store(b + j * ldb + at, bv[j]);
+        } else {
+          bv[j] = vr_load(b + j * ldb + at);
+        }
+      }
 #pragma GCC unroll 4
-      for (int i = 0; i < DOT_ROWS; i++) av[i] = vr_load(a + i * lda + at);
+      for (int i = 0; i < DOT_ROWS; i++) {
+        av[i] = vr_load(g ? g + i * ldg + at : a + i * lda + at);
+        if (g) vr_store(a + i * lda + at, av[i]);
+      }
       dot_step(one, av, bv);
     }
 #pragma GCC unroll 16
     for (int i = 0; i < DOT_ROWS * DOT_COLUMNS; i++) sum[i][v] = one[i];
   }
   add_tile(sum, rows, width, out, ldo, first);
+}
+
+static inline vr not_activated(vr u) { return u; }
+
+static void dot(int64_t columns, const void *a, int64_t lda, const void *b, int64_t ldb, int64_t rows, int64_t width,
+                void *out, int64_t ldo, int32_t first, const pnn_ahead_run *ahead) {
+  /* Without g and a source the panels are only read. */
+  dot_tile(columns, (real *)(uintptr_t)a, lda, NULL, 0, (real *)(uintptr_t)b, ldb, NULL, rows, width, out, ldo, first,
+           ahead, not_activated);
 }
 
 static void sum_rows(int64_t columns, const void *a_, int64_t lda, int64_t rows, void *out_) {

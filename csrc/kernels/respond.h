@@ -197,57 +197,6 @@ static inline __attribute__((always_inline)) void product_respond_grad(
     tile_respond_grad(most, sum, dx, ldo, rows, x, ldx, NULL, 0, false, NULL, activate, activate_grad);
 }
 
-/* `dot` whose panels are made on the way: a copied from g, b from its source, where these are not NULL. */
-static inline __attribute__((always_inline)) void respond_dot(int64_t columns, real *restrict a, int64_t lda,
-                                                              const real *g, int64_t ldg, real *restrict b, int64_t ldb,
-                                                              const pnn_source *source, real *out, int64_t ldo,
-                                                              bool first, const pnn_ahead_run *ahead,
-                                                              vr (*activate)(vr)) {
-  vr sum[DOT_ROWS * DOT_COLUMNS][LANE_VECTORS];
-  const real *x[DOT_COLUMNS], *mask[DOT_COLUMNS];
-  vr mean[DOT_COLUMNS];
-  const bool masked = source && source->mask;
-  int64_t m = source ? pnn_remainder(source->k0, source->masks) : 0, channel = 0;
-  for (int j = 0; j < DOT_COLUMNS; j++) {
-    if (!source) continue;
-    x[j] = (const real *)source->x + channel * source->ldx;
-    mask[j] = masked ? (const real *)source->mask + (source->shared ? m : j) * source->ldm : NULL;
-    mean[j] = vr_set1(source->mean ? ((const real *)source->mean)[j] : 0);
-    if (++m == source->masks) m = 0, channel++;
-  }
-#pragma GCC unroll 8
-  for (int v = 0; v < LANE_VECTORS; v++) {
-    vr one[DOT_ROWS * DOT_COLUMNS] = {{0}};
-    const char *line = ahead->data;
-    const int64_t line_step = ahead->step;
-    for (int64_t at = v * VR; at < columns; at += PNN_LANES) {
-      if (v == 0) __builtin_prefetch(line, 0, 2);
-      line += line_step;
-      vr av[DOT_ROWS], bv[DOT_COLUMNS];
-#pragma GCC unroll 4
-      for (int j = 0; j < DOT_COLUMNS; j++) {
-        if (source) {
-          bv[j] = vr_load(x[j] + at);
-          if (masked) bv[j] += vr_load(mask[j] + at);
-          bv[j] = activate(bv[j]) - mean[j];
-          vr_store(b + j * ldb + at, bv[j]);
-        } else {
-          bv[j] = vr_load(b + j * ldb + at);
-        }
-      }
-#pragma GCC unroll 4
-      for (int i = 0; i < DOT_ROWS; i++) {
-        av[i] = vr_load(g ? g + i * ldg + at : a + i * lda + at);
-        if (g) vr_store(a + i * lda + at, av[i]);
-      }
-      dot_step(one, av, bv);
-    }
-#pragma GCC unroll 16
-    for (int i = 0; i < DOT_ROWS * DOT_COLUMNS; i++) sum[i][v] = one[i];
-  }
-  add_tile(sum, DOT_ROWS, DOT_COLUMNS, out, ldo, first);
-}
-
 /* Activations of a few instructions, which leave the registers to the sums. The portable kernels gain nothing from it
  * (and GCC 12 fails on their selections of doubles here). */
 #if defined(PNN_ISA_PORTABLE)
@@ -272,11 +221,14 @@ static inline __attribute__((always_inline)) void respond_dot(int64_t columns, r
                                  int64_t ldb, const pnn_source *source, void *out, int64_t ldo, int32_t first,        \
                                  const pnn_ahead_run *ahead) {                                                        \
     if (g && source)                                                                                                  \
-      respond_dot(columns, a, lda, g, ldg, b, ldb, source, out, ldo, first, ahead, PNN_ACTIVATE(name));               \
+      dot_tile(columns, a, lda, g, ldg, b, ldb, source, DOT_ROWS, DOT_COLUMNS, out, ldo, first, ahead,                \
+               PNN_ACTIVATE(name));                                                                                   \
     else if (source)                                                                                                  \
-      respond_dot(columns, a, lda, NULL, 0, b, ldb, source, out, ldo, first, ahead, PNN_ACTIVATE(name));              \
+      dot_tile(columns, a, lda, NULL, 0, b, ldb, source, DOT_ROWS, DOT_COLUMNS, out, ldo, first, ahead,               \
+               PNN_ACTIVATE(name));                                                                                   \
     else                                                                                                              \
-      respond_dot(columns, a, lda, g, ldg, b, ldb, NULL, out, ldo, first, ahead, PNN_ACTIVATE(name));                 \
+      dot_tile(columns, a, lda, g, ldg, b, ldb, NULL, DOT_ROWS, DOT_COLUMNS, out, ldo, first, ahead,                  \
+               PNN_ACTIVATE(name));                                                                                   \
   }                                                                                                                   \
   static void product_respond_grad_##name(int64_t depth, const void *a, const void *g, int64_t ldg, void *b,          \
                                           int64_t ldb, void *dx, int64_t ldo, int64_t rows, const pnn_source *source, \
