@@ -11,6 +11,7 @@
 set(PNN_CUDA OFF CACHE STRING "Build the CUDA half: AUTO (with nvcc and a CUDA build of PyTorch), ON or OFF")
 set(PNN_CUDA_ARCHITECTURES "80;86;89;90;100;120" CACHE STRING
     "Compute capabilities, times ten, to make machine code for; the last one's PTX goes along for newer devices")
+set(PNN_CUDA_OBJECTS "" CACHE PATH "Link what another build of these sources compiled (BUILD/cuda) instead of compiling it")
 option(PNN_GPU_CHECK "Build the programs that tests/cuda/gpu_check.py runs" OFF)
 set(PNN_HAVE_CUDA OFF)
 
@@ -80,7 +81,11 @@ endif()
 set(PNN_HAVE_CUDA ON)
 
 string(REPLACE ";" "_" architectures "sm_${PNN_CUDA_ARCHITECTURES}")
-message(STATUS "The GPU half: CUDA ${PNN_CUDA_VERSION} in ${PNN_CUDA_ROOT} for ${architectures}")
+if(PNN_CUDA_OBJECTS)
+  message(STATUS "The GPU half: CUDA ${PNN_CUDA_VERSION} in ${PNN_CUDA_ROOT}, compiled in ${PNN_CUDA_OBJECTS}")
+else()
+  message(STATUS "The GPU half: CUDA ${PNN_CUDA_VERSION} in ${PNN_CUDA_ROOT} for ${architectures}")
+endif()
 set(cuda_flags -std=c++17 -O3
   # A fused multiply-add happens where it is written, as on the host: both must give the same bits.
   -fmad=false
@@ -100,6 +105,10 @@ list(GET PNN_CUDA_ARCHITECTURES -1 newest)
 list(APPEND cuda_targets -gencode=arch=compute_${newest},code=compute_${newest})
 
 file(GLOB cuda_sources CONFIGURE_DEPENDS ${PROJECT_SOURCE_DIR}/cuda/*.cu)
+# What takes longest to compile begins first.
+set(longest ${PROJECT_SOURCE_DIR}/cuda/weight_gradient_wgmma.cu ${PROJECT_SOURCE_DIR}/cuda/weight_gradient.cu)
+list(REMOVE_ITEM cuda_sources ${longest})
+list(PREPEND cuda_sources ${longest})
 # Hopper's asynchronous products are of sm_90a alone, which no other device runs.
 if(90 IN_LIST PNN_CUDA_ARCHITECTURES)
   list(APPEND cuda_flags -DPNN_CUDA_WGMMA)
@@ -109,6 +118,10 @@ endif()
 set(cuda_objects "")
 foreach(source IN LISTS cuda_sources)
   get_filename_component(name ${source} NAME_WE)
+  if(PNN_CUDA_OBJECTS)
+    list(APPEND cuda_objects ${PNN_CUDA_OBJECTS}/${name}.o)
+    continue()
+  endif()
   set(object ${PROJECT_BINARY_DIR}/cuda/${name}.o)
   set(targets ${cuda_targets})
   if(source MATCHES "_wgmma[.]cu$")
