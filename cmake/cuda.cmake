@@ -11,7 +11,8 @@
 set(PNN_CUDA OFF CACHE STRING "Build the CUDA half: AUTO (with nvcc and a CUDA build of PyTorch), ON or OFF")
 set(PNN_CUDA_ARCHITECTURES "80;86;89;90;100;120" CACHE STRING
     "Compute capabilities, times ten, to make machine code for; the last one's PTX goes along for newer devices")
-set(PNN_CUDA_OBJECTS "" CACHE PATH "Link what another build of these sources compiled (BUILD/cuda) instead of compiling it")
+set(PNN_CUDA_OBJECTS "" CACHE PATH
+    "Link what another build of these sources compiled (BUILD/cuda) instead of compiling it")
 option(PNN_GPU_CHECK "Build the programs that tests/cuda/gpu_check.py runs" OFF)
 set(PNN_HAVE_CUDA OFF)
 
