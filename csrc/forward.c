@@ -96,10 +96,12 @@ static void panel_products(const pnn_forward_state *f, const worker_scratch *s, 
   const int64_t size = p->real_size, columns = w->columns->columns, rows = p->tile_rows, wide = p->tile_columns;
   /* The kernels on pairs write whole tiles. */
   const int64_t in_place = p->pairs ? pnn_quotient(p->group_outputs, rows) * rows : p->group_outputs;
-  const bool last = k + depth == p->group_maps;
+  const bool last = k + depth == p->group_maps, all = first == 0 && end == f->packing.block_tiles;
   for (int64_t j = 0, n = 0; j < columns; j += wide, n++) {
     char *const at = w->place[n];
     const pnn_source *from = &w->source[n];
+    /* Response maps that nothing reads again take the place of those of the tile before, in the first-level cache. */
+    char *const panel = s->panel + (all && from->x ? 0 : j * size);
     for (int64_t tile = first; tile < end; tile++) {
       const void *a = pnn_packing_tile(p, &f->packing, f->packed, w->group, 0, tile, k);
       const int64_t row = tile * rows;
@@ -120,10 +122,9 @@ static void panel_products(const pnn_forward_state *f, const worker_scratch *s, 
       char *const c = to ? to : sums;
       const int64_t ldc = to ? p->output.channel : f->ld;
       if (tile == 0 && from->x)
-        kernels->respond_product[p->activation](depth, count, a, s->panel + j * size, f->ld, c, ldc, start, from,
-                                                ahead);
+        kernels->respond_product[p->activation](depth, count, a, panel, f->ld, c, ldc, start, from, ahead);
       else
-        kernels->product(depth, count, a, s->panel + j * size, f->ld, c, ldc, start, ahead);
+        kernels->product(depth, count, a, panel, f->ld, c, ldc, start, ahead);
     }
   }
   if (!last) return;
