@@ -274,3 +274,25 @@ def test_a_parametrized_layer_compiles():
 
 def make2():
     return PerturbConv2d(6, 4, 1, seed=4, norm=True, dtype=torch.float64)
+
+
+@pytest.mark.parametrize("norm", [False, True])
+def test_a_parametrization_computes_once_a_call(norm):
+    class Counted(nn.Module):
+        calls = 0
+
+        def forward(self, weight):
+            Counted.calls += 1
+            return 2 * weight
+
+    layer = make(norm=norm)
+    parametrize.register_parametrization(layer, "weight", Counted())
+    for layer.training in (True, False):
+        Counted.calls = 0
+        layer(inputs())
+        assert Counted.calls == 1
+    if norm:  # not an nn.BatchNorm2d alone: the maps are formed
+        layer.norm.register_forward_hook(lambda *_: None)
+        Counted.calls = 0
+        layer(inputs())
+        assert Counted.calls == 1
