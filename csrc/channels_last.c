@@ -280,13 +280,13 @@ typedef struct sums_scratch {
 
 static sums_scratch sums_take(const pnn_sums *s, pnn_arena *arena) {
   const pnn_problem *p = s->problem;
-  sums_scratch t = {.ld = row_length(p, s->block, p->real_size)};
+  sums_scratch t = {.ld = p->pairs ? row_length(p, s->block, p->real_size) : p->kernels->strip_columns};
   const int64_t columns = p->pairs ? PNN_CHUNK / 2 : PNN_CHUNK;
   if (p->pairs) t.gradient = pnn_arena_take(arena, GRADIENT_TILES * p->kernels->strip_rows * PNN_CHUNK, p->native);
   t.outputs = pnn_arena_take(arena, GRADIENT_TILES * p->kernels->strip_rows * columns, p->real_size);
-  t.totals = pnn_arena_take(arena, p->kernels->strip_rows, p->real_size);
+  t.totals = pnn_arena_take(arena, GRADIENT_TILES * p->kernels->strip_rows, p->real_size);
   if (!s->products) return t;
-  t.maps = pnn_arena_take(arena, t.ld * columns, p->real_size);
+  t.maps = pnn_arena_take(arena, (p->pairs ? t.ld : pnn_round_up(s->block, t.ld)) * columns, p->real_size);
   if (p->pairs) {
     t.some_ld = row_length(p, s->block, p->native);
     t.some_maps = pnn_arena_take(arena, t.some_ld * ROWS_PAIRED, p->native);
@@ -297,14 +297,14 @@ static sums_scratch sums_take(const pnn_sums *s, pnn_arena *arena) {
 
 void pnn_rows_sums_scratch(const pnn_sums *sums, pnn_arena *arena) { sums_take(sums, arena); }
 
-/* dst[tile][column][strip_rows] = the gradient of the outputs [t, t + rows). */
+/* dst[tile][column][strip_rows] = the gradient of the outputs [t, t + rows), and their sums, unless NULL. */
 static void gradient_tiles(const pnn_problem *p, const pixel_run *runs, int64_t count, int64_t t, int64_t rows,
-                           char *dst) {
+                           char *dst, char *sums) {
   const int64_t tile = p->kernels->strip_rows, size = p->real_size;
   const pnn_view *g = &p->grad_output;
   for (int64_t r = 0; r < count; r++)
     p->kernels->pack_gradient(dst + runs[r].column * tile * size, PNN_CHUNK * tile,
-                              g->data + (runs[r].offset + t) * size, pixel_step(p, g), runs[r].columns, rows);
+                              g->data + (runs[r].offset + t) * size, pixel_step(p, g), runs[r].columns, rows, sums);
 }
 
 typedef struct gradient_rows {
@@ -360,8 +360,9 @@ static void sums_part(const pnn_sums *s, const pnn_sums_place at, const sums_scr
     pnn_columns_set(&columns, made, first, count);
     if (at.maps && p->pairs)
       respond_pairs(s, &at, &t, &columns, first);
-    else if (at.maps)
-      respond(p, &t.masks, at.k0, &columns, at.k0, at.maps, s->mean, t.maps, t.ld);
+    for (int64_t j = 0; j < at.maps && !p->pairs; j += t.ld)
+      respond(p, &t.masks, at.k0, &columns, at.k0 + j, PNN_MIN(t.ld, at.maps - j), s->mean,
+              t.maps + j * PNN_CHUNK * size, t.ld);
     const int64_t run_count = pixel_runs(p, &columns, &p->grad_output, runs);
     const int64_t packed = GRADIENT_TILES * tile, depth = p->pairs ? (count + 1) / 2 : count;
     pnn_ahead ahead = {.streams = 0};
@@ -378,7 +379,9 @@ static void sums_part(const pnn_sums *s, const pnn_sums_place at, const sums_scr
           if (at.totals && (o == at.first || run_count > 1))
             kernels->sum_columns_bfloat16(count, g.data, g.step, outputs, at.totals + o * size);
         } else {
-          gradient_tiles(p, runs, run_count, o, side_by_side, t.outputs);
+          if (at.totals) memset(t.totals, 0, (size_t)(side_by_side * size));
+          gradient_tiles(p, runs, run_count, o, side_by_side, t.outputs, at.totals ? t.totals : NULL);
+          if (at.totals) kernels->accumulate(at.totals + o * size, t.totals, side_by_side);
         }
         ahead = pnn_sums_ahead(s, &at, chunk, end, o, packed);
         pnn_ahead_spread(&ahead,
@@ -391,13 +394,9 @@ static void sums_part(const pnn_sums *s, const pnn_sums_place at, const sums_scr
           kernels->product_rows_pairs(mode, rows, maps, depth, outputs, 2, packed, t.maps + j * size, t.ld, into,
                                       p->group_maps, NULL, false, &ahead);
         else
-          kernels->product_rows(mode, rows, maps, depth, outputs, 1, tile, t.maps + j * size, t.ld, 0, into,
+          kernels->product_rows(mode, rows, maps, depth, outputs, 1, tile, t.maps + j * PNN_CHUNK * size, t.ld, 0, into,
                                 p->group_maps, NULL, &ahead);
       }
-      if (!at.totals || p->pairs) continue;
-      memset(t.totals, 0, (size_t)(tile * size));
-      kernels->sum_columns(count, outputs, t.totals);
-      kernels->accumulate(at.totals + o * size, t.totals, rows);
     }
   }
 }

@@ -95,7 +95,6 @@ const pnn_kernels PNN_KERNEL_NAME(pnn_kernels) = {
     .product_rows = product_rows,
     .product_rows_run = product_rows_run,
     .pack_gradient = pack_gradient,
-    .sum_columns = sum_columns,
     .respond_rows = {PNN_ACTIVATION_LIST(RESPOND_ROWS_ENTRY)},
     .respond_grad_rows = {PNN_ACTIVATION_LIST(RESPOND_GRAD_ROWS_ENTRY)},
     .moments_rows = moments_rows,

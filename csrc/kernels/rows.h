@@ -154,28 +154,41 @@ static void product_rows_run(int64_t rows, int64_t columns, int64_t depth, const
   }
 }
 
-static void pack_gradient(void *dst_, int64_t tile_step, const void *src_, int64_t step, int64_t pixels, int64_t rows) {
-  real *restrict dst = dst_;
+/* Two whole tiles at a time, and their sums beside. */
+static inline __attribute__((always_inline)) void pack_two(bool summed, real *restrict dst, int64_t tile_step,
+                                                           const real *restrict src, int64_t step, int64_t pixels,
+                                                           real *restrict sums) {
+  enum { VECTORS = 2 * STRIP_ROWS / VR };
+  vr sum[VECTORS];
+  for (int v = 0; v < VECTORS && summed; v++) sum[v] = vr_load(sums + v * VR);
+  for (int64_t p = 0; p < pixels; p++, dst += STRIP_ROWS, src += step) {
+    memcpy(dst, src, STRIP_ROWS * sizeof(real));
+    memcpy(dst + tile_step, src + STRIP_ROWS, STRIP_ROWS * sizeof(real));
+    for (int v = 0; v < VECTORS && summed; v++) sum[v] += vr_load(src + v * VR);
+  }
+  for (int v = 0; v < VECTORS && summed; v++) vr_store(sums + v * VR, sum[v]);
+  for (int i = VECTORS * VR; i < 2 * STRIP_ROWS && summed; i++) /* behind the last whole vector */
+    for (int64_t p = 0; p < pixels; p++) sums[i] += src[(p - pixels) * step + i];
+}
+
+static void pack_gradient(void *dst_, int64_t tile_step, const void *src_, int64_t step, int64_t pixels, int64_t rows,
+                          void *sums_) {
+  real *restrict dst = dst_, *restrict sums = sums_;
   const real *restrict src = src_;
   if (rows == 2 * STRIP_ROWS) {
-    for (int64_t p = 0; p < pixels; p++) {
-      memcpy(dst + p * STRIP_ROWS, src + p * step, STRIP_ROWS * sizeof(real));
-      memcpy(dst + tile_step + p * STRIP_ROWS, src + p * step + STRIP_ROWS, STRIP_ROWS * sizeof(real));
-    }
+    if (sums)
+      pack_two(true, dst, tile_step, src, step, pixels, sums);
+    else
+      pack_two(false, dst, tile_step, src, step, pixels, NULL);
     return;
   }
   for (int64_t first = 0; first < rows; first += STRIP_ROWS, dst += tile_step)
     for (int64_t p = 0; p < pixels; p++)
-      for (int i = 0; i < STRIP_ROWS; i++) dst[p * STRIP_ROWS + i] = first + i < rows ? src[p * step + first + i] : 0;
-}
-
-static void sum_columns(int64_t depth, const void *a_, void *out_) {
-  const real *restrict a = a_;
-  real *restrict out = out_;
-  real sum[STRIP_ROWS] = {0};
-  for (int64_t k = 0; k < depth; k++)
-    for (int i = 0; i < STRIP_ROWS; i++) sum[i] += a[k * STRIP_ROWS + i];
-  for (int i = 0; i < STRIP_ROWS; i++) out[i] += sum[i];
+      for (int i = 0; i < STRIP_ROWS; i++) {
+        const bool there = first + i < rows;
+        dst[p * STRIP_ROWS + i] = there ? src[p * step + first + i] : 0;
+        if (there && sums) sums[first + i] += src[p * step + first + i];
+      }
 }
 
 /* One mask value a pixel, or one for each of its channels, or none. */

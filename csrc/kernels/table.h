@@ -213,10 +213,9 @@ typedef struct pnn_kernels {
   void (*product_rows_run)(int64_t rows, int64_t columns, int64_t depth, const void *a, int64_t a_row, const void *b,
                            void *c, int64_t ldc, const void *start, pnn_ahead *ahead);
   /* Tiles of strip_rows rows, `tile_step` reals apart: tile[i / strip_rows][p][i mod strip_rows] = src[p*step + i] for
-   * i < rows; behind them 0. */
-  void (*pack_gradient)(void *dst, int64_t tile_step, const void *src, int64_t step, int64_t pixels, int64_t rows);
-  /* out[i] += sum over depth of a[k*strip_rows + i], one chain from 0. */
-  void (*sum_columns)(int64_t depth, const void *a, void *out);
+   * i < rows; behind them 0. sums not NULL: the chain sums[i] goes on over src[p*step + i]. At most two tiles. */
+  void (*pack_gradient)(void *dst, int64_t tile_step, const void *src, int64_t step, int64_t pixels, int64_t rows,
+                        void *sums);
   /* a[p][r] = activation(x[p][r] + mask[p][r]) - mean[r], one mask a channel; where shared, mask[p][0]. mask NULL:
    * nothing is added; mean NULL: nothing is subtracted. */
   pnn_respond_rows_fn respond_rows[PNN_ACTIVATION_COUNT];
