@@ -111,6 +111,8 @@ pnn_sums_place pnn_sums_locate(const pnn_sums *s, int64_t item, int64_t part) {
   return at;
 }
 
+#define AHEAD_BYTES (256 * 1024) /* of a chunk's gradient that is asked for beside its input */
+
 pnn_ahead pnn_sums_ahead(const pnn_sums *s, const pnn_sums_place *at, int64_t chunk, int64_t end, int64_t output,
                          int64_t outputs) {
   const pnn_problem *p = s->problem;
@@ -120,8 +122,9 @@ pnn_ahead pnn_sums_ahead(const pnn_sums *s, const pnn_sums_place *at, int64_t ch
   int64_t first, count = pnn_chunk_locate(p, &s->chunks, chunk, &range, &first);
   /* The blocks of outputs, of which this is number i, share what is asked for. */
   const int64_t shares = pnn_quotient_up(at->end - at->first, outputs), i = pnn_quotient(output - at->first, outputs);
-  /* A cache line of a pixel holds 32 outputs as bfloat16, more than a block's: the gradient comes with the input. */
-  const bool with_input = s->rows && p->pairs;
+  /* The gradient comes with the input where it fits: a block's outputs of a pixel are a cache line, or less. */
+  const bool with_input =
+      s->rows && (p->pairs || (at->end - at->first) * PNN_CHUNK * p->native <= AHEAD_BYTES);
   if (!with_input)
     pnn_ahead_add(p, &ahead, &range, first, count, &p->grad_output, output + outputs,
                   PNN_MIN(outputs, at->end - output - outputs), false);
