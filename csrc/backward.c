@@ -123,8 +123,7 @@ pnn_ahead pnn_sums_ahead(const pnn_sums *s, const pnn_sums_place *at, int64_t ch
   /* The blocks of outputs, of which this is number i, share what is asked for. */
   const int64_t shares = pnn_quotient_up(at->end - at->first, outputs), i = pnn_quotient(output - at->first, outputs);
   /* The gradient comes with the input where it fits: a block's outputs of a pixel are a cache line, or less. */
-  const bool with_input =
-      s->rows && (p->pairs || (at->end - at->first) * PNN_CHUNK * p->native <= AHEAD_BYTES);
+  const bool with_input = s->rows && (p->pairs || (at->end - at->first) * PNN_CHUNK * p->native <= AHEAD_BYTES);
   if (!with_input)
     pnn_ahead_add(p, &ahead, &range, first, count, &p->grad_output, output + outputs,
                   PNN_MIN(outputs, at->end - output - outputs), false);

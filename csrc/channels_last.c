@@ -358,8 +358,7 @@ static void sums_part(const pnn_sums *s, const pnn_sums_place at, const sums_scr
       if (at.maps) masks_make(p, &t.masks, at.k0, at.maps, made);
     }
     pnn_columns_set(&columns, made, first, count);
-    if (at.maps && p->pairs)
-      respond_pairs(s, &at, &t, &columns, first);
+    if (at.maps && p->pairs) respond_pairs(s, &at, &t, &columns, first);
     for (int64_t j = 0; j < at.maps && !p->pairs; j += t.ld)
       respond(p, &t.masks, at.k0, &columns, at.k0 + j, PNN_MIN(t.ld, at.maps - j), s->mean,
               t.maps + j * PNN_CHUNK * size, t.ld);
