@@ -92,13 +92,15 @@ void fill(std::vector<unsigned char> *bytes, pnn_dtype type, uint64_t *state) {
   }
 }
 
+/* What a call is beside its types and sizes. */
+enum { CONTIGUOUS = 0, CHANNELS_LAST = 1, NORM = 2, TF32 = 4, WGMMA = 8 };
+
 struct Call {
   pnn_dtype input, weight;
   int64_t B, C, H, W, T, M, groups, stride;
   pnn_noise noise;
   pnn_activation activation;
-  bool channels_last, norm;
-  bool tf32 = false, wgmma = false;
+  int how;
 };
 
 /* One tensor of a call, its memory and its name. */
@@ -125,7 +127,7 @@ class Runner {
     make(&p_.grad_weight, c.weight, {c.T, K / c.groups, 1, 1}, "grad_weight");
     make(&p_.grad_bias, c.weight, {c.T, 1, 1, 1}, "grad_bias");
     if (c.noise == PNN_NOISE_TENSOR) make(&p_.grad_mask, PNN_FLOAT32, {c.C, c.M, c.H, c.W}, "grad_mask");
-    if (c.norm) {
+    if (c.how & NORM) {
       make(&p_.mean, real, {K, 1, 1, 1}, "mean");
       make(&p_.variance, real, {K, 1, 1, 1}, "variance");
       make(&p_.grad_norm_weight, real, {K, 1, 1, 1}, "grad_norm_weight");
@@ -135,9 +137,9 @@ class Runner {
     seed_.put(&seed_value);
     p_.seed = static_cast<const int64_t *>(seed_.data());
     p_.noise = c.noise, p_.masks = c.M, p_.level = 0.25, p_.activation = c.activation, p_.groups = c.groups;
-    p_.stride[0] = p_.stride[1] = c.stride, p_.norm = p_.norm_training = c.norm;
-    p_.allow_tf32 = c.tf32;
-    p_.allow_wgmma = c.wgmma;
+    p_.stride[0] = p_.stride[1] = c.stride, p_.norm = p_.norm_training = (c.how & NORM) != 0;
+    p_.allow_tf32 = (c.how & TF32) != 0;
+    p_.allow_wgmma = (c.how & WGMMA) != 0;
   }
   ~Runner() {
     for (Operand *o : operands_) delete o;
@@ -178,7 +180,7 @@ class Runner {
       t->stride[d] = static_cast<int64_t>(count);
       count *= static_cast<size_t>(t->size[d]);
     }
-    if (c_.channels_last) {
+    if (c_.how & CHANNELS_LAST) {
       const int64_t C = size[1], H = size[2], W = size[3];
       t->stride[1] = 1, t->stride[3] = C, t->stride[2] = C * W, t->stride[0] = C * H * W;
     }
@@ -199,55 +201,49 @@ class Runner {
 };
 
 const Call calls[] = {
-    {PNN_FLOAT32, PNN_FLOAT32, 2, 16, 8, 8, 16, 1, 1, 1, PNN_NOISE_UNIFORM, PNN_ACTIVATION_RELU, false, true},
-    {PNN_FLOAT64, PNN_FLOAT64, 2, 9, 5, 7, 6, 2, 3, 1, PNN_NOISE_NORMAL, PNN_ACTIVATION_TANH, false, false},
-    {PNN_BFLOAT16, PNN_BFLOAT16, 2, 72, 4, 16, 72, 1, 1, 1, PNN_NOISE_UNIFORM, PNN_ACTIVATION_RELU, false, true},
-    {PNN_BFLOAT16, PNN_BFLOAT16, 2, 32, 7, 7, 40, 4, 2, 1, PNN_NOISE_TENSOR, PNN_ACTIVATION_GELU, true, false},
-    {PNN_FLOAT16, PNN_FLOAT16, 3, 40, 5, 8, 24, 3, 1, 2, PNN_NOISE_WAVES, PNN_ACTIVATION_SILU, false, false},
-    {PNN_FLOAT32, PNN_BFLOAT16, 2, 24, 4, 8, 16, 2, 1, 1, PNN_NOISE_TENSOR, PNN_ACTIVATION_SELU, true, true},
-    {PNN_FLOAT32, PNN_FLOAT16, 1, 3, 3, 5, 70, 1, 1, 1, PNN_NOISE_NONE, PNN_ACTIVATION_SIGMOID, false, false},
-    {PNN_FLOAT32, PNN_FLOAT32, 2, 72, 4, 16, 72, 1, 1, 1, PNN_NOISE_UNIFORM, PNN_ACTIVATION_RELU, false, true, true},
-    {PNN_FLOAT32, PNN_FLOAT32, 2, 24, 7, 7, 40, 3, 1, 1, PNN_NOISE_TENSOR, PNN_ACTIVATION_GELU, true, false, true},
+    {PNN_FLOAT32, PNN_FLOAT32, 2, 16, 8, 8, 16, 1, 1, 1, PNN_NOISE_UNIFORM, PNN_ACTIVATION_RELU, NORM},
+    {PNN_FLOAT64, PNN_FLOAT64, 2, 9, 5, 7, 6, 2, 3, 1, PNN_NOISE_NORMAL, PNN_ACTIVATION_TANH, CONTIGUOUS},
+    {PNN_BFLOAT16, PNN_BFLOAT16, 2, 72, 4, 16, 72, 1, 1, 1, PNN_NOISE_UNIFORM, PNN_ACTIVATION_RELU, NORM},
+    {PNN_BFLOAT16, PNN_BFLOAT16, 2, 32, 7, 7, 40, 4, 2, 1, PNN_NOISE_TENSOR, PNN_ACTIVATION_GELU, CHANNELS_LAST},
+    {PNN_FLOAT16, PNN_FLOAT16, 3, 40, 5, 8, 24, 3, 1, 2, PNN_NOISE_WAVES, PNN_ACTIVATION_SILU, CONTIGUOUS},
+    {PNN_FLOAT32, PNN_BFLOAT16, 2, 24, 4, 8, 16, 2, 1, 1, PNN_NOISE_TENSOR, PNN_ACTIVATION_SELU, CHANNELS_LAST | NORM},
+    {PNN_FLOAT32, PNN_FLOAT16, 1, 3, 3, 5, 70, 1, 1, 1, PNN_NOISE_NONE, PNN_ACTIVATION_SIGMOID, CONTIGUOUS},
+    {PNN_FLOAT32, PNN_FLOAT32, 2, 72, 4, 16, 72, 1, 1, 1, PNN_NOISE_UNIFORM, PNN_ACTIVATION_RELU, NORM | TF32},
+    {PNN_FLOAT32, PNN_FLOAT32, 2, 24, 7, 7, 40, 3, 1, 1, PNN_NOISE_TENSOR, PNN_ACTIVATION_GELU, CHANNELS_LAST | TF32},
     /* Pixels in runs of 4 bytes. */
-    {PNN_BFLOAT16, PNN_BFLOAT16, 2, 32, 6, 14, 40, 1, 1, 1, PNN_NOISE_UNIFORM, PNN_ACTIVATION_RELU, false, false},
-    {PNN_FLOAT32, PNN_FLOAT32, 3, 32, 7, 7, 72, 2, 1, 1, PNN_NOISE_UNIFORM, PNN_ACTIVATION_RELU, false, true, true},
+    {PNN_BFLOAT16, PNN_BFLOAT16, 2, 32, 6, 14, 40, 1, 1, 1, PNN_NOISE_UNIFORM, PNN_ACTIVATION_RELU, CONTIGUOUS},
+    {PNN_FLOAT32, PNN_FLOAT32, 3, 32, 7, 7, 72, 2, 1, 1, PNN_NOISE_UNIFORM, PNN_ACTIVATION_RELU, NORM | TF32},
     /* Plain layers (is_plain in cuda/response.h), in small tiles and in large ones. */
-    {PNN_BFLOAT16, PNN_BFLOAT16, 3, 32, 8, 8, 24, 1, 1, 1, PNN_NOISE_UNIFORM, PNN_ACTIVATION_RELU, false, false},
-    {PNN_BFLOAT16, PNN_BFLOAT16, 2, 16, 64, 128, 72, 2, 1, 1, PNN_NOISE_UNIFORM, PNN_ACTIVATION_RELU, false, false},
-    {PNN_BFLOAT16, PNN_BFLOAT16, 2, 32, 64, 128, 72, 1, 1, 1, PNN_NOISE_UNIFORM, PNN_ACTIVATION_RELU, true, false},
-    {PNN_FLOAT16, PNN_FLOAT16, 2, 32, 16, 16, 40, 16, 2, 1, PNN_NOISE_UNIFORM, PNN_ACTIVATION_RELU, false, false},
-    {PNN_FLOAT16, PNN_FLOAT16, 2, 16, 64, 128, 72, 1, 1, 1, PNN_NOISE_UNIFORM, PNN_ACTIVATION_RELU, false, false},
-    {PNN_BFLOAT16, PNN_BFLOAT16, 2, 40, 8, 8, 136, 2, 1, 1, PNN_NOISE_UNIFORM, PNN_ACTIVATION_RELU, false, false},
-    {PNN_FLOAT16, PNN_FLOAT16, 2, 80, 8, 8, 136, 1, 1, 1, PNN_NOISE_UNIFORM, PNN_ACTIVATION_RELU, true, false},
-    {PNN_FLOAT32, PNN_FLOAT32, 2, 16, 64, 128, 72, 1, 1, 1, PNN_NOISE_UNIFORM, PNN_ACTIVATION_RELU, false, false},
-    {PNN_FLOAT32, PNN_FLOAT32, 2, 8, 8, 12, 24, 4, 1, 1, PNN_NOISE_UNIFORM, PNN_ACTIVATION_RELU, true, false},
-    {PNN_FLOAT32, PNN_FLOAT32, 2, 16, 64, 128, 72, 1, 1, 1, PNN_NOISE_UNIFORM, PNN_ACTIVATION_RELU, false, false, true},
-    {PNN_FLOAT32, PNN_FLOAT32, 2, 40, 8, 12, 136, 2, 1, 1, PNN_NOISE_UNIFORM, PNN_ACTIVATION_RELU, true, false, true},
-    {PNN_FLOAT32, PNN_BFLOAT16, 2, 16, 64, 128, 72, 1, 1, 1, PNN_NOISE_UNIFORM, PNN_ACTIVATION_RELU, false, false},
+    {PNN_BFLOAT16, PNN_BFLOAT16, 3, 32, 8, 8, 24, 1, 1, 1, PNN_NOISE_UNIFORM, PNN_ACTIVATION_RELU, CONTIGUOUS},
+    {PNN_BFLOAT16, PNN_BFLOAT16, 2, 16, 64, 128, 72, 2, 1, 1, PNN_NOISE_UNIFORM, PNN_ACTIVATION_RELU, CONTIGUOUS},
+    {PNN_BFLOAT16, PNN_BFLOAT16, 2, 32, 64, 128, 72, 1, 1, 1, PNN_NOISE_UNIFORM, PNN_ACTIVATION_RELU, CHANNELS_LAST},
+    {PNN_FLOAT16, PNN_FLOAT16, 2, 32, 16, 16, 40, 16, 2, 1, PNN_NOISE_UNIFORM, PNN_ACTIVATION_RELU, CONTIGUOUS},
+    {PNN_FLOAT16, PNN_FLOAT16, 2, 16, 64, 128, 72, 1, 1, 1, PNN_NOISE_UNIFORM, PNN_ACTIVATION_RELU, CONTIGUOUS},
+    {PNN_BFLOAT16, PNN_BFLOAT16, 2, 40, 8, 8, 136, 2, 1, 1, PNN_NOISE_UNIFORM, PNN_ACTIVATION_RELU, CONTIGUOUS},
+    {PNN_FLOAT16, PNN_FLOAT16, 2, 80, 8, 8, 136, 1, 1, 1, PNN_NOISE_UNIFORM, PNN_ACTIVATION_RELU, CHANNELS_LAST},
+    {PNN_FLOAT32, PNN_FLOAT32, 2, 16, 64, 128, 72, 1, 1, 1, PNN_NOISE_UNIFORM, PNN_ACTIVATION_RELU, CONTIGUOUS},
+    {PNN_FLOAT32, PNN_FLOAT32, 2, 8, 8, 12, 24, 4, 1, 1, PNN_NOISE_UNIFORM, PNN_ACTIVATION_RELU, CHANNELS_LAST},
+    {PNN_FLOAT32, PNN_FLOAT32, 2, 16, 64, 128, 72, 1, 1, 1, PNN_NOISE_UNIFORM, PNN_ACTIVATION_RELU, TF32},
+    {PNN_FLOAT32, PNN_FLOAT32, 2, 40, 8, 12, 136, 2, 1, 1, PNN_NOISE_UNIFORM, PNN_ACTIVATION_RELU,
+     CHANNELS_LAST | TF32},
+    {PNN_FLOAT32, PNN_BFLOAT16, 2, 16, 64, 128, 72, 1, 1, 1, PNN_NOISE_UNIFORM, PNN_ACTIVATION_RELU, CONTIGUOUS},
     /* Forward by Hopper's asynchronous products: its three tiles, both ways of x and y, every number of masks. */
-    {PNN_BFLOAT16, PNN_BFLOAT16, 3, 80, 8, 8, 40, 1, 1, 1, PNN_NOISE_UNIFORM, PNN_ACTIVATION_RELU, false, false, false,
-     true},
-    {PNN_FLOAT16, PNN_FLOAT16, 3, 80, 7, 7, 40, 2, 1, 1, PNN_NOISE_UNIFORM, PNN_ACTIVATION_RELU, true, false, false,
-     true},
-    {PNN_BFLOAT16, PNN_BFLOAT16, 2, 32, 16, 16, 136, 4, 2, 1, PNN_NOISE_UNIFORM, PNN_ACTIVATION_RELU, false, false,
-     false, true},
-    {PNN_FLOAT16, PNN_FLOAT16, 2, 24, 16, 16, 104, 8, 1, 1, PNN_NOISE_UNIFORM, PNN_ACTIVATION_RELU, false, false, false,
-     true},
-    {PNN_BFLOAT16, PNN_BFLOAT16, 2, 8, 9, 11, 136, 64, 1, 2, PNN_NOISE_UNIFORM, PNN_ACTIVATION_RELU, true, false, false,
-     true},
-    {PNN_BFLOAT16, PNN_BFLOAT16, 2, 16, 96, 128, 72, 1, 1, 1, PNN_NOISE_UNIFORM, PNN_ACTIVATION_RELU, true, false,
-     false, true},
-    {PNN_FLOAT16, PNN_FLOAT16, 2, 16, 64, 128, 136, 1, 1, 1, PNN_NOISE_UNIFORM, PNN_ACTIVATION_RELU, false, false,
-     false, true},
-    {PNN_BFLOAT16, PNN_BFLOAT16, 2, 16, 64, 128, 136, 2, 1, 1, PNN_NOISE_UNIFORM, PNN_ACTIVATION_RELU, true, false,
-     false, true},
+    {PNN_BFLOAT16, PNN_BFLOAT16, 3, 80, 8, 8, 40, 1, 1, 1, PNN_NOISE_UNIFORM, PNN_ACTIVATION_RELU, WGMMA},
+    {PNN_FLOAT16, PNN_FLOAT16, 3, 80, 7, 7, 40, 2, 1, 1, PNN_NOISE_UNIFORM, PNN_ACTIVATION_RELU, CHANNELS_LAST | WGMMA},
+    {PNN_BFLOAT16, PNN_BFLOAT16, 2, 32, 16, 16, 136, 4, 2, 1, PNN_NOISE_UNIFORM, PNN_ACTIVATION_RELU, WGMMA},
+    {PNN_FLOAT16, PNN_FLOAT16, 2, 24, 16, 16, 104, 8, 1, 1, PNN_NOISE_UNIFORM, PNN_ACTIVATION_RELU, WGMMA},
+    {PNN_BFLOAT16, PNN_BFLOAT16, 2, 8, 9, 11, 136, 64, 1, 2, PNN_NOISE_UNIFORM, PNN_ACTIVATION_RELU,
+     CHANNELS_LAST | WGMMA},
+    {PNN_BFLOAT16, PNN_BFLOAT16, 2, 16, 96, 128, 72, 1, 1, 1, PNN_NOISE_UNIFORM, PNN_ACTIVATION_RELU,
+     CHANNELS_LAST | WGMMA},
+    {PNN_FLOAT16, PNN_FLOAT16, 2, 16, 64, 128, 136, 1, 1, 1, PNN_NOISE_UNIFORM, PNN_ACTIVATION_RELU, WGMMA},
+    {PNN_BFLOAT16, PNN_BFLOAT16, 2, 16, 64, 128, 136, 2, 1, 1, PNN_NOISE_UNIFORM, PNN_ACTIVATION_RELU,
+     CHANNELS_LAST | WGMMA},
     /* The input's gradient by them, in its larger tiles. */
-    {PNN_BFLOAT16, PNN_BFLOAT16, 2, 144, 64, 128, 24, 1, 1, 1, PNN_NOISE_UNIFORM, PNN_ACTIVATION_RELU, false, false,
-     false, true},
-    {PNN_FLOAT16, PNN_FLOAT16, 2, 40, 64, 128, 24, 4, 1, 1, PNN_NOISE_UNIFORM, PNN_ACTIVATION_RELU, true, false, false,
-     true},
-    {PNN_FLOAT16, PNN_FLOAT16, 2, 40, 96, 128, 24, 2, 1, 1, PNN_NOISE_UNIFORM, PNN_ACTIVATION_RELU, false, false, false,
-     true},
+    {PNN_BFLOAT16, PNN_BFLOAT16, 2, 144, 64, 128, 24, 1, 1, 1, PNN_NOISE_UNIFORM, PNN_ACTIVATION_RELU, WGMMA},
+    {PNN_FLOAT16, PNN_FLOAT16, 2, 40, 64, 128, 24, 4, 1, 1, PNN_NOISE_UNIFORM, PNN_ACTIVATION_RELU,
+     CHANNELS_LAST | WGMMA},
+    {PNN_FLOAT16, PNN_FLOAT16, 2, 40, 96, 128, 24, 2, 1, 1, PNN_NOISE_UNIFORM, PNN_ACTIVATION_RELU, WGMMA},
 };
 
 }  // namespace
