@@ -158,17 +158,19 @@ static void product_rows_run(int64_t rows, int64_t columns, int64_t depth, const
 static inline __attribute__((always_inline)) void pack_two(bool summed, real *restrict dst, int64_t tile_step,
                                                            const real *restrict src, int64_t step, int64_t pixels,
                                                            real *restrict sums) {
-  enum { VECTORS = 2 * STRIP_ROWS / VR };
+  enum { ROWS = 2 * STRIP_ROWS, VECTORS = ROWS / VR, WHOLE = VECTORS * VR };
   vr sum[VECTORS];
+  real rest[ROWS - WHOLE + 1]; /* of the rows behind the last whole vector */
   for (int v = 0; v < VECTORS && summed; v++) sum[v] = vr_load(sums + v * VR);
+  for (int i = WHOLE; i < ROWS && summed; i++) rest[i - WHOLE] = sums[i];
   for (int64_t p = 0; p < pixels; p++, dst += STRIP_ROWS, src += step) {
     memcpy(dst, src, STRIP_ROWS * sizeof(real));
     memcpy(dst + tile_step, src + STRIP_ROWS, STRIP_ROWS * sizeof(real));
     for (int v = 0; v < VECTORS && summed; v++) sum[v] += vr_load(src + v * VR);
+    for (int i = WHOLE; i < ROWS && summed; i++) rest[i - WHOLE] += src[i];
   }
   for (int v = 0; v < VECTORS && summed; v++) vr_store(sums + v * VR, sum[v]);
-  for (int i = VECTORS * VR; i < 2 * STRIP_ROWS && summed; i++) /* behind the last whole vector */
-    for (int64_t p = 0; p < pixels; p++) sums[i] += src[(p - pixels) * step + i];
+  for (int i = WHOLE; i < ROWS && summed; i++) sums[i] = rest[i - WHOLE];
 }
 
 static void pack_gradient(void *dst_, int64_t tile_step, const void *src_, int64_t step, int64_t pixels, int64_t rows,
