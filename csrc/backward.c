@@ -122,7 +122,8 @@ pnn_ahead pnn_sums_ahead(const pnn_sums *s, const pnn_sums_place *at, int64_t ch
   int64_t first, count = pnn_chunk_locate(p, &s->chunks, chunk, &range, &first);
   /* The blocks of outputs, of which this is number i, share what is asked for. */
   const int64_t shares = pnn_quotient_up(at->end - at->first, outputs), i = pnn_quotient(output - at->first, outputs);
-  /* The gradient comes with the input where it fits: a block's outputs of a pixel are a cache line, or less. */
+  /* The gradient comes with the input where it fits, since a block's outputs of a pixel are but a cache line; with
+   * pairs always, since they are less than one. */
   const bool with_input = s->rows && (p->pairs || (at->end - at->first) * PNN_CHUNK * p->native <= AHEAD_BYTES);
   if (!with_input)
     pnn_ahead_add(p, &ahead, &range, first, count, &p->grad_output, output + outputs,

@@ -325,6 +325,15 @@ static gradient_rows gradient_find(const pnn_problem *p, const pixel_run *runs, 
   return (gradient_rows){copy, ld};
 }
 
+/* The response maps in strips, [strip][PNN_CHUNK][ld]: rows of all maps would be read at a stride. */
+static void respond_strips(const pnn_sums *s, const pnn_sums_place *at, const sums_scratch *t,
+                           const pnn_columns *columns) {
+  const pnn_problem *p = s->problem;
+  for (int64_t j = 0; j < at->maps; j += t->ld)
+    respond(p, &t->masks, at->k0, columns, at->k0 + j, PNN_MIN(t->ld, at->maps - j), s->mean,
+            t->maps + j * PNN_CHUNK * p->real_size, t->ld);
+}
+
 /* The response maps of two neighbouring pixels as pairs, [column/2][ld]. */
 static void respond_pairs(const pnn_sums *s, const pnn_sums_place *at, const sums_scratch *t,
                           const pnn_columns *columns, int64_t first) {
@@ -358,10 +367,10 @@ static void sums_part(const pnn_sums *s, const pnn_sums_place at, const sums_scr
       if (at.maps) masks_make(p, &t.masks, at.k0, at.maps, made);
     }
     pnn_columns_set(&columns, made, first, count);
-    if (at.maps && p->pairs) respond_pairs(s, &at, &t, &columns, first);
-    for (int64_t j = 0; j < at.maps && !p->pairs; j += t.ld)
-      respond(p, &t.masks, at.k0, &columns, at.k0 + j, PNN_MIN(t.ld, at.maps - j), s->mean,
-              t.maps + j * PNN_CHUNK * size, t.ld);
+    if (at.maps && p->pairs)
+      respond_pairs(s, &at, &t, &columns, first);
+    else if (at.maps)
+      respond_strips(s, &at, &t, &columns);
     const int64_t run_count = pixel_runs(p, &columns, &p->grad_output, runs);
     const int64_t packed = GRADIENT_TILES * tile, depth = p->pairs ? (count + 1) / 2 : count;
     pnn_ahead ahead = {.streams = 0};
@@ -378,9 +387,10 @@ static void sums_part(const pnn_sums *s, const pnn_sums_place at, const sums_scr
           if (at.totals && (o == at.first || run_count > 1))
             kernels->sum_columns_bfloat16(count, g.data, g.step, outputs, at.totals + o * size);
         } else {
-          if (at.totals) memset(t.totals, 0, (size_t)(side_by_side * size));
-          gradient_tiles(p, runs, run_count, o, side_by_side, t.outputs, at.totals ? t.totals : NULL);
-          if (at.totals) kernels->accumulate(at.totals + o * size, t.totals, side_by_side);
+          char *const sums = at.totals ? t.totals : NULL;
+          if (sums) memset(sums, 0, (size_t)(side_by_side * size));
+          gradient_tiles(p, runs, run_count, o, side_by_side, t.outputs, sums);
+          if (sums) kernels->accumulate(at.totals + o * size, sums, side_by_side);
         }
         ahead = pnn_sums_ahead(s, &at, chunk, end, o, packed);
         pnn_ahead_spread(&ahead,
