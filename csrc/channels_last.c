@@ -181,7 +181,7 @@ static forward_scratch forward_take(const pnn_forward_state *f, pnn_arena *arena
 
 void pnn_rows_forward_scratch(const pnn_forward_state *state, pnn_arena *arena) { forward_take(state, arena); }
 
-#define ROWS_MADE 16     /* pixels at a time; no fewer than a tile has */
+#define ROWS_MADE 24     /* pixels at a time: whole tiles */
 #define ROWS_MADE_FEW 64 /* of few maps */
 
 /* A panel of few maps: a few pixels' response maps, then all of their outputs. */
@@ -201,6 +201,37 @@ static void forward_runs(const pnn_forward_state *f, const forward_scratch *s, c
       char *c = p->output.data + (runs[r].offset + i * step + group * p->group_outputs) * p->native;
       p->kernels->product_rows_run(pixels, p->group_outputs, p->group_maps, s->panel, s->ld, b, c, step, start, ahead);
     }
+}
+
+/* A panel's pixels on the way to response maps. */
+typedef struct rows_walk {
+  const pnn_columns *columns;
+  int64_t segment, done; /* where the run behind `run` begins */
+  input_run run;
+  int64_t used, made; /* pixels of the run, of the panel */
+} rows_walk;
+
+/* Makes the response maps [k, k + depth) of the group up to the panel's pixel `end`. */
+static void walk_to(const pnn_forward_state *f, const forward_scratch *s, rows_walk *w, int64_t k_first, int64_t k,
+                    int64_t depth, int64_t end) {
+  const pnn_problem *p = f->problem;
+  const pnn_respond_rows_fn kernel =
+      (p->pairs ? p->kernels->respond_rows_bfloat16 : p->kernels->respond_rows)[p->activation];
+  const int64_t step = pixel_step(p, &p->input);
+  const char *mean = f->mean ? from_map(p, f->mean, k_first + k) : NULL;
+  while (w->made < end) {
+    if (w->used == w->run.columns) {
+      w->run = input_run_next(p, &s->masks, k_first, w->columns, k_first, &w->segment, &w->done);
+      w->used = 0;
+    }
+    const int64_t pixels = PNN_MIN(end - w->made, w->run.columns - w->used);
+    const char *mask = w->run.mask;
+    if (mask) mask += (w->used * w->run.mask_step + (p->shared ? 0 : k)) * p->real_size;
+    kernel(s->panel + w->made * s->ld * p->native, s->ld, w->run.x + (w->used * step + k) * p->native, step, mask,
+           w->run.mask_step, mean, pixels, depth, p->shared);
+    w->used += pixels;
+    w->made += pixels;
+  }
 }
 
 void pnn_rows_forward_item(void *state, int32_t worker, int64_t item) {
@@ -235,23 +266,21 @@ void pnn_rows_forward_item(void *state, int32_t worker, int64_t item) {
                                  (p->group_maps / (p->pairs ? 2 : 1) / PNN_AHEAD_DEPTH + 1));
     for (int64_t k = 0; k < p->group_maps || k == 0; k += PNN_MAX(f->block, 1)) {
       const int64_t depth = PNN_MIN(f->block, p->group_maps - k);
-      int64_t made = 0; /* pixels of the panel, a few ahead of the first tile of outputs, which finds them in cache */
+      rows_walk walk = {.columns = &columns};
       for (int64_t t = 0; t < p->group_outputs; t += wide) {
         const void *b = pnn_packing_tile(p, &f->packing, f->packed, group, 0, pnn_quotient(t, strip), k);
         const char *start = from_map(p, f->bias, group * f->sum_rows + t);
-        const int64_t outputs = PNN_MIN(wide, p->group_outputs - t), rows = pnn_rows_tile(p, outputs);
+        const int64_t outputs = PNN_MIN(wide, p->group_outputs - t);
         for (int64_t r = 0; r < count; r++)
-          for (int64_t i = 0; i < runs[r].columns; i += rows) {
-            const int64_t offset = runs[r].offset + i * step + group * p->group_outputs + t;
-            if (made < PNN_MIN(runs[r].column + i + rows, columns.columns)) {
-              pnn_columns part;
-              pnn_columns_part(&part, &columns, column, made, PNN_MIN(made + ROWS_MADE, columns.columns));
-              respond(p, &s.masks, k_first, &part, k_first + k, depth, f->mean, s.panel + made * s.ld * p->native,
-                      s.ld);
-              made += part.columns;
+          for (int64_t i = 0, pixels; i < runs[r].columns; i += pixels) {
+            const int64_t column = runs[r].column + i,
+                          offset = runs[r].offset + i * step + group * p->group_outputs + t;
+            pixels = runs[r].columns - i;
+            if (t == 0) { /* the first tile of outputs finds a few pixels' response maps in the first-level cache */
+              pixels = PNN_MIN(ROWS_MADE, pixels);
+              walk_to(f, &s, &walk, k_first, k, depth, column + pixels);
             }
-            const int64_t pixels = PNN_MIN(rows, runs[r].columns - i);
-            const char *a = s.panel + (runs[r].column + i) * s.ld * p->native;
+            const char *a = s.panel + column * s.ld * p->native;
             char *c = p->output.data + offset * p->native;
             if (p->pairs)
               kernels->product_rows_pairs(PNN_PRODUCT_START, pixels, outputs, depth / 2, a, s.ld, 1, b, strip, c, step,
@@ -436,35 +465,84 @@ static inputs_scratch inputs_take(const pnn_inputs *in, pnn_arena *arena) {
 
 void pnn_rows_inputs_scratch(const pnn_inputs *inputs, pnn_arena *arena) { inputs_take(inputs, arena); }
 
-/* From da to the input's gradient in one go. */
-static void inputs_epilogue(const pnn_inputs *in, const inputs_scratch *s, const pnn_columns *columns, int64_t outs,
-                            const pixel_run *out, int64_t mask_k0, int64_t k0, int64_t maps) {
+/* A panel's pixels on the way to the input's gradient. */
+typedef struct inputs_walk {
+  const pnn_columns *columns;
+  const pixel_run *out;
+  int64_t segment, done; /* where the run behind `run` begins */
+  input_run run;
+} inputs_walk;
+
+typedef struct inputs_place {
+  int64_t columns; /* of one run of the input and of its gradient */
+  const char *x, *mask;
+  char *dx;
+} inputs_place;
+
+/* Where the panel's column and those behind it stand, of map k0. Columns are asked for in ascending order. */
+static inputs_place inputs_walk_to(const pnn_inputs *in, const inputs_scratch *s, inputs_walk *w, int64_t mask_k0,
+                                   int64_t k0, int64_t column) {
   const pnn_problem *p = in->problem;
-  const pnn_norm_terms norm = pnn_inputs_norm_terms(in, k0);
-  const pnn_respond_grad_rows_fn kernel =
-      (p->pairs ? p->kernels->respond_grad_rows_bfloat16 : p->kernels->respond_grad_rows)[p->activation];
-  const int64_t size = p->real_size, x_step = pixel_step(p, &p->input), out_step = pixel_step(p, &p->grad_input);
-  input_run run = {.columns = 0};
-  int64_t segment = 0, next = 0;
-  for (int64_t r = 0; r < outs; r++)
-    for (int64_t i = 0, count; i < out[r].columns; i += count) {
-      const int64_t column = out[r].column + i;
-      if (column == run.column + run.columns) run = input_run_next(p, &s->masks, mask_k0, columns, k0, &segment, &next);
-      const int64_t into = column - run.column;
-      count = PNN_MIN(out[r].columns - i, run.columns - into);
-      char *dx = p->grad_input.data + (out[r].offset + i * out_step + k0) * p->native;
-      kernel(dx, out_step, s->d + column * s->ld * size, s->ld, run.x + into * x_step * p->native, x_step,
-             run.mask ? run.mask + into * run.mask_step * size : NULL, run.mask_step, in->affine ? &norm : NULL, count,
-             maps, p->shared);
+  while (column >= w->run.column + w->run.columns)
+    w->run = input_run_next(p, &s->masks, mask_k0, w->columns, k0, &w->segment, &w->done);
+  while (column >= w->out->column + w->out->columns) w->out++;
+  const int64_t into = column - w->run.column, out = column - w->out->column;
+  inputs_place place = {.columns = PNN_MIN(w->run.columns - into, w->out->columns - out)};
+  place.x = w->run.x + into * pixel_step(p, &p->input) * p->native;
+  place.mask = w->run.mask ? w->run.mask + into * w->run.mask_step * p->real_size : NULL;
+  place.dx = p->grad_input.data + (w->out->offset + out * pixel_step(p, &p->grad_input) + k0) * p->native;
+  return place;
+}
+
+/* The gradient of the maps [j, j + maps) of the block at k, for the pixels of one run of the outputs' gradient. */
+static void inputs_run(const pnn_inputs *in, const inputs_scratch *s, const pixel_run *run, int64_t group,
+                       int64_t block, int64_t j, int64_t maps, inputs_walk *walk, pnn_ahead *ahead) {
+  const pnn_problem *p = in->problem;
+  const pnn_kernels *kernels = p->kernels;
+  const int64_t size = p->real_size, strip = in->packing.tile, depth = p->group_outputs;
+  const int64_t k_first = group * p->group_maps, k0 = k_first + block * in->block + j;
+  const int64_t step = pixel_step(p, &p->grad_output), rows = pnn_rows_tile(p, maps);
+  const void *b = pnn_packing_tile(p, &in->packing, in->packed, group, block, pnn_quotient(j, strip), 0);
+  const pnn_norm_terms norm_terms = pnn_inputs_norm_terms(in, k0), *norm = in->affine ? &norm_terms : NULL;
+  const bool fused = !p->pairs && maps == p->tile_columns && kernels->product_respond_grad_rows[p->activation];
+  const int64_t x_step = pixel_step(p, &p->input), dx_step = pixel_step(p, &p->grad_input);
+  for (int64_t i = 0, pixels; i < run->columns; i += pixels) {
+    const int64_t column = run->column + i;
+    const char *a = p->grad_output.data + (run->offset + i * step + group * p->group_outputs) * p->native;
+    pixels = run->columns - i;
+    if (fused) {
+      const inputs_place at = inputs_walk_to(in, s, walk, k_first, k0, column);
+      const int64_t whole = pnn_quotient(PNN_MIN(pixels, at.columns), rows) * rows;
+      if (whole) {
+        kernels->product_respond_grad_rows[p->activation](whole, depth, a, step, b, strip, strip * depth, at.dx,
+                                                          dx_step, at.x, x_step, at.mask, walk->run.mask_step, norm,
+                                                          p->shared, ahead);
+        pixels = whole;
+        continue;
+      }
+      pixels = PNN_MIN(pixels, rows); /* a tile that several runs share */
     }
+    if (p->pairs)
+      kernels->product_rows_pairs(PNN_PRODUCT_START, pixels, maps, depth / 2, a, step, 1, b, strip, s->d, s->ld, NULL,
+                                  false, ahead);
+    else
+      kernels->product_rows(PNN_PRODUCT_START, pixels, maps, depth, a, step, 1, b, strip, strip * depth, s->d, s->ld,
+                            NULL, ahead);
+    for (int64_t done = 0, count; done < pixels; done += count) {
+      const inputs_place at = inputs_walk_to(in, s, walk, k_first, k0, column + done);
+      count = PNN_MIN(at.columns, pixels - done);
+      (p->pairs ? kernels->respond_grad_rows_bfloat16 : kernels->respond_grad_rows)[p->activation](
+          at.dx, dx_step, s->d + done * s->ld * size, s->ld, at.x, x_step, at.mask, walk->run.mask_step, norm, count,
+          maps, p->shared);
+    }
+  }
 }
 
 void pnn_rows_inputs_item(void *inputs, int32_t worker, int64_t item) {
   const pnn_inputs *in = inputs;
   const pnn_problem *p = in->problem;
-  const pnn_kernels *kernels = p->kernels;
-  const int64_t pieces = in->deal.ranges * in->deal.cuts, group = pnn_quotient(item, pieces), size = p->real_size;
-  const int64_t k_first = group * p->group_maps, strip = in->packing.tile, wide = p->tile_columns;
+  const int64_t pieces = in->deal.ranges * in->deal.cuts, group = pnn_quotient(item, pieces);
+  const int64_t k_first = group * p->group_maps, wide = p->tile_columns;
   pnn_range range;
   int64_t column, end;
   pnn_deal_piece(p, &in->deal, pnn_remainder(item, pieces), &range, &column, &end);
@@ -474,40 +552,25 @@ void pnn_rows_inputs_item(void *inputs, int32_t worker, int64_t item) {
   masks_make(p, &s.masks, k_first, p->group_maps, &range);
   pnn_columns columns;
   pixel_run gradient[PNN_WIDEST], out[PNN_WIDEST];
-  const int64_t gradient_step = pixel_step(p, &p->grad_output);
   for (; column < end; column += in->width) {
     pnn_columns_set(&columns, &range, column, PNN_MIN(in->width, end - column));
     const int64_t gradients = pixel_runs(p, &columns, &p->grad_output, gradient);
-    const int64_t outs = pixel_runs(p, &columns, &p->grad_input, out);
+    pixel_runs(p, &columns, &p->grad_input, out);
     const int64_t next = column + in->width, count = PNN_MIN(in->width, end - next);
     pnn_ahead ahead = {.streams = 0};
-    pnn_ahead_add(p, &ahead, &range, column, columns.columns, &p->grad_input, group * p->group_channels,
-                  p->group_channels, true);
     pnn_ahead_add(p, &ahead, &range, next, count, &p->grad_output, group * p->group_outputs, p->group_outputs, false);
     pnn_ahead_add(p, &ahead, &range, next, count, &p->input, group * p->group_channels, p->group_channels, false);
+    pnn_ahead_add(p, &ahead, &range, next, count, &p->grad_input, group * p->group_channels, p->group_channels, true);
     pnn_ahead_spread(&ahead, in->packing.blocks * pnn_quotient_up(in->block, wide) *
                                  (pnn_quotient(columns.columns, pnn_rows_tile(p, in->block)) + 1) *
                                  (p->group_outputs / (p->pairs ? 2 : 1) / PNN_AHEAD_DEPTH + 1));
     for (int64_t block = 0; block < in->packing.blocks; block++) {
-      const int64_t k = block * in->block, k0 = k_first + k, maps = PNN_MIN(in->block, p->group_maps - k);
+      const int64_t maps = PNN_MIN(in->block, p->group_maps - block * in->block);
       for (int64_t j = 0; j < maps; j += wide) {
-        const void *b = pnn_packing_tile(p, &in->packing, in->packed, group, block, pnn_quotient(j, strip), 0);
-        const int64_t some = PNN_MIN(wide, maps - j), rows = pnn_rows_tile(p, some);
+        inputs_walk walk = {.columns = &columns, .out = out};
         for (int64_t r = 0; r < gradients; r++)
-          for (int64_t i = 0; i < gradient[r].columns; i += rows) {
-            const int64_t offset = gradient[r].offset + i * gradient_step + group * p->group_outputs;
-            const int64_t pixels = PNN_MIN(rows, gradient[r].columns - i);
-            const char *a = p->grad_output.data + offset * p->native;
-            char *d = s.d + ((gradient[r].column + i) * s.ld + j) * size;
-            if (p->pairs)
-              kernels->product_rows_pairs(PNN_PRODUCT_START, pixels, some, p->group_outputs / 2, a, gradient_step, 1, b,
-                                          strip, d, s.ld, NULL, false, &ahead);
-            else
-              kernels->product_rows(PNN_PRODUCT_START, pixels, some, p->group_outputs, a, gradient_step, 1, b, strip,
-                                    strip * p->group_outputs, d, s.ld, NULL, &ahead);
-          }
+          inputs_run(in, &s, &gradient[r], group, block, j, PNN_MIN(wide, maps - j), &walk, &ahead);
       }
-      inputs_epilogue(in, &s, &columns, outs, out, k_first, k0, maps);
     }
   }
 }

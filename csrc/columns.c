@@ -188,6 +188,7 @@ void pnn_ahead_add(const pnn_problem *problem, pnn_ahead *ahead, const pnn_range
     if (s->stride != s->bytes) continue;
     /* Without gaps: one row, or rows of a page. */
     const int64_t bytes = s->rows * s->bytes;
+    s->far &= !pnn_pages_foreseen();
     s->rows = s->far ? PNN_MAX(bytes / PNN_AHEAD_PAGE, 1) : 1;
     s->stride = s->bytes = pnn_quotient_up(bytes, s->rows);
   }

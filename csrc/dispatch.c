@@ -76,6 +76,14 @@ static const isa *chosen(void) {
   return &isas[i];
 }
 
+bool pnn_pages_foreseen(void) {
+#if defined(__x86_64__) || defined(__i386__)
+  return __builtin_cpu_is("intel");
+#else
+  return false;
+#endif
+}
+
 int pnn_kernels_pairs(const pnn_kernels *kernels) {
 #if defined(PNN_HAVE_AVX512) && !defined(PNN_EMULATE_PAIRS)
   return kernels->product_pairs && __builtin_cpu_supports("avx512bf16");

@@ -193,6 +193,10 @@ void pnn_columns_copy(const pnn_problem *problem, const pnn_columns *columns, co
 void pnn_columns_pair(const pnn_problem *problem, const pnn_columns *columns, const pnn_view *view, int64_t channel,
                       int64_t rows, void *panel, int64_t ld);
 
+/* Whether the processor walks the page tables for the page behind one that is read from end to end (dispatch.c):
+ * Intel's do, and asking for a line of each in advance costs them a twentieth of a pass. */
+bool pnn_pages_foreseen(void);
+
 /* Adds to what is asked for ahead (kernels/ahead.h) the first run of the panel at `column` of the range, `count`
  * columns, for `channels` channels from `channel` on; nothing where there are none or the view has other strides. */
 void pnn_ahead_add(const pnn_problem *problem, pnn_ahead *ahead, const pnn_range *range, int64_t column, int64_t count,

@@ -12,6 +12,7 @@
 #ifndef PNN_KERNELS_AHEAD_H
 #define PNN_KERNELS_AHEAD_H
 
+#include <stdbool.h>
 #include <stdint.h>
 
 #include "quotient.h"
@@ -34,6 +35,7 @@ typedef struct pnn_ahead {
   int64_t row;            /* rows of the current stream that were begun */
   const char *line, *end; /* what is left of the last one */
   int64_t pace;           /* lines a step */
+  bool long_rows;         /* every row takes many steps */
 } pnn_ahead;
 
 /* Begins the next row; 0 where there is none. */
@@ -64,6 +66,21 @@ static inline void pnn_ahead_step(pnn_ahead *ahead) {
       __builtin_prefetch(ahead->line, 0, 2);
     ahead->line += 64;
   }
+}
+
+/* The same for loops whose tensors have channels next to each other, hence long rows. */
+static inline void pnn_ahead_step_rows(pnn_ahead *ahead) {
+  if (!ahead->long_rows) {
+    pnn_ahead_step(ahead);
+    return;
+  }
+  if (ahead->line >= ahead->end && !pnn_ahead_next(ahead)) {
+    ahead->long_rows = false, ahead->pace = 0;
+    return;
+  }
+  const char *line = ahead->line, *const end = line + 64 * ahead->pace; /* no look at the row's end */
+  for (; line < end; line += 64) __builtin_prefetch(line, 0, 2);
+  ahead->line = end;
 }
 
 /* One step's share for a loop that asks for a line each time round: at data, data + step, ... */
@@ -101,6 +118,8 @@ static inline void pnn_ahead_spread(pnn_ahead *ahead, int64_t steps) {
     for (int64_t r = 0; s->far && r < s->rows; r += page) __builtin_prefetch(s->data + r * s->stride, 0, 2);
   }
   ahead->pace = steps > 0 ? pnn_quotient_up(lines, steps) : 0;
+  ahead->long_rows = ahead->pace > 0;
+  for (int i = 0; i < ahead->streams; i++) ahead->long_rows &= ahead->stream[i].bytes >= 8 * 64 * ahead->pace;
 }
 
 #endif

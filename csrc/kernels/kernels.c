@@ -34,6 +34,7 @@
 #define RESPOND_PRODUCT_ENTRY(suffix, name) [PNN_ACTIVATION_##suffix] = respond_product_##name,
 #define RESPOND_DOT_ENTRY(suffix, name) [PNN_ACTIVATION_##suffix] = respond_dot_##name,
 #define PRODUCT_RESPOND_GRAD_ENTRY(suffix, name) [PNN_ACTIVATION_##suffix] = product_respond_grad_##name,
+#define PRODUCT_RESPOND_GRAD_ROWS_ENTRY(suffix, name) [PNN_ACTIVATION_##suffix] = product_respond_grad_rows_##name,
 #define RESPOND_MOMENTS_ENTRY(suffix, name) [PNN_ACTIVATION_##suffix] = respond_moments_##name,
 #define ACTIVATE_ENTRY(suffix, name) [PNN_ACTIVATION_##suffix] = activate_##name,
 #define RESPOND_GRAD_ROWS_ENTRY(suffix, name) [PNN_ACTIVATION_##suffix] = respond_grad_rows_##name,
@@ -97,5 +98,6 @@ const pnn_kernels PNN_KERNEL_NAME(pnn_kernels) = {
     .pack_gradient = pack_gradient,
     .respond_rows = {PNN_ACTIVATION_LIST(RESPOND_ROWS_ENTRY)},
     .respond_grad_rows = {PNN_ACTIVATION_LIST(RESPOND_GRAD_ROWS_ENTRY)},
+    .product_respond_grad_rows = {CHEAP_ACTIVATIONS(PRODUCT_RESPOND_GRAD_ROWS_ENTRY)},
     .moments_rows = moments_rows,
 };

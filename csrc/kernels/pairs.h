@@ -388,7 +388,7 @@ static void sum_bfloat16(int64_t columns, const void *a_, int64_t lda, int64_t r
 /* ---- panels whose rows are pixels ---- */
 
 /* a: element (i, k) is the pair at (uint16_t *)a + i*a_row + 2*k*a_step. */
-PAIRS_TARGET static void product_rows_pairs(pnn_product_mode mode, int64_t rows, int64_t columns, int64_t depth,
+PAIRS_TARGET static void rows_product_pairs(pnn_product_mode mode, int64_t rows, int64_t columns, int64_t depth,
                                             const void *a_, int64_t a_row, int64_t a_step, const void *b_, int64_t ldb,
                                             void *c, int64_t ldc, const void *start_, int32_t to_bfloat16,
                                             pnn_ahead *ahead) {
@@ -407,7 +407,7 @@ PAIRS_TARGET static void product_rows_pairs(pnn_product_mode mode, int64_t rows,
 #pragma GCC unroll 8
   for (int i = 0; i < STRIP_ROWS; i++) /* rows that are not there repeat the last one and are not written */
     a[i] = (const char *)a_ + (i < rows ? i : rows - 1) * a_row * 2;
-  for (int64_t k = 0; k < depth; pnn_ahead_step(ahead)) {
+  for (int64_t k = 0; k < depth; pnn_ahead_step_rows(ahead)) {
     const int64_t next = k + PNN_AHEAD_DEPTH;
     for (; k < depth && k < next; k++, b += ldb) {
       __m512i bv[STRIP_VECTORS];
@@ -438,6 +438,16 @@ PAIRS_TARGET static void product_rows_pairs(pnn_product_mode mode, int64_t rows,
       }
     }
   }
+}
+
+PAIRS_TARGET static void product_rows_pairs(pnn_product_mode mode, int64_t rows, int64_t columns, int64_t depth,
+                                            const void *a, int64_t a_row, int64_t a_step, const void *b, int64_t ldb,
+                                            void *c, int64_t ldc, const void *start, int32_t to_bfloat16,
+                                            pnn_ahead *ahead) {
+  for (int64_t i = 0; i < rows; i += STRIP_ROWS)
+    rows_product_pairs(mode, rows - i < STRIP_ROWS ? rows - i : STRIP_ROWS, columns, depth,
+                       (const uint16_t *)a + i * a_row, a_row, a_step, b, ldb,
+                       (char *)c + i * ldc * (to_bfloat16 ? 2 : 4), ldc, start, to_bfloat16, ahead);
 }
 
 static inline vr load_some_bfloat16(const uint16_t *p, int64_t n) {

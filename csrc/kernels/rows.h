@@ -4,6 +4,34 @@
 #ifndef PNN_KERNELS_ROWS_H
 #define PNN_KERNELS_ROWS_H
 
+/* The compiler would find all of a tile's addresses before its products, for which there are no registers. */
+#define KEEP_POINTER(pointer) __asm__("" : "+r"(pointer))
+
+static inline __attribute__((always_inline)) void rows_steps(int most, int vectors, bool whole, vr sum[][TILE_VECTORS],
+                                                             int64_t rows, int64_t depth, const real *restrict a,
+                                                             int64_t a_row, int64_t a_step, const real *restrict b,
+                                                             int64_t ldb, int64_t strip, pnn_ahead *ahead) {
+  /* Three rows share a pointer, which their addresses need no more than a multiple of a_row beside. Where there are
+   * fewer, those that are missing repeat the last one and are not written. */
+  const real *third[3] = {a, a + 3 * a_row, a + 6 * a_row}, *row[STRIP_ROWS];
+#pragma GCC unroll 8
+  for (int i = 0; i < most; i++) row[i] = a + (i < rows ? i : rows - 1) * a_row;
+  for (int64_t left = depth; left > 0; left -= PNN_AHEAD_DEPTH, pnn_ahead_step_rows(ahead))
+    for (int64_t k = 0; k < left && k < PNN_AHEAD_DEPTH; k++, b += ldb) {
+      vr bv[TILE_VECTORS];
+#pragma GCC unroll 4
+      for (int v = 0; v < vectors; v++) bv[v] = vr_load(b + v / STRIP_VECTORS * strip + v % STRIP_VECTORS * VR);
+#pragma GCC unroll 8
+      for (int i = 0; i < most; i++) {
+        const vr av = vr_set1(whole ? third[i / 3][i % 3 * a_row] : row[i][(depth - left + k) * a_step]);
+#pragma GCC unroll 4
+        for (int v = 0; v < vectors; v++) sum[i][v] = vr_fma(av, bv[v], sum[i][v]);
+      }
+#pragma GCC unroll 3
+      for (int i = 0; i < 3; i++) third[i] += a_step;
+    }
+}
+
 /* `rows` of `most` rows, with `columns` of `strips` strips; whole: all of both. */
 static inline __attribute__((always_inline)) void rows_product(int most, int strips, bool whole, pnn_product_mode mode,
                                                                int64_t rows, int64_t columns, int64_t depth,
@@ -12,16 +40,11 @@ static inline __attribute__((always_inline)) void rows_product(int most, int str
                                                                real *restrict c, int64_t ldc, const real *start,
                                                                pnn_ahead *ahead) {
   const int vectors = strips * STRIP_VECTORS;
-  /* Three rows share a pointer, which their addresses need no more than a multiple of a_row beside. Where there are
-   * fewer, those that are missing repeat the last one and are not written. */
-  const real *third[3] = {a, a + 3 * a_row, a + 6 * a_row}, *row[STRIP_ROWS];
   vr sum[STRIP_ROWS][TILE_VECTORS];
 #pragma GCC unroll 8
-  for (int i = 0; i < most; i++) {
-    row[i] = a + (i < rows ? i : rows - 1) * a_row;
+  for (int i = 0; i < most; i++)
 #pragma GCC unroll 4
     for (int v = 0; v < vectors; v++) sum[i][v] = vr_set1(0);
-  }
   if (mode == PNN_PRODUCT_START && start) {
 #pragma GCC unroll 4
     for (int v = 0; v < vectors; v++) {
@@ -45,26 +68,14 @@ static inline __attribute__((always_inline)) void rows_product(int most, int str
       }
     }
   }
-  for (int64_t left = depth; left > 0; left -= PNN_AHEAD_DEPTH, pnn_ahead_step(ahead))
-    for (int64_t k = 0; k < left && k < PNN_AHEAD_DEPTH; k++, b += ldb) {
-      vr bv[TILE_VECTORS];
-#pragma GCC unroll 4
-      for (int v = 0; v < vectors; v++) bv[v] = vr_load(b + v / STRIP_VECTORS * strip + v % STRIP_VECTORS * VR);
+  rows_steps(most, vectors, whole, sum, rows, depth, a, a_row, a_step, b, ldb, strip, ahead);
 #pragma GCC unroll 8
-      for (int i = 0; i < most; i++) {
-        const vr av = vr_set1(whole ? third[i / 3][i % 3 * a_row] : row[i][(depth - left + k) * a_step]);
-#pragma GCC unroll 4
-        for (int v = 0; v < vectors; v++) sum[i][v] = vr_fma(av, bv[v], sum[i][v]);
-      }
-#pragma GCC unroll 3
-      for (int i = 0; i < 3; i++) third[i] += a_step;
-    }
-#pragma GCC unroll 8
-  for (int i = 0; i < most; i++) {
+  for (int i = 0; i < most; i++, c += ldc) {
     if (!whole && i >= rows) continue;
+    if (whole) KEEP_POINTER(c);
 #pragma GCC unroll 4
     for (int v = 0; v < vectors; v++) {
-      real *to = c + i * ldc + v * VR;
+      real *to = c + v * VR;
       if (whole) {
         vr_store(to, mode == PNN_PRODUCT_ADD ? vr_load(to) + sum[i][v] : sum[i][v]);
       } else if (v * VR < columns) {
@@ -75,31 +86,35 @@ static inline __attribute__((always_inline)) void rows_product(int most, int str
   }
 }
 
+/* A tile after the other. */
+static inline __attribute__((always_inline)) void rows_products(int most, int strips, pnn_product_mode mode,
+                                                                int64_t rows, int64_t columns, int64_t depth,
+                                                                const real *a, int64_t a_row, int64_t a_step,
+                                                                const real *b, int64_t ldb, int64_t strip, real *c,
+                                                                int64_t ldc, const real *start, pnn_ahead *ahead) {
+  const int64_t all = strips * STRIP_COLUMNS;
+  if (columns == all)
+    for (; rows >= most; rows -= most, a += most * a_row, c += most * ldc)
+      rows_product(most, strips, true, mode, most, all, depth, a, a_row, a_step, b, ldb, strip, c, ldc, start, ahead);
+  for (; rows > 0; rows -= most, a += most * a_row, c += most * ldc)
+    rows_product(most, strips, false, mode, rows < most ? rows : most, columns, depth, a, a_row, a_step, b, ldb, strip,
+                 c, ldc, start, ahead);
+}
+
 static void product_rows(pnn_product_mode mode, int64_t rows, int64_t columns, int64_t depth, const void *a,
                          int64_t a_row, int64_t a_step, const void *b, int64_t ldb, int64_t strip, void *c, int64_t ldc,
                          const void *start, pnn_ahead *ahead) {
 #if TILE_VECTORS > STRIP_VECTORS
   if (columns > STRIP_COLUMNS) {
-    const int strips = TILE_VECTORS / STRIP_VECTORS;
-    if (rows == TILE_ROWS && columns == TILE_COLUMNS)
-      rows_product(TILE_ROWS, strips, true, mode, rows, columns, depth, a, a_row, a_step, b, ldb, strip, c, ldc, start,
-                   ahead);
-    else
-      rows_product(TILE_ROWS, strips, false, mode, rows, columns, depth, a, a_row, a_step, b, ldb, strip, c, ldc, start,
-                   ahead);
+    rows_products(TILE_ROWS, TILE_VECTORS / STRIP_VECTORS, mode, rows, columns, depth, a, a_row, a_step, b, ldb, strip,
+                  c, ldc, start, ahead);
     return;
   }
 #endif
-  if (rows == STRIP_ROWS && columns == STRIP_COLUMNS) {
-    if (a_row == 1) /* a packed operand */
-      rows_product(STRIP_ROWS, 1, true, mode, rows, columns, depth, a, 1, a_step, b, ldb, strip, c, ldc, start, ahead);
-    else
-      rows_product(STRIP_ROWS, 1, true, mode, rows, columns, depth, a, a_row, a_step, b, ldb, strip, c, ldc, start,
-                   ahead);
-  } else {
-    rows_product(STRIP_ROWS, 1, false, mode, rows, columns, depth, a, a_row, a_step, b, ldb, strip, c, ldc, start,
-                 ahead);
-  }
+  if (a_row == 1 && rows <= STRIP_ROWS) /* a packed operand */
+    rows_products(STRIP_ROWS, 1, mode, rows, columns, depth, a, 1, a_step, b, ldb, strip, c, ldc, start, ahead);
+  else
+    rows_products(STRIP_ROWS, 1, mode, rows, columns, depth, a, a_row, a_step, b, ldb, strip, c, ldc, start, ahead);
 }
 
 /* `rows` pixels with `columns` outputs, which lie in `vectors` vectors. The same outputs of the pixels two tiles
@@ -246,6 +261,55 @@ static inline __attribute__((always_inline)) void respond_grad_rows(row_mask kin
   }
 }
 
+/* From a whole tile of da to dx, as respond_grad_rows. */
+static inline __attribute__((always_inline)) void tile_respond_grad_rows(row_mask kind, vr sum[][TILE_VECTORS],
+                                                                         real *restrict dx, int64_t ldx,
+                                                                         const real *restrict x, int64_t step,
+                                                                         const real *restrict mask, int64_t ldm,
+                                                                         const pnn_norm_terms *norm, vr (*activate)(vr),
+                                                                         vr (*activate_grad)(vr, vr)) {
+  const real *mean = norm ? norm->mean : NULL, *offset = norm ? norm->offset : NULL;
+  const real *slope = norm ? norm->slope : NULL;
+#pragma GCC unroll 8
+  for (int i = 0; i < TILE_ROWS; i++, dx += ldx, x += step, mask += kind == NO_MASK ? 0 : ldm) {
+    KEEP_POINTER(dx);
+    KEEP_POINTER(x);
+    KEEP_POINTER(mask);
+    const vr one = vr_set1(kind == MASK_OF_PIXEL ? mask[0] : 0);
+#pragma GCC unroll 4
+    for (int r = 0; r < TILE_COLUMNS; r += VR) {
+      const vr u = row_perturbed(kind, x, mask, one, r, VR);
+      vr da = sum[i][r / VR];
+      if (norm) da = vr_fma(vr_load(slope + r), activate(u) - vr_load(mean + r), da + vr_load(offset + r));
+      vr_store(dx + r, activate_grad(u, da));
+    }
+  }
+}
+
+/* The sums of whole tiles through the activation to the gradient of the input. */
+static inline __attribute__((always_inline)) void product_respond_grad_rows(
+    int64_t pixels, int64_t depth, const real *a, int64_t a_row, const real *b, int64_t ldb, int64_t strip, real *dx,
+    int64_t ldx, const real *x, int64_t step, const real *mask, int64_t ldm, const pnn_norm_terms *norm, bool shared,
+    pnn_ahead *ahead, vr (*activate)(vr), vr (*activate_grad)(vr, vr)) {
+  for (; pixels > 0; pixels -= TILE_ROWS, a += TILE_ROWS * a_row, dx += TILE_ROWS * ldx, x += TILE_ROWS * step) {
+    vr sum[TILE_ROWS][TILE_VECTORS];
+#pragma GCC unroll 8
+    for (int i = 0; i < TILE_ROWS; i++)
+#pragma GCC unroll 4
+      for (int v = 0; v < TILE_VECTORS; v++) sum[i][v] = vr_set1(0);
+    rows_steps(TILE_ROWS, TILE_VECTORS, true, sum, TILE_ROWS, depth, a, a_row, 1, b, ldb, strip, ahead);
+    if (!mask)
+      tile_respond_grad_rows(NO_MASK, sum, dx, ldx, x, step, NULL, 0, norm, activate, activate_grad);
+    else if (shared)
+      tile_respond_grad_rows(MASK_OF_PIXEL, sum, dx, ldx, x, step, mask, ldm, norm, activate, activate_grad);
+    else if (norm)
+      tile_respond_grad_rows(MASK_OF_CHANNEL, sum, dx, ldx, x, step, mask, ldm, norm, activate, activate_grad);
+    else
+      tile_respond_grad_rows(MASK_OF_CHANNEL, sum, dx, ldx, x, step, mask, ldm, NULL, activate, activate_grad);
+    if (mask) mask += TILE_ROWS * ldm;
+  }
+}
+
 #define DEFINE_RESPOND_ROWS(suffix, name)                                                                              \
   static void respond_rows_##name(void *a, int64_t lda, const void *x, int64_t ldx, const void *mask, int64_t ldm,     \
                                   const void *mean, int64_t pixels, int64_t rows, int32_t shared) {                    \
@@ -270,6 +334,16 @@ static inline __attribute__((always_inline)) void respond_grad_rows(row_mask kin
                         PNN_ACTIVATE_GRAD(name));                                                                      \
   }
 PNN_ACTIVATION_LIST(DEFINE_RESPOND_ROWS)
+
+#define DEFINE_PRODUCT_RESPOND_GRAD_ROWS(suffix, name)                                                           \
+  static void product_respond_grad_rows_##name(int64_t pixels, int64_t depth, const void *a, int64_t a_row,      \
+                                               const void *b, int64_t ldb, int64_t strip, void *dx, int64_t ldx, \
+                                               const void *x, int64_t step, const void *mask, int64_t ldm,       \
+                                               const pnn_norm_terms *norm, int32_t shared, pnn_ahead *ahead) {   \
+    product_respond_grad_rows(pixels, depth, a, a_row, b, ldb, strip, dx, ldx, x, step, mask, ldm, norm, shared, \
+                              ahead, PNN_ACTIVATE(name), PNN_ACTIVATE_GRAD(name));                               \
+  }
+CHEAP_ACTIVATIONS(DEFINE_PRODUCT_RESPOND_GRAD_ROWS)
 
 /* Elements stand `step` apart. */
 static void moments_in_double(const real *a, int64_t step, int64_t n, double *mean, double *m2) {

@@ -199,8 +199,8 @@ typedef struct pnn_kernels {
 
   /* ---- panels whose rows are pixels, [pixels][ld], for channels-last tensors ---- */
 
-  /* C[rows][columns], at most tile_rows x tile_columns, or strip_rows x strip_columns; each element one chain of fused
-   * multiply-adds over depth:
+  /* C[rows][columns], at most tile_columns columns, by tiles of tile_rows or, up to strip_columns, of strip_rows; each
+   * element one chain of fused multiply-adds over depth:
    *   a: element (i, k) at a[i*a_row + k*a_step];  b: strips of columns, `strip` reals apart, [depth][ldb] each,
    *   readable to whole strips;  c: [rows][ldc].
    * PNN_PRODUCT_START: the chain begins at start[column], or at 0 where start is NULL. PNN_PRODUCT_CONTINUE: at C.
@@ -221,6 +221,13 @@ typedef struct pnn_kernels {
   pnn_respond_rows_fn respond_rows[PNN_ACTIVATION_COUNT];
   /* respond_grad, one mask a channel; where shared, mask[p][0]. */
   pnn_respond_grad_rows_fn respond_grad_rows[PNN_ACTIVATION_COUNT];
+  /* product_rows from 0 of `pixels` rows, whole tiles of tile_rows x tile_columns, with respond_grad_rows as its
+   * epilogue. NULL as in respond_product. */
+  void (*product_respond_grad_rows[PNN_ACTIVATION_COUNT])(int64_t pixels, int64_t depth, const void *a, int64_t a_row,
+                                                          const void *b, int64_t ldb, int64_t strip, void *dx,
+                                                          int64_t ldx, const void *x, int64_t step, const void *mask,
+                                                          int64_t ldm, const pnn_norm_terms *norm, int32_t shared,
+                                                          pnn_ahead *ahead);
   /* Mean and sum of squared deviations of each of `rows` columns over n >= 1 pixels. */
   void (*moments_rows)(const void *a, int64_t lda, int64_t n, int64_t rows, double *mean, double *m2, pnn_ahead *ahead);
 
