@@ -585,7 +585,9 @@ typedef struct moments_scratch {
 
 static moments_scratch moments_take(const pnn_problem *p, const pnn_moments_plan *plan, pnn_arena *arena) {
   moments_scratch s = {.ld = row_length(p, plan->block, p->real_size)};
-  s.panel = pnn_arena_take(arena, s.ld * PNN_CHUNK, p->real_size);
+  /* Where nothing is stored but what takes a second pass, or of a few pixels, room for that. */
+  const bool direct = p->kernels->respond_moments_rows[p->activation] != NULL;
+  s.panel = pnn_arena_take(arena, direct ? PNN_LANES * PNN_MAX(PNN_CHUNK, s.ld) : s.ld * PNN_CHUNK, p->real_size);
   s.masks = masks_take(p, plan->block, plan->chunks.pixels, arena);
   return s;
 }
@@ -606,12 +608,25 @@ void pnn_rows_moments_chunk(const pnn_problem *problem, const pnn_moments_plan *
     masks_make(problem, &s.masks, k0, rows, made);
   }
   pnn_columns_set(&columns, made, first, count);
-  respond(problem, &s.masks, k0, &columns, k0, rows, NULL, s.panel, s.ld);
   pnn_ahead ahead = {.streams = 0};
   if (chunk + 1 < end) {
     const int64_t next = pnn_chunk_locate(problem, &plan->chunks, chunk + 1, &range, &first);
     pnn_ahead_add(problem, &ahead, &range, first, next, &problem->input, k0, rows, false);
   }
   pnn_ahead_spread(&ahead, count);
+  const int64_t step = pixel_step(problem, &problem->input);
+  if (problem->kernels->respond_moments_rows[problem->activation] && count >= PNN_LANES) {
+    pnn_rows_run runs[PNN_CHUNK];
+    int64_t run_count = 0, mask_step = 0;
+    for (int64_t segment = 0, done = 0; segment < columns.segments; run_count++) {
+      const input_run run = input_run_next(problem, &s.masks, k0, &columns, k0, &segment, &done);
+      runs[run_count] = (pnn_rows_run){run.x, run.mask, run.columns};
+      mask_step = run.mask_step;
+    }
+    problem->kernels->respond_moments_rows[problem->activation](s.panel, runs, run_count, step, mask_step,
+                                                                problem->shared, count, rows, mean, m2, &ahead);
+    return;
+  }
+  respond(problem, &s.masks, k0, &columns, k0, rows, NULL, s.panel, s.ld);
   problem->kernels->moments_rows(s.panel, s.ld, count, rows, mean, m2, &ahead);
 }

@@ -8,10 +8,11 @@
 
 #include "passes.h"
 
-/* Response maps at a time: a panel of 32 x 512 or 512 x 64 floats. */
-#define BLOCK 32
-#define NEAR_ROWS 8 /* of these, as many as stay in the first-level cache from their making to their sums */
-#define ROWS_BLOCK 64
+/* Response maps at a time: */
+#define BLOCK 32      /* in panels of 32 x 512 floats, of which as many stay in the first-level cache from their */
+#define NEAR_ROWS 8   /* making to their sums */
+#define ROWS_BLOCK 64 /* in panels of 512 x 64 floats, for the channels-last form */
+#define MOST 128      /* of channels that are turned, or read as they lie: the more, the fewer pieces of pixels */
 
 typedef struct moments_scratch {
   char *panel, *mask, *channels;
@@ -21,17 +22,18 @@ static moments_scratch scratch_take(const pnn_problem *p, const pnn_moments_plan
   moments_scratch s = {NULL, NULL, NULL};
   s.panel = pnn_arena_take(arena, plan->near * PNN_CHUNK, p->real_size);
   s.mask = pnn_arena_take(arena, pnn_mask_rows(p, plan->block) * pnn_mask_ld(p, plan->chunks.pixels), p->real_size);
-  if (p->masks > 1) s.channels = pnn_arena_take(arena, pnn_response_channels(p, plan->near) * PNN_CHUNK, p->real_size);
+  if (p->masks > 1) s.channels = pnn_arena_take(arena, pnn_response_channels(p, plan->block) * PNN_CHUNK, p->real_size);
   return s;
 }
 
 pnn_moments_plan pnn_moments_prepare(const pnn_problem *problem, const pnn_host *host, pnn_arena *arena) {
   pnn_moments_plan plan = {.chunks = pnn_chunks_make(problem)};
   plan.rows = !problem->pairs && pnn_rows_fit(problem, NULL, NULL);
-  plan.block = PNN_MIN(problem->maps, plan.rows ? ROWS_BLOCK : BLOCK);
+  const bool turned = problem->input.column != 1 && problem->masks > 1;
+  const bool direct = problem->kernels->respond_moments_rows[problem->activation] != NULL;
+  plan.block = PNN_MIN(problem->maps, plan.rows ? (direct ? MOST : ROWS_BLOCK) : turned ? MOST : BLOCK);
   plan.blocks = plan.block ? pnn_quotient_up(problem->maps, plan.block) : 0;
-  /* Channels that have to be turned are loaded for the whole block. */
-  plan.near = problem->input.column == 1 ? PNN_MIN(NEAR_ROWS, plan.block) : plan.block;
+  plan.near = PNN_MIN(problem->input.column == 1 ? NEAR_ROWS : BLOCK, plan.block);
   plan.part_run = 1;
   while (plan.part_run * 2 <= plan.chunks.parts && plan.chunks.parts % (plan.part_run * 2) == 0 &&
          plan.blocks * plan.chunks.parts / (plan.part_run * 2) >= 8 * (int64_t)(host ? host->threads : 1))
@@ -97,12 +99,14 @@ static void moments_chunk(const pnn_problem *p, const pnn_moments_plan *plan, pn
   }
   pnn_columns_set(&columns, made, first, count);
   /* Where a chunk lies in one image, its rows are summed without being stored. */
-  const bool whole =
-      p->native == p->real_size && p->kernels->respond_moments[p->activation] && count >= 64 && count % PNN_LANES == 0;
-  for (int64_t r = 0; r < rows; r += plan->near) {
-    const int64_t near = PNN_MIN(plan->near, rows - r);
-    pnn_source source;
-    const bool direct = whole && pnn_response_source(&response, &columns, k0 + r, 0, count, 0, &source);
+  const bool whole = p->native == p->real_size && p->kernels->respond_moments[p->activation] && count >= 64 &&
+                     count % PNN_LANES == 0 && columns.segments == 1;
+  const bool turned = whole && pnn_response_turn(&response, &columns, k0, rows, PNN_CHUNK);
+  pnn_source all;
+  const bool direct = whole && pnn_response_source(&response, &columns, k0, 0, count, turned ? PNN_CHUNK : 0, &all);
+  const int64_t most = turned ? rows : plan->near; /* so that the next chunk's channels are asked for once */
+  for (int64_t r = 0; r < rows; r += most) {
+    const int64_t near = PNN_MIN(most, rows - r);
     if (!direct) pnn_response_activated(&response, &columns, k0 + r, near, s.panel, PNN_CHUNK);
     const int64_t next = r + near < rows ? r + near : 0; /* the next rows, or the first ones of the next chunk */
     pnn_ahead ahead = {.streams = 0};
@@ -110,23 +114,26 @@ static void moments_chunk(const pnn_problem *p, const pnn_moments_plan *plan, pn
       const int64_t then = next ? chunk : chunk + 1, channel = (k0 + next) / p->masks;
       const int64_t columns_then = pnn_chunk_locate(p, &plan->chunks, then, &range, &first);
       pnn_ahead_add(p, &ahead, &range, first, columns_then, &p->input, channel,
-                    (k0 + PNN_MIN(next + plan->near, rows) - 1) / p->masks - channel + 1, false);
+                    (k0 + PNN_MIN(next + most, rows) - 1) / p->masks - channel + 1, false);
     }
     pnn_ahead_spread(&ahead, near * (columns.padded / PNN_LANES) / 4);
-    if (direct)
+    if (direct) {
+      const pnn_source source = pnn_source_at(p, &all, r);
       p->kernels->respond_moments[p->activation](s.panel, &source, near, count, &mean[r], &m2[r], &ahead);
-    else
+    } else {
       p->kernels->moments(s.panel, PNN_CHUNK, near, count, &mean[r], &m2[r], &ahead);
+    }
   }
 }
 
 /* One part's moments of the maps [k0, k0 + rows). */
 static void moments_part(const pnn_problem *p, const pnn_moments_plan *plan, pnn_arena own, int64_t part, int64_t k0,
                          int64_t rows, pnn_range *made) {
-  joined sum[ROWS_BLOCK] = {{0, 0, 0}};
+  joined sum[MOST];
+  for (int64_t r = 0; r < rows; r++) sum[r] = (joined){0, 0, 0};
   int64_t chunk, end;
   for (pnn_chunks_part(&plan->chunks, part, &chunk, &end); chunk < end; chunk++) {
-    double mean[ROWS_BLOCK], m2[ROWS_BLOCK];
+    double mean[MOST], m2[MOST];
     (plan->rows ? pnn_rows_moments_chunk : moments_chunk)(p, plan, own, k0, rows, chunk, end, made, mean, m2);
     pnn_range range;
     int64_t first;

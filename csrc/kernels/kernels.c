@@ -36,6 +36,7 @@
 #define PRODUCT_RESPOND_GRAD_ENTRY(suffix, name) [PNN_ACTIVATION_##suffix] = product_respond_grad_##name,
 #define PRODUCT_RESPOND_GRAD_ROWS_ENTRY(suffix, name) [PNN_ACTIVATION_##suffix] = product_respond_grad_rows_##name,
 #define RESPOND_MOMENTS_ENTRY(suffix, name) [PNN_ACTIVATION_##suffix] = respond_moments_##name,
+#define RESPOND_MOMENTS_ROWS_ENTRY(suffix, name) [PNN_ACTIVATION_##suffix] = respond_moments_rows_##name,
 #define ACTIVATE_ENTRY(suffix, name) [PNN_ACTIVATION_##suffix] = activate_##name,
 #define RESPOND_GRAD_ROWS_ENTRY(suffix, name) [PNN_ACTIVATION_##suffix] = respond_grad_rows_##name,
 #define RESPOND_GRAD_ENTRY(suffix, name) [PNN_ACTIVATION_##suffix] = respond_grad_##name,
@@ -100,4 +101,5 @@ const pnn_kernels PNN_KERNEL_NAME(pnn_kernels) = {
     .respond_grad_rows = {PNN_ACTIVATION_LIST(RESPOND_GRAD_ROWS_ENTRY)},
     .product_respond_grad_rows = {CHEAP_ACTIVATIONS(PRODUCT_RESPOND_GRAD_ROWS_ENTRY)},
     .moments_rows = moments_rows,
+    .respond_moments_rows = {CHEAP_ACTIVATIONS(RESPOND_MOMENTS_ROWS_ENTRY)},
 };

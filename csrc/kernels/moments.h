@@ -158,4 +158,100 @@ static inline __attribute__((always_inline)) void respond_moments(void *a, const
   }
 CHEAP_ACTIVATIONS(DEFINE_RESPOND_MOMENTS)
 
+#define GUESSED_PIXELS 16 /* from which a map's mean is guessed, and the fewest that there may be */
+
+/* The moments of the maps [r, r + columns) of all pixels, in `vectors` vectors: as moments_once, map by map. */
+static inline __attribute__((always_inline)) void respond_moments_columns(
+    real *a, const pnn_rows_run *runs, int64_t count, int64_t ldx, int64_t ldm, row_mask kind, int64_t n, int64_t r,
+    int64_t columns, int vectors, double *mean, double *m2, pnn_ahead *ahead, vr (*activate)(vr),
+    pnn_respond_rows_fn respond) {
+  const int64_t mask_r = kind == MASK_OF_CHANNEL ? r : 0;
+  vr guess[MOMENTS_ABREAST], sum[MOMENTS_ABREAST], squares[MOMENTS_ABREAST];
+  vr some[GUESSED_PIXELS][MOMENTS_ABREAST];
+  int64_t run = 0, before = 0; /* pixels before the run */
+  for (int64_t i = 0; i < GUESSED_PIXELS; i++) {
+    const int64_t pixel = i * (n / GUESSED_PIXELS);
+    while (pixel >= before + runs[run].pixels) before += runs[run++].pixels;
+    const real *x = (const real *)runs[run].x + (pixel - before) * ldx + r;
+    const real *mask = kind == NO_MASK ? NULL : (const real *)runs[run].mask + (pixel - before) * ldm + mask_r;
+    const vr one = vr_set1(kind == MASK_OF_PIXEL ? mask[0] : 0);
+    for (int v = 0; v < vectors; v++)
+      some[i][v] = activate(row_perturbed(kind, x, mask, one, v * VR, columns - v * VR));
+  }
+  /* By halves, so that it is exact where all values are the same. */
+  for (int64_t half = GUESSED_PIXELS / 2; half; half /= 2)
+    for (int64_t i = 0; i < half; i++)
+      for (int v = 0; v < vectors; v++) some[i][v] += some[i + half][v];
+  for (int v = 0; v < vectors; v++) {
+    guess[v] = some[0][v] * vr_set1((real)(1.0 / GUESSED_PIXELS));
+    sum[v] = squares[v] = vr_set1(0);
+  }
+  for (int64_t i = 0; i < count; i++) {
+    const real *x = (const real *)runs[i].x + r;
+    const real *mask = kind == NO_MASK ? NULL : (const real *)runs[i].mask + mask_r;
+    for (int64_t p = 0; p < runs[i].pixels; p++, x += ldx, mask += kind == NO_MASK ? 0 : ldm) {
+      const vr one = vr_set1(kind == MASK_OF_PIXEL ? mask[0] : 0);
+      for (int v = 0; v < vectors; v++) {
+        const vr d = activate(row_perturbed(kind, x, mask, one, v * VR, columns - v * VR)) - guess[v];
+        sum[v] += d;
+        squares[v] = vr_fma(d, d, squares[v]);
+      }
+      pnn_ahead_step_rows(ahead);
+    }
+  }
+  for (int v = 0; v < vectors; v++) {
+    const int64_t maps = columns - v * VR < VR ? columns - v * VR : VR;
+    bool left[VR], any = false;
+    for (int64_t i = 0; i < maps; i++) {
+      const double s = (double)sum[v][i], q = (double)squares[v][i], both = s * s / (double)n;
+      mean[v * VR + i] = (double)guess[v][i] + s / (double)n;
+      m2[v * VR + i] = q - both;
+      left[i] = !(both <= 0.5 * q) || !(q - both <= 1e300);
+      any |= left[i];
+    }
+    if (!any) continue;
+    real *to = a;
+    for (int64_t i = 0; i < count; to += runs[i++].pixels * VR) {
+      const real *mask =
+          kind == NO_MASK ? NULL : (const real *)runs[i].mask + (kind == MASK_OF_CHANNEL ? r + v * VR : 0);
+      respond(to, VR, (const real *)runs[i].x + r + v * VR, ldx, mask, ldm, NULL, runs[i].pixels, maps,
+              kind == MASK_OF_PIXEL);
+    }
+    double twice_mean[VR], twice_m2[VR];
+    moments_columns(a, VR, n, maps, 1, twice_mean, twice_m2, ahead);
+    for (int64_t i = 0; i < maps; i++)
+      if (left[i]) mean[v * VR + i] = twice_mean[i], m2[v * VR + i] = twice_m2[i];
+  }
+}
+
+static inline __attribute__((always_inline)) void respond_moments_rows(row_mask kind, real *a, const pnn_rows_run *run,
+                                                                       int64_t count, int64_t ldx, int64_t ldm,
+                                                                       int64_t n, int64_t rows, double *mean,
+                                                                       double *m2, pnn_ahead *ahead, vr (*activate)(vr),
+                                                                       pnn_respond_rows_fn respond) {
+  int64_t r = 0;
+  for (; r + MOMENTS_ABREAST * VR <= rows; r += MOMENTS_ABREAST * VR)
+    respond_moments_columns(a, run, count, ldx, ldm, kind, n, r, MOMENTS_ABREAST * VR, MOMENTS_ABREAST, mean + r,
+                            m2 + r, ahead, activate, respond);
+  for (; r < rows; r += VR)
+    respond_moments_columns(a, run, count, ldx, ldm, kind, n, r, rows - r < VR ? rows - r : VR, 1, mean + r, m2 + r,
+                            ahead, activate, respond);
+}
+
+#define DEFINE_RESPOND_MOMENTS_ROWS(suffix, name)                                                                    \
+  static void respond_moments_rows_##name(void *a, const pnn_rows_run *run, int64_t count, int64_t ldx, int64_t ldm, \
+                                          int32_t shared, int64_t n, int64_t rows, double *mean, double *m2,         \
+                                          pnn_ahead *ahead) {                                                        \
+    if (!run->mask)                                                                                                  \
+      respond_moments_rows(NO_MASK, a, run, count, ldx, ldm, n, rows, mean, m2, ahead, PNN_ACTIVATE(name),           \
+                           respond_rows_##name);                                                                     \
+    else if (shared)                                                                                                 \
+      respond_moments_rows(MASK_OF_PIXEL, a, run, count, ldx, ldm, n, rows, mean, m2, ahead, PNN_ACTIVATE(name),     \
+                           respond_rows_##name);                                                                     \
+    else                                                                                                             \
+      respond_moments_rows(MASK_OF_CHANNEL, a, run, count, ldx, ldm, n, rows, mean, m2, ahead, PNN_ACTIVATE(name),   \
+                           respond_rows_##name);                                                                     \
+  }
+CHEAP_ACTIVATIONS(DEFINE_RESPOND_MOMENTS_ROWS)
+
 #endif

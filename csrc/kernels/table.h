@@ -66,6 +66,12 @@ struct pnn_source {
   int32_t shared;
 };
 
+/* Pixels whose inputs and masks stand at one step each. mask NULL: nothing is added. */
+typedef struct pnn_rows_run {
+  const void *x, *mask;
+  int64_t pixels;
+} pnn_rows_run;
+
 typedef enum pnn_product_mode { PNN_PRODUCT_START, PNN_PRODUCT_CONTINUE, PNN_PRODUCT_ADD } pnn_product_mode;
 
 typedef struct pnn_kernels {
@@ -230,6 +236,13 @@ typedef struct pnn_kernels {
                                                           pnn_ahead *ahead);
   /* Mean and sum of squared deviations of each of `rows` columns over n >= 1 pixels. */
   void (*moments_rows)(const void *a, int64_t lda, int64_t n, int64_t rows, double *mean, double *m2, pnn_ahead *ahead);
+
+  /* The same of the response maps of the pixels of `count` runs, n >= PNN_LANES altogether, ldx and ldm from pixel to
+   * pixel, by one pass about a guess; where shared, mask[p][0] belongs to all maps of a pixel. All runs have masks, or
+   * none. a: room for n * PNN_LANES reals. NULL as in respond_product. */
+  void (*respond_moments_rows[PNN_ACTIVATION_COUNT])(void *a, const pnn_rows_run *run, int64_t count, int64_t ldx,
+                                                     int64_t ldm, int32_t shared, int64_t n, int64_t rows, double *mean,
+                                                     double *m2, pnn_ahead *ahead);
 
   /* The same on bfloat16 tensors and panels, with pairs along the depth; NULL as above. */
 
