@@ -46,7 +46,8 @@ class Results {
   size_t plan(pnn_tensor* place, const Shape& sizes, const Shape& strides, int32_t dtype);
   // A result without elements, for a gradient that is not wanted.
   size_t skip(int32_t dtype);
-  // Asks libpnn for the pass's workspace, which checks the call, then allocates results and workspace and runs it.
+  // Asks libpnn for the pass's workspace, which checks the call, then allocates results and workspace and runs it. A
+  // small pass is tried on the stack first, so that it is checked and laid out once.
   void run(pnn_pass pass);
   Tensor take(size_t number) { return *std::move(results_[number]->tensor); }
 
@@ -58,6 +59,7 @@ class Results {
     std::optional<Tensor> tensor;
   };
 
+  void allocate_all();
   Result& add(pnn_tensor* place, const Shape& sizes, const Shape& strides, int32_t dtype);
 
   const char* op_;

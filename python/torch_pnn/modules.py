@@ -680,7 +680,8 @@ class PerturbConv2d(nn.Module):
         if not torch.jit.is_scripting():
             if isinstance(input, fx.Proxy):
                 return _traced_as_leaf(self, input)
-            functional.check_is_dense_tensor("input", input)
+            if type(input) is not Tensor or input.is_nested:
+                functional.check_is_dense_tensor("input", input)
             if torch.jit.is_tracing():
                 with _silent_tracer():
                     return self._checked_forward(input)
