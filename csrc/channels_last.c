@@ -204,16 +204,16 @@ static void forward_runs(const pnn_forward_state *f, const forward_scratch *s, c
 }
 
 /* A panel's pixels on the way to response maps. */
-typedef struct rows_walk {
+typedef struct forward_walk {
   const pnn_columns *columns;
   int64_t segment, done; /* where the run behind `run` begins */
   input_run run;
   int64_t used, made; /* pixels of the run, of the panel */
-} rows_walk;
+} forward_walk;
 
 /* Makes the response maps [k, k + depth) of the group up to the panel's pixel `end`. */
-static void walk_to(const pnn_forward_state *f, const forward_scratch *s, rows_walk *w, int64_t k_first, int64_t k,
-                    int64_t depth, int64_t end) {
+static void forward_walk_to(const pnn_forward_state *f, const forward_scratch *s, forward_walk *w, int64_t k_first,
+                            int64_t k, int64_t depth, int64_t end) {
   const pnn_problem *p = f->problem;
   const pnn_respond_rows_fn kernel =
       (p->pairs ? p->kernels->respond_rows_bfloat16 : p->kernels->respond_rows)[p->activation];
@@ -266,21 +266,20 @@ void pnn_rows_forward_item(void *state, int32_t worker, int64_t item) {
                                  (p->group_maps / (p->pairs ? 2 : 1) / PNN_AHEAD_DEPTH + 1));
     for (int64_t k = 0; k < p->group_maps || k == 0; k += PNN_MAX(f->block, 1)) {
       const int64_t depth = PNN_MIN(f->block, p->group_maps - k);
-      rows_walk walk = {.columns = &columns};
+      forward_walk walk = {.columns = &columns};
       for (int64_t t = 0; t < p->group_outputs; t += wide) {
         const void *b = pnn_packing_tile(p, &f->packing, f->packed, group, 0, pnn_quotient(t, strip), k);
         const char *start = from_map(p, f->bias, group * f->sum_rows + t);
         const int64_t outputs = PNN_MIN(wide, p->group_outputs - t);
         for (int64_t r = 0; r < count; r++)
           for (int64_t i = 0, pixels; i < runs[r].columns; i += pixels) {
-            const int64_t column = runs[r].column + i,
-                          offset = runs[r].offset + i * step + group * p->group_outputs + t;
+            const int64_t offset = runs[r].offset + i * step + group * p->group_outputs + t;
             pixels = runs[r].columns - i;
             if (t == 0) { /* the first tile of outputs finds a few pixels' response maps in the first-level cache */
               pixels = PNN_MIN(ROWS_MADE, pixels);
-              walk_to(f, &s, &walk, k_first, k, depth, column + pixels);
+              forward_walk_to(f, &s, &walk, k_first, k, depth, runs[r].column + i + pixels);
             }
-            const char *a = s.panel + column * s.ld * p->native;
+            const char *a = s.panel + (runs[r].column + i) * s.ld * p->native;
             char *c = p->output.data + offset * p->native;
             if (p->pairs)
               kernels->product_rows_pairs(PNN_PRODUCT_START, pixels, outputs, depth / 2, a, s.ld, 1, b, strip, c, step,
@@ -494,7 +493,7 @@ static inputs_place inputs_walk_to(const pnn_inputs *in, const inputs_scratch *s
   return place;
 }
 
-/* The gradient of the maps [j, j + maps) of the block at k, for the pixels of one run of the outputs' gradient. */
+/* The input's gradient of the maps [j, j + maps) of a block, for the pixels of one run of the outputs' gradient. */
 static void inputs_run(const pnn_inputs *in, const inputs_scratch *s, const pixel_run *run, int64_t group,
                        int64_t block, int64_t j, int64_t maps, inputs_walk *walk, pnn_ahead *ahead) {
   const pnn_problem *p = in->problem;
@@ -585,7 +584,7 @@ typedef struct moments_scratch {
 
 static moments_scratch moments_take(const pnn_problem *p, const pnn_moments_plan *plan, pnn_arena *arena) {
   moments_scratch s = {.ld = row_length(p, plan->block, p->real_size)};
-  /* Where nothing is stored but what takes a second pass, or of a few pixels, room for that. */
+  /* Without a panel of all maps: room for a vector of maps that takes a second pass, or for a few pixels. */
   const bool direct = p->kernels->respond_moments_rows[p->activation] != NULL;
   s.panel = pnn_arena_take(arena, direct ? PNN_LANES * PNN_MAX(PNN_CHUNK, s.ld) : s.ld * PNN_CHUNK, p->real_size);
   s.masks = masks_take(p, plan->block, plan->chunks.pixels, arena);

@@ -8,11 +8,13 @@
 
 #include "passes.h"
 
-/* Response maps at a time: */
-#define BLOCK 32      /* in panels of 32 x 512 floats, of which as many stay in the first-level cache from their */
-#define NEAR_ROWS 8   /* making to their sums */
-#define ROWS_BLOCK 64 /* in panels of 512 x 64 floats, for the channels-last form */
-#define MOST 128      /* of channels that are turned, or read as they lie: the more, the fewer pieces of pixels */
+/* Response maps at a time: panels of 32 x 512 floats, or of 512 x 64 in channels-last form. Where channels are turned
+ * for all of them, or read where they lie, as many as leave every thread some work: the more, the longer the pieces of
+ * a pixel's channels. */
+#define BLOCK 32
+#define ROWS_BLOCK 64
+#define WIDE_BLOCK 128
+#define NEAR_ROWS 8 /* as many as stay in the first-level cache from their making to their sums */
 
 typedef struct moments_scratch {
   char *panel, *mask, *channels;
@@ -29,10 +31,16 @@ static moments_scratch scratch_take(const pnn_problem *p, const pnn_moments_plan
 pnn_moments_plan pnn_moments_prepare(const pnn_problem *problem, const pnn_host *host, pnn_arena *arena) {
   pnn_moments_plan plan = {.chunks = pnn_chunks_make(problem)};
   plan.rows = !problem->pairs && pnn_rows_fit(problem, NULL, NULL);
-  const bool turned = problem->input.column != 1 && problem->masks > 1;
-  const bool direct = problem->kernels->respond_moments_rows[problem->activation] != NULL;
-  plan.block = PNN_MIN(problem->maps, plan.rows ? (direct ? MOST : ROWS_BLOCK) : turned ? MOST : BLOCK);
+  const bool direct = (plan.rows ? problem->kernels->respond_moments_rows[problem->activation] != NULL
+                                 : problem->kernels->respond_moments[problem->activation] != NULL);
+  const bool turned = problem->input.column != 1 && problem->masks > 1 && problem->native == problem->real_size;
+  const int64_t least = plan.rows ? ROWS_BLOCK : BLOCK, threads = host ? host->threads : 1;
+  plan.block = direct && (plan.rows || turned) ? WIDE_BLOCK : least;
+  while (plan.block > least && pnn_quotient_up(problem->maps, plan.block) * plan.chunks.parts < 2 * threads)
+    plan.block /= 2;
+  plan.block = PNN_MIN(problem->maps, plan.block);
   plan.blocks = plan.block ? pnn_quotient_up(problem->maps, plan.block) : 0;
+  /* Channels that have to be turned, but are not for all of a block, are loaded for as many maps as are made. */
   plan.near = PNN_MIN(problem->input.column == 1 ? NEAR_ROWS : BLOCK, plan.block);
   plan.part_run = 1;
   while (plan.part_run * 2 <= plan.chunks.parts && plan.chunks.parts % (plan.part_run * 2) == 0 &&
@@ -129,11 +137,11 @@ static void moments_chunk(const pnn_problem *p, const pnn_moments_plan *plan, pn
 /* One part's moments of the maps [k0, k0 + rows). */
 static void moments_part(const pnn_problem *p, const pnn_moments_plan *plan, pnn_arena own, int64_t part, int64_t k0,
                          int64_t rows, pnn_range *made) {
-  joined sum[MOST];
+  joined sum[WIDE_BLOCK];
   for (int64_t r = 0; r < rows; r++) sum[r] = (joined){0, 0, 0};
   int64_t chunk, end;
   for (pnn_chunks_part(&plan->chunks, part, &chunk, &end); chunk < end; chunk++) {
-    double mean[MOST], m2[MOST];
+    double mean[WIDE_BLOCK], m2[WIDE_BLOCK];
     (plan->rows ? pnn_rows_moments_chunk : moments_chunk)(p, plan, own, k0, rows, chunk, end, made, mean, m2);
     pnn_range range;
     int64_t first;

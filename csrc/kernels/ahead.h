@@ -7,7 +7,8 @@
  *
  * Rows on pages of their own cost a walk through the page tables each, some hundred cycles of which a processor does
  * several at a time, but only as far apart as its window of instructions is long. So of tensors with more pages than it
- * keeps in mind a line of each page is asked for at once, before the products: the walks overlap.
+ * keeps in mind a line of each page is asked for at once, before the products: the walks overlap. A processor that
+ * walks ahead by itself along a run without gaps (pnn_pages_foreseen) is left to it there.
  */
 #ifndef PNN_KERNELS_AHEAD_H
 #define PNN_KERNELS_AHEAD_H
@@ -26,7 +27,7 @@ typedef struct pnn_ahead_stream {
   const char *data;
   int64_t stride, bytes, rows; /* bytes from row to row, and of a row */
   int32_t write;               /* to be written */
-  int32_t far;                 /* of a tensor of more than PNN_AHEAD_PAGES pages */
+  int32_t far;                 /* of a tensor of more than PNN_AHEAD_PAGES pages, which are asked for one by one */
 } pnn_ahead_stream;
 
 typedef struct pnn_ahead {
@@ -68,7 +69,7 @@ static inline void pnn_ahead_step(pnn_ahead *ahead) {
   }
 }
 
-/* The same for loops whose tensors have channels next to each other, hence long rows. */
+/* The same for loops whose tensors have channels next to each other, hence long rows; those in whole steps. */
 static inline void pnn_ahead_step_rows(pnn_ahead *ahead) {
   if (!ahead->long_rows) {
     pnn_ahead_step(ahead);
@@ -79,7 +80,10 @@ static inline void pnn_ahead_step_rows(pnn_ahead *ahead) {
     return;
   }
   const char *line = ahead->line, *const end = line + 64 * ahead->pace; /* no look at the row's end */
-  for (; line < end; line += 64) __builtin_prefetch(line, 0, 2);
+  if (ahead->stream[ahead->current].write)
+    for (; line < end; line += 64) __builtin_prefetch(line, 1, 2);
+  else
+    for (; line < end; line += 64) __builtin_prefetch(line, 0, 2);
   ahead->line = end;
 }
 

@@ -158,13 +158,15 @@ static inline __attribute__((always_inline)) void respond_moments(void *a, const
   }
 CHEAP_ACTIVATIONS(DEFINE_RESPOND_MOMENTS)
 
-#define GUESSED_PIXELS 16 /* from which a map's mean is guessed, and the fewest that there may be */
+#define GUESSED_PIXELS PNN_LANES /* from which a map's mean is guessed, and the fewest that there may be */
 
-/* The moments of the maps [r, r + columns) of all pixels, in `vectors` vectors: as moments_once, map by map. */
-static inline __attribute__((always_inline)) void respond_moments_columns(
-    real *a, const pnn_rows_run *runs, int64_t count, int64_t ldx, int64_t ldm, row_mask kind, int64_t n, int64_t r,
-    int64_t columns, int vectors, double *mean, double *m2, pnn_ahead *ahead, vr (*activate)(vr),
-    pnn_respond_rows_fn respond) {
+/* moments_once for the maps [r, r + columns) of all pixels, which lie in `vectors` vectors and have a sum each over the
+ * pixels; *left has a bit for each map. */
+static inline __attribute__((always_inline)) uint64_t moments_columns_once(const pnn_rows_run *runs, int64_t count,
+                                                                           int64_t ldx, int64_t ldm, row_mask kind,
+                                                                           int64_t n, int64_t r, int64_t columns,
+                                                                           int vectors, double *mean, double *m2,
+                                                                           pnn_ahead *ahead, vr (*activate)(vr)) {
   const int64_t mask_r = kind == MASK_OF_CHANNEL ? r : 0;
   vr guess[MOMENTS_ABREAST], sum[MOMENTS_ABREAST], squares[MOMENTS_ABREAST];
   vr some[GUESSED_PIXELS][MOMENTS_ABREAST];
@@ -199,43 +201,71 @@ static inline __attribute__((always_inline)) void respond_moments_columns(
       pnn_ahead_step_rows(ahead);
     }
   }
-  for (int v = 0; v < vectors; v++) {
-    const int64_t maps = columns - v * VR < VR ? columns - v * VR : VR;
-    bool left[VR], any = false;
-    for (int64_t i = 0; i < maps; i++) {
-      const double s = (double)sum[v][i], q = (double)squares[v][i], both = s * s / (double)n;
-      mean[v * VR + i] = (double)guess[v][i] + s / (double)n;
-      m2[v * VR + i] = q - both;
-      left[i] = !(both <= 0.5 * q) || !(q - both <= 1e300);
-      any |= left[i];
+  uint64_t left = 0;
+  for (int64_t i = 0; i < columns; i++) {
+    const double s = (double)sum[i / VR][i % VR], q = (double)squares[i / VR][i % VR], both = s * s / (double)n;
+    mean[i] = (double)guess[i / VR][i % VR] + s / (double)n;
+    m2[i] = q - both;
+    if (!(both <= 0.5 * q) || !(m2[i] <= 1e300)) left |= (uint64_t)1 << i;
+  }
+  return left;
+}
+_Static_assert(MOMENTS_ABREAST *VR <= 64, "a bit for each map");
+
+/* The moments of the maps of `left` by two passes over a, at most a vector of columns; the others stay. */
+static inline void moments_columns_left(const real *a, int64_t lda, int64_t n, int64_t columns, uint64_t left,
+                                        double *mean, double *m2, pnn_ahead *ahead) {
+  double again[VR], again_m2[VR];
+  moments_columns(a, lda, n, columns, 1, again, again_m2, ahead);
+  for (int64_t i = 0; i < columns; i++)
+    if (left >> i & 1) mean[i] = again[i], m2[i] = again_m2[i];
+}
+
+static void moments_rows(const void *a_, int64_t lda, int64_t n, int64_t rows, double *mean, double *m2,
+                         pnn_ahead *ahead) {
+  const real *a = a_;
+  const pnn_rows_run run = {a, NULL, n};
+  for (int64_t r = 0, columns; r < rows; r += columns) {
+    columns = rows - r < VR ? rows - r : VR;
+    uint64_t left = ~(uint64_t)0;
+    if (n >= GUESSED_PIXELS && rows - r >= MOMENTS_ABREAST * VR) {
+      columns = MOMENTS_ABREAST * VR;
+      left = moments_columns_once(&run, 1, lda, 0, NO_MASK, n, r, MOMENTS_ABREAST * VR, MOMENTS_ABREAST, mean + r,
+                                  m2 + r, ahead, PNN_ACTIVATE(identity));
+    } else if (n >= GUESSED_PIXELS) {
+      left = moments_columns_once(&run, 1, lda, 0, NO_MASK, n, r, columns, 1, mean + r, m2 + r, ahead,
+                                  PNN_ACTIVATE(identity));
     }
-    if (!any) continue;
-    real *to = a;
-    for (int64_t i = 0; i < count; to += runs[i++].pixels * VR) {
-      const real *mask =
-          kind == NO_MASK ? NULL : (const real *)runs[i].mask + (kind == MASK_OF_CHANNEL ? r + v * VR : 0);
-      respond(to, VR, (const real *)runs[i].x + r + v * VR, ldx, mask, ldm, NULL, runs[i].pixels, maps,
-              kind == MASK_OF_PIXEL);
-    }
-    double twice_mean[VR], twice_m2[VR];
-    moments_columns(a, VR, n, maps, 1, twice_mean, twice_m2, ahead);
-    for (int64_t i = 0; i < maps; i++)
-      if (left[i]) mean[v * VR + i] = twice_mean[i], m2[v * VR + i] = twice_m2[i];
+    for (int64_t i = 0; left && i < columns; i += VR)
+      moments_columns_left(a + r + i, lda, n, columns - i < VR ? columns - i : VR, left >> i, mean + r + i, m2 + r + i,
+                           ahead);
   }
 }
 
-static inline __attribute__((always_inline)) void respond_moments_rows(row_mask kind, real *a, const pnn_rows_run *run,
+/* `moments_rows` of response maps that are not stored, but for vectors with maps that take a second pass. */
+static inline __attribute__((always_inline)) void respond_moments_rows(row_mask kind, real *a, const pnn_rows_run *runs,
                                                                        int64_t count, int64_t ldx, int64_t ldm,
                                                                        int64_t n, int64_t rows, double *mean,
                                                                        double *m2, pnn_ahead *ahead, vr (*activate)(vr),
                                                                        pnn_respond_rows_fn respond) {
-  int64_t r = 0;
-  for (; r + MOMENTS_ABREAST * VR <= rows; r += MOMENTS_ABREAST * VR)
-    respond_moments_columns(a, run, count, ldx, ldm, kind, n, r, MOMENTS_ABREAST * VR, MOMENTS_ABREAST, mean + r,
-                            m2 + r, ahead, activate, respond);
-  for (; r < rows; r += VR)
-    respond_moments_columns(a, run, count, ldx, ldm, kind, n, r, rows - r < VR ? rows - r : VR, 1, mean + r, m2 + r,
-                            ahead, activate, respond);
+  for (int64_t r = 0, columns; r < rows; r += columns) {
+    const bool abreast = rows - r >= MOMENTS_ABREAST * VR;
+    columns = abreast ? MOMENTS_ABREAST * VR : rows - r < VR ? rows - r : VR;
+    const uint64_t left = abreast ? moments_columns_once(runs, count, ldx, ldm, kind, n, r, MOMENTS_ABREAST * VR,
+                                                         MOMENTS_ABREAST, mean + r, m2 + r, ahead, activate)
+                                  : moments_columns_once(runs, count, ldx, ldm, kind, n, r, columns, 1, mean + r,
+                                                         m2 + r, ahead, activate);
+    for (int64_t i = 0; left && i < columns; i += VR) {
+      const int64_t maps = columns - i < VR ? columns - i : VR;
+      real *to = a;
+      for (int64_t j = 0; j < count; to += runs[j++].pixels * VR) {
+        const real *mask = kind == NO_MASK ? NULL : (const real *)runs[j].mask + (kind == MASK_OF_CHANNEL ? r + i : 0);
+        respond(to, VR, (const real *)runs[j].x + r + i, ldx, mask, ldm, NULL, runs[j].pixels, maps,
+                kind == MASK_OF_PIXEL);
+      }
+      moments_columns_left(a, VR, n, maps, left >> i, mean + r + i, m2 + r + i, ahead);
+    }
+  }
 }
 
 #define DEFINE_RESPOND_MOMENTS_ROWS(suffix, name)                                                                    \

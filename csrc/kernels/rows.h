@@ -12,7 +12,7 @@ static inline __attribute__((always_inline)) void rows_steps(int most, int vecto
                                                              int64_t a_row, int64_t a_step, const real *restrict b,
                                                              int64_t ldb, int64_t strip, pnn_ahead *ahead) {
   /* Three rows share a pointer, which their addresses need no more than a multiple of a_row beside. Where there are
-   * fewer, those that are missing repeat the last one and are not written. */
+   * fewer, those that are missing repeat the last one. */
   const real *third[3] = {a, a + 3 * a_row, a + 6 * a_row}, *row[STRIP_ROWS];
 #pragma GCC unroll 8
   for (int i = 0; i < most; i++) row[i] = a + (i < rows ? i : rows - 1) * a_row;
@@ -400,15 +400,6 @@ static inline __attribute__((always_inline)) void moments_columns(const real *a,
     for (int64_t i = v * VR; i < columns && i < (v + 1) * VR; i++)
       moments_finish(center[v][i - v * VR], rest[v][i - v * VR], squares[v][i - v * VR], a + i, lda, n, &mean[i],
                      &m2[i]);
-}
-
-static void moments_rows(const void *a_, int64_t lda, int64_t n, int64_t rows, double *mean, double *m2,
-                         pnn_ahead *ahead) {
-  const real *a = a_;
-  int64_t r = 0;
-  for (; r + MOMENTS_ABREAST * VR <= rows; r += MOMENTS_ABREAST * VR)
-    moments_columns(a + r, lda, n, MOMENTS_ABREAST * VR, MOMENTS_ABREAST, mean + r, m2 + r, ahead);
-  for (; r < rows; r += VR) moments_columns(a + r, lda, n, rows - r < VR ? rows - r : VR, 1, mean + r, m2 + r, ahead);
 }
 
 #endif

@@ -237,9 +237,9 @@ typedef struct pnn_kernels {
   /* Mean and sum of squared deviations of each of `rows` columns over n >= 1 pixels. */
   void (*moments_rows)(const void *a, int64_t lda, int64_t n, int64_t rows, double *mean, double *m2, pnn_ahead *ahead);
 
-  /* The same of the response maps of the pixels of `count` runs, n >= PNN_LANES altogether, ldx and ldm from pixel to
-   * pixel, by one pass about a guess; where shared, mask[p][0] belongs to all maps of a pixel. All runs have masks, or
-   * none. a: room for n * PNN_LANES reals. NULL as in respond_product. */
+  /* The same, to the bit, of the response maps of the pixels of `count` runs, n >= PNN_LANES altogether, ldx and ldm
+   * from pixel to pixel; where shared, mask[p][0] belongs to all maps of a pixel. All runs have masks, or none. a: room
+   * for n * PNN_LANES reals. NULL as in respond_product. */
   void (*respond_moments_rows[PNN_ACTIVATION_COUNT])(void *a, const pnn_rows_run *run, int64_t count, int64_t ldx,
                                                      int64_t ldm, int32_t shared, int64_t n, int64_t rows, double *mean,
                                                      double *m2, pnn_ahead *ahead);

@@ -19,10 +19,13 @@ class Backend {
   Backend(const Backend&) = delete;
   Backend& operator=(const Backend&) = delete;
 
-  // Whether a workspace of this size, from the stack, serves the pass in all likelihood: an allocation costs a tenth of
-  // a small call, and so does asking for the size. Never where a pass cannot read the caller's stack.
+  // A pass that needs no more bytes than this gets them from the stack: an allocation costs a tenth of a small call.
+  // 0 where a pass cannot read the caller's stack.
+#if defined(TORCH_PNN_CUDA)
+  static constexpr size_t kStackWorkspace = 0;
+#else
   static constexpr size_t kStackWorkspace = 64 * 1024;
-  static bool fits_stack(const pnn_params& params);
+#endif
 
   // "the CPU" or "a CUDA device"
   static const char* device_name();

@@ -13,8 +13,6 @@ const char* Backend::device_name() { return "the CPU"; }
 int32_t Backend::device_type() { return aoti_torch_device_type_cpu(); }
 int32_t Backend::device_index() { return 0; }
 
-bool Backend::fits_stack(const pnn_params& params) { return is_small(params); }
-
 pnn_status Backend::workspace_size(const pnn_params* params, pnn_pass pass, size_t* bytes, pnn_error* error) {
   const pnn_host host = current_host(*params);
   return pnn_workspace_size(params, pass, &host, bytes, error);

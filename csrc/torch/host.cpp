@@ -39,10 +39,8 @@ void serial_for(void*, int64_t count, void (*task)(void* argument, int64_t index
 
 constexpr pnn_host kAlone = {1, serial_for, nullptr};
 
-}  // namespace
-
-// To wake takes some microseconds, far longer where the processor is busy; half a million multiply-adds take as long.
-// Making a response map counts as 32 of them.
+// Whether a second thread would not have woken before the call is done: that takes some microseconds, far longer where
+// its processor is busy, and half a million multiply-adds take as long. Making a response map counts as 32 of them.
 bool is_small(const pnn_params& params) {
   const pnn_tensor &input = params.input, &weight = params.weight;
   double maps = static_cast<double>(params.masks) * static_cast<double>(input.size[1]);
@@ -52,6 +50,8 @@ bool is_small(const pnn_params& params) {
       static_cast<double>(weight.size[0]) / static_cast<double>(params.groups > 0 ? params.groups : 1);
   return maps * (outputs + 32) < 1 << 19;
 }
+
+}  // namespace
 
 pnn_host current_host() {
   uint32_t threads = 1;

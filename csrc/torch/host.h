@@ -10,9 +10,6 @@ namespace torch_pnn {
 // pool of the parent's OpenMP runtime is gone and a parallel region would wait for it for ever.
 pnn_host current_host();
 
-// Whether a second thread would not have woken before the pass is done.
-bool is_small(const pnn_params& params);
-
 // The same for one pass: the calling thread alone where the pass is small.
 pnn_host current_host(const pnn_params& params);
 

@@ -327,37 +327,27 @@ size_t Results::skip(int32_t dtype) {
   return count_ - 1;
 }
 
-void Results::allocate_all() {
+void Results::run(pnn_pass pass) {
+  const bool running = params_.norm && !params_.norm_training && pass == PNN_PASS_FORWARD;
+  pnn_error error;
+  size_t bytes = 0;
+  check(op_, Backend::workspace_size(&params_, pass, &bytes, &error), error, running);
   for (size_t i = 0; i < count_; i++) {
     Result& result = *results_[i];
-    if (result.tensor) continue;
     result.tensor = allocate(op_, result.sizes, result.strides, result.dtype);
     if (!result.place) continue;
     void* const data = data_of(op_, *result.tensor);
     result.place->data = data ? data : &no_elements;
   }
-}
-
-void Results::run(pnn_pass pass) {
-  const bool running = params_.norm && !params_.norm_training && pass == PNN_PASS_FORWARD;
-  pnn_error error;
-  if (Backend::fits_stack(params_)) {
-    allocate_all();
-    alignas(64) char workspace[Backend::kStackWorkspace];
+  params_.workspace_bytes = bytes;
+  if (Backend::kStackWorkspace > 0 && bytes <= Backend::kStackWorkspace) {
+    alignas(64) char workspace[Backend::kStackWorkspace > 0 ? Backend::kStackWorkspace : 1];
     params_.workspace = workspace;
-    params_.workspace_bytes = sizeof workspace;
-    const pnn_status status = Backend::run(&params_, pass, &error);
-    if (status != PNN_ERROR_WORKSPACE) {
-      check(op_, status, error, running);
-      return;
-    }
+    check(op_, Backend::run(&params_, pass, &error), error, running);
+    return;
   }
-  size_t bytes = 0;
-  check(op_, Backend::workspace_size(&params_, pass, &bytes, &error), error, running);
-  allocate_all();
   const Tensor workspace = allocate(op_, {static_cast<int64_t>(bytes)}, {1}, aoti_torch_dtype_uint8());
   params_.workspace = data_of(op_, workspace);
-  params_.workspace_bytes = bytes;
   check(op_, Backend::run(&params_, pass, &error), error, running);
 }
 

@@ -46,8 +46,7 @@ class Results {
   size_t plan(pnn_tensor* place, const Shape& sizes, const Shape& strides, int32_t dtype);
   // A result without elements, for a gradient that is not wanted.
   size_t skip(int32_t dtype);
-  // Asks libpnn for the pass's workspace, which checks the call, then allocates results and workspace and runs it. A
-  // small pass is tried on the stack first, so that it is checked and laid out once.
+  // Asks libpnn for the pass's workspace, which checks the call, then allocates results and workspace and runs it.
   void run(pnn_pass pass);
   Tensor take(size_t number) { return *std::move(results_[number]->tensor); }
 
@@ -59,7 +58,6 @@ class Results {
     std::optional<Tensor> tensor;
   };
 
-  void allocate_all();
   Result& add(pnn_tensor* place, const Shape& sizes, const Shape& strides, int32_t dtype);
 
   const char* op_;

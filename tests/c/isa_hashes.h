@@ -45,6 +45,8 @@ inline const std::vector<IsaCase> &isa_cases() {
       {"no noise", 2, 8, 5, 5, 8, 1, 1, 1, PNN_NOISE_NONE, false, false, false, LayoutKind::kPrime},
       {"norm training", 3, 10, 9, 21, 6, 2, 1, 1, PNN_NOISE_UNIFORM, false, true, true, LayoutKind::kContiguous},
       {"norm training last", 3, 10, 9, 21, 6, 2, 1, 2, PNN_NOISE_TENSOR, false, true, true, LayoutKind::kChannelsLast},
+      {"norm training, rows", 3, 19, 9, 21, 18, 1, 1, 1, PNN_NOISE_UNIFORM, false, true, true,
+       LayoutKind::kChannelsLast},
       {"norm evaluation", 2, 9, 7, 9, 12, 1, 3, 1, PNN_NOISE_NORMAL, false, true, false, LayoutKind::kNegative},
   };
   return list;

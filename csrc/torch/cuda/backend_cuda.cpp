@@ -43,8 +43,6 @@ const char* Backend::device_name() { return "a CUDA device"; }
 int32_t Backend::device_type() { return aoti_torch_device_type_cuda(); }
 int32_t Backend::device_index() { return current_device; }
 
-bool Backend::fits_stack(const pnn_params&) { return false; }  // a device reads no stack
-
 pnn_status Backend::workspace_size(const pnn_params* params, pnn_pass pass, size_t* bytes, pnn_error* error) {
   return pnn_cuda_workspace_size(params, pass, bytes, error);
 }
