@@ -24,6 +24,7 @@
 #define MAP_BYTES 512
 #define OUTPUT_BLOCK 16 /* gradient rows beside it, as many as a vector has lanes: channels-last ones are turned */
 #define NEAR_OUTPUTS 8  /* of these, as many as stay in the first-level cache beside a tile of maps */
+#define TOGETHER_BYTES (256 * 1024) /* of a chunk's gradient that stays beside what it comes with */
 
 typedef struct sums_scratch {
   char *maps, *outputs, *totals, *mask, *channels;
@@ -111,8 +112,6 @@ pnn_sums_place pnn_sums_locate(const pnn_sums *s, int64_t item, int64_t part) {
   return at;
 }
 
-#define AHEAD_BYTES (256 * 1024) /* of a chunk's gradient that is asked for beside its input */
-
 pnn_ahead pnn_sums_ahead(const pnn_sums *s, const pnn_sums_place *at, int64_t chunk, int64_t end, int64_t output,
                          int64_t outputs) {
   const pnn_problem *p = s->problem;
@@ -122,10 +121,7 @@ pnn_ahead pnn_sums_ahead(const pnn_sums *s, const pnn_sums_place *at, int64_t ch
   int64_t first, count = pnn_chunk_locate(p, &s->chunks, chunk, &range, &first);
   /* The blocks of outputs, of which this is number i, share what is asked for. */
   const int64_t shares = pnn_quotient_up(at->end - at->first, outputs), i = pnn_quotient(output - at->first, outputs);
-  /* The gradient comes with the input where it fits, since a block's outputs of a pixel are but a cache line; with
-   * pairs always, since they are less than one. */
-  const bool with_input = s->rows && (p->pairs || (at->end - at->first) * PNN_CHUNK * p->native <= AHEAD_BYTES);
-  if (!with_input)
+  if (!s->rows)
     pnn_ahead_add(p, &ahead, &range, first, count, &p->grad_output, output + outputs,
                   PNN_MIN(outputs, at->end - output - outputs), false);
   /* The masks of the item's next range of pixels, or of the next item. */
@@ -147,7 +143,7 @@ pnn_ahead pnn_sums_ahead(const pnn_sums *s, const pnn_sums_place *at, int64_t ch
     *from += i * share;
     *extent = PNN_MIN(share, *extent - i * share);
     pnn_ahead_add(p, &ahead, &range, first, count, &p->input, channel, channels, false);
-    if (with_input)
+    if (s->together)
       pnn_ahead_add(p, &ahead, &range, first, count, &p->grad_output, at->first, at->end - at->first, false);
   }
   return ahead;
@@ -283,6 +279,8 @@ static pnn_sums sums_prepare(const pnn_problem *p, const pnn_host *host, bool pr
     s.part_run *= 2;
   s.output_cuts = PNN_MAX(1, PNN_MIN(pnn_quotient_up(wanted, have), p->group_outputs / OUTPUT_BLOCK));
   s.output_rows = pnn_round_up(pnn_quotient_up(p->group_outputs, s.output_cuts), OUTPUT_BLOCK);
+  /* The outputs of a block are but a line or two of a pixel's row; with pairs less than one. */
+  s.together = s.rows && (p->pairs || s.output_rows * PNN_CHUNK * p->native <= TOGETHER_BYTES);
   s.outputs_part = pnn_arena_take(arena, s.chunks.parts * p->outputs, p->real_size);
   if (products) {
     int64_t count;

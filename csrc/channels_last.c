@@ -295,7 +295,8 @@ void pnn_rows_forward_item(void *state, int32_t worker, int64_t item) {
 
 /* ---- backward: sums over pixels ---- */
 
-#define GRADIENT_TILES 2 /* side by side, so that a pixel's cache line is read once */
+/* Tiles of outputs whose gradient is packed at a time: so many that a pixel's cache line is read once, or two. */
+static int64_t gradient_tiles(const pnn_problem *p) { return p->pairs ? 2 : 4; }
 
 #define ROWS_PAIRED 32 /* pixels whose response maps are made at a time, then paired; even */
 
@@ -310,9 +311,10 @@ static sums_scratch sums_take(const pnn_sums *s, pnn_arena *arena) {
   const pnn_problem *p = s->problem;
   sums_scratch t = {.ld = p->pairs ? row_length(p, s->block, p->real_size) : p->kernels->strip_columns};
   const int64_t columns = p->pairs ? PNN_CHUNK / 2 : PNN_CHUNK;
-  if (p->pairs) t.gradient = pnn_arena_take(arena, GRADIENT_TILES * p->kernels->strip_rows * PNN_CHUNK, p->native);
-  t.outputs = pnn_arena_take(arena, GRADIENT_TILES * p->kernels->strip_rows * columns, p->real_size);
-  t.totals = pnn_arena_take(arena, GRADIENT_TILES * p->kernels->strip_rows, p->real_size);
+  const int64_t packed = gradient_tiles(p) * p->kernels->strip_rows;
+  if (p->pairs) t.gradient = pnn_arena_take(arena, packed * PNN_CHUNK, p->native);
+  t.outputs = pnn_arena_take(arena, packed * columns, p->real_size);
+  t.totals = pnn_arena_take(arena, packed, p->real_size);
   if (!s->products) return t;
   t.maps = pnn_arena_take(arena, (p->pairs ? t.ld : pnn_round_up(s->block, t.ld)) * columns, p->real_size);
   if (p->pairs) {
@@ -325,14 +327,16 @@ static sums_scratch sums_take(const pnn_sums *s, pnn_arena *arena) {
 
 void pnn_rows_sums_scratch(const pnn_sums *sums, pnn_arena *arena) { sums_take(sums, arena); }
 
-/* dst[tile][column][strip_rows] = the gradient of the outputs [t, t + rows), and their sums, unless NULL. */
-static void gradient_tiles(const pnn_problem *p, const pixel_run *runs, int64_t count, int64_t t, int64_t rows,
-                           char *dst, char *sums) {
+/* dst[tile][column][strip_rows] = the gradient of the outputs [t, t + rows), and their sums, unless NULL. What stands
+ * `further` outputs behind is asked for. */
+static void gradient_pack(const pnn_problem *p, const pixel_run *runs, int64_t count, int64_t t, int64_t rows,
+                          int64_t further, char *dst, char *sums) {
   const int64_t tile = p->kernels->strip_rows, size = p->real_size;
   const pnn_view *g = &p->grad_output;
   for (int64_t r = 0; r < count; r++)
     p->kernels->pack_gradient(dst + runs[r].column * tile * size, PNN_CHUNK * tile,
-                              g->data + (runs[r].offset + t) * size, pixel_step(p, g), runs[r].columns, rows, sums);
+                              g->data + (runs[r].offset + t) * size, pixel_step(p, g), runs[r].columns, rows, further,
+                              sums);
 }
 
 typedef struct gradient_rows {
@@ -344,7 +348,7 @@ typedef struct gradient_rows {
  */
 static gradient_rows gradient_find(const pnn_problem *p, const pixel_run *runs, int64_t count, int64_t t, int64_t rows,
                                    char *copy) {
-  const int64_t ld = GRADIENT_TILES * p->kernels->strip_rows, step = pixel_step(p, &p->grad_output);
+  const int64_t ld = gradient_tiles(p) * p->kernels->strip_rows, step = pixel_step(p, &p->grad_output);
   if (count == 1) return (gradient_rows){p->grad_output.data + (runs->offset + t) * p->native, step};
   for (int64_t r = 0; r < count; r++)
     for (int64_t i = 0; i < runs[r].columns; i++)
@@ -400,10 +404,10 @@ static void sums_part(const pnn_sums *s, const pnn_sums_place at, const sums_scr
     else if (at.maps)
       respond_strips(s, &at, &t, &columns);
     const int64_t run_count = pixel_runs(p, &columns, &p->grad_output, runs);
-    const int64_t packed = GRADIENT_TILES * tile, depth = p->pairs ? (count + 1) / 2 : count;
+    const int64_t packed = gradient_tiles(p) * tile, depth = p->pairs ? (count + 1) / 2 : count;
     pnn_ahead ahead = {.streams = 0};
     for (int64_t o = at.first; o < at.end; o += tile) {
-      const int64_t rows = PNN_MIN(tile, at.end - o), number = (o - at.first) / tile % GRADIENT_TILES;
+      const int64_t rows = PNN_MIN(tile, at.end - o), number = (o - at.first) % packed / tile;
       const char *outputs = t.outputs + number * (p->pairs ? 1 : PNN_CHUNK) * tile * size;
       if (number == 0) {
         const int64_t side_by_side = PNN_MIN(packed, at.end - o);
@@ -417,12 +421,12 @@ static void sums_part(const pnn_sums *s, const pnn_sums_place at, const sums_scr
         } else {
           char *const sums = at.totals ? t.totals : NULL;
           if (sums) memset(sums, 0, (size_t)(side_by_side * size));
-          gradient_tiles(p, runs, run_count, o, side_by_side, t.outputs, sums);
+          gradient_pack(p, runs, run_count, o, side_by_side, s->together ? 0 : packed, t.outputs, sums);
           if (sums) kernels->accumulate(at.totals + o * size, sums, side_by_side);
         }
         ahead = pnn_sums_ahead(s, &at, chunk, end, o, packed);
         pnn_ahead_spread(&ahead,
-                         GRADIENT_TILES * (at.maps / kernels->strip_columns + 1) * (depth / PNN_AHEAD_DEPTH + 1));
+                         gradient_tiles(p) * (at.maps / kernels->strip_columns + 1) * (depth / PNN_AHEAD_DEPTH + 1));
       }
       for (int64_t j = 0; j < at.maps; j += kernels->strip_columns) {
         const int64_t maps = PNN_MIN(kernels->strip_columns, at.maps - j);

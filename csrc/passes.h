@@ -45,6 +45,7 @@ typedef struct pnn_sums {
   bool products; /* G is wanted, not h alone */
   bool stores;   /* G is dV */
   bool rows;     /* channels-last form */
+  bool together; /* there, a chunk's whole gradient is asked for with its input */
   const void *mean;
   char *maps_part, *outputs_part; /* G and h of each part: [parts][T][K/G], [parts][T] */
   char *scratch;
@@ -62,7 +63,8 @@ typedef struct pnn_sums_place {
 
 pnn_sums_place pnn_sums_locate(const pnn_sums *sums, int64_t item, int64_t part);
 /* What the item reads next, while the products of the outputs [output, output + outputs) with `chunk` run: the gradient
- * of the outputs behind them, a share of the next chunk's input, and of the masks that are wanted next. */
+ * of the outputs behind them (in the channels-last form their packing asks for it), or, together, of the next chunk; a
+ * share of the next chunk's input, and of the masks that are wanted next. */
 pnn_ahead pnn_sums_ahead(const pnn_sums *sums, const pnn_sums_place *at, int64_t chunk, int64_t end, int64_t output,
                          int64_t outputs);
 

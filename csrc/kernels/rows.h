@@ -169,43 +169,52 @@ static void product_rows_run(int64_t rows, int64_t columns, int64_t depth, const
   }
 }
 
-/* Two whole tiles at a time, and their sums beside. */
-static inline __attribute__((always_inline)) void pack_two(bool summed, real *restrict dst, int64_t tile_step,
-                                                           const real *restrict src, int64_t step, int64_t pixels,
-                                                           real *restrict sums) {
-  enum { ROWS = 2 * STRIP_ROWS, VECTORS = ROWS / VR, WHOLE = VECTORS * VR };
-  vr sum[VECTORS];
-  real rest[ROWS - WHOLE + 1]; /* of the rows behind the last whole vector */
-  for (int v = 0; v < VECTORS && summed; v++) sum[v] = vr_load(sums + v * VR);
-  for (int i = WHOLE; i < ROWS && summed; i++) rest[i - WHOLE] = sums[i];
+#define PACKED_MOST 4 /* tiles at a time: with AVX-512 two cache lines of floats */
+
+/* Some whole tiles, and their sums beside. */
+static inline __attribute__((always_inline)) void pack_tiles(int tiles, bool summed, real *restrict dst,
+                                                             int64_t tile_step, const real *restrict src, int64_t step,
+                                                             int64_t pixels, int64_t further, real *restrict sums) {
+  const int rows = tiles * STRIP_ROWS, vectors = rows / VR, whole = vectors * VR;
+  vr sum[PACKED_MOST * STRIP_ROWS / VR];
+  real rest[VR]; /* of the rows behind the last whole vector */
+  for (int v = 0; v < vectors && summed; v++) sum[v] = vr_load(sums + v * VR);
+  for (int i = whole; i < rows && summed; i++) rest[i - whole] = sums[i];
   for (int64_t p = 0; p < pixels; p++, dst += STRIP_ROWS, src += step) {
-    memcpy(dst, src, STRIP_ROWS * sizeof(real));
-    memcpy(dst + tile_step, src + STRIP_ROWS, STRIP_ROWS * sizeof(real));
-    for (int v = 0; v < VECTORS && summed; v++) sum[v] += vr_load(src + v * VR);
-    for (int i = WHOLE; i < ROWS && summed; i++) rest[i - WHOLE] += src[i];
+    for (int i = 0; i < rows; i += LINE) __builtin_prefetch(src + further + i, 0, 2);
+#pragma GCC unroll 4
+    for (int i = 0; i < tiles; i++) memcpy(dst + i * tile_step, src + i * STRIP_ROWS, STRIP_ROWS * sizeof(real));
+    for (int v = 0; v < vectors && summed; v++) sum[v] += vr_load(src + v * VR);
+    for (int i = whole; i < rows && summed; i++) rest[i - whole] += src[i];
   }
-  for (int v = 0; v < VECTORS && summed; v++) vr_store(sums + v * VR, sum[v]);
-  for (int i = WHOLE; i < ROWS && summed; i++) sums[i] = rest[i - WHOLE];
+  for (int v = 0; v < vectors && summed; v++) vr_store(sums + v * VR, sum[v]);
+  for (int i = whole; i < rows && summed; i++) sums[i] = rest[i - whole];
 }
 
 static void pack_gradient(void *dst_, int64_t tile_step, const void *src_, int64_t step, int64_t pixels, int64_t rows,
-                          void *sums_) {
+                          int64_t further, void *sums_) {
   real *restrict dst = dst_, *restrict sums = sums_;
   const real *restrict src = src_;
-  if (rows == 2 * STRIP_ROWS) {
-    if (sums)
-      pack_two(true, dst, tile_step, src, step, pixels, sums);
-    else
-      pack_two(false, dst, tile_step, src, step, pixels, NULL);
-    return;
+  for (int64_t first = 0, tiles; first < rows; first += tiles * STRIP_ROWS, dst += tiles * tile_step) {
+    const int64_t left = rows - first;
+    tiles = left >= PACKED_MOST * STRIP_ROWS ? PACKED_MOST : left >= 2 * STRIP_ROWS ? 2 : 1;
+    if (tiles == PACKED_MOST && sums) {
+      pack_tiles(PACKED_MOST, true, dst, tile_step, src + first, step, pixels, further, sums + first);
+    } else if (tiles == PACKED_MOST) {
+      pack_tiles(PACKED_MOST, false, dst, tile_step, src + first, step, pixels, further, NULL);
+    } else if (tiles == 2 && sums) {
+      pack_tiles(2, true, dst, tile_step, src + first, step, pixels, further, sums + first);
+    } else if (tiles == 2) {
+      pack_tiles(2, false, dst, tile_step, src + first, step, pixels, further, NULL);
+    } else {
+      for (int64_t p = 0; p < pixels; p++)
+        for (int i = 0; i < STRIP_ROWS; i++) {
+          const bool there = i < left;
+          dst[p * STRIP_ROWS + i] = there ? src[p * step + first + i] : 0;
+          if (there && sums) sums[first + i] += src[p * step + first + i];
+        }
+    }
   }
-  for (int64_t first = 0; first < rows; first += STRIP_ROWS, dst += tile_step)
-    for (int64_t p = 0; p < pixels; p++)
-      for (int i = 0; i < STRIP_ROWS; i++) {
-        const bool there = first + i < rows;
-        dst[p * STRIP_ROWS + i] = there ? src[p * step + first + i] : 0;
-        if (there && sums) sums[first + i] += src[p * step + first + i];
-      }
 }
 
 /* One mask value a pixel, or one for each of its channels, or none. */

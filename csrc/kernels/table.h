@@ -219,9 +219,10 @@ typedef struct pnn_kernels {
   void (*product_rows_run)(int64_t rows, int64_t columns, int64_t depth, const void *a, int64_t a_row, const void *b,
                            void *c, int64_t ldc, const void *start, pnn_ahead *ahead);
   /* Tiles of strip_rows rows, `tile_step` reals apart: tile[i / strip_rows][p][i mod strip_rows] = src[p*step + i] for
-   * i < rows; behind them 0. sums not NULL: the chain sums[i] goes on over src[p*step + i]. At most two tiles. */
+   * i < rows; behind them 0. sums not NULL: the chain sums[i] goes on over src[p*step + i]. What stands `further` reals
+   * behind each of them is asked for. */
   void (*pack_gradient)(void *dst, int64_t tile_step, const void *src, int64_t step, int64_t pixels, int64_t rows,
-                        void *sums);
+                        int64_t further, void *sums);
   /* a[p][r] = activation(x[p][r] + mask[p][r]) - mean[r], one mask a channel; where shared, mask[p][0]. mask NULL:
    * nothing is added; mean NULL: nothing is subtracted. */
   pnn_respond_rows_fn respond_rows[PNN_ACTIVATION_COUNT];
