@@ -20,8 +20,11 @@
 /* ---- sums over pixels ---- */
 
 /* Bytes of a panel's response maps at one pixel: 128 x 512 floats. The panel stays in the second-level cache beside its
- * masks, and the more maps it has, the fewer times the gradient is read. */
+ * masks, and the more maps it has, the fewer times the gradient is read. In the channels-last form, where it is packed
+ * as well, more maps pay, as far as they and their masks keep to the limit of the workspace. */
 #define MAP_BYTES 512
+#define WIDE_MAP_BYTES 1024
+#define WIDE_BYTES (768 * 1024)
 #define OUTPUT_BLOCK 16 /* gradient rows beside it, as many as a vector has lanes: channels-last ones are turned */
 #define NEAR_OUTPUTS 8  /* of these, as many as stay in the first-level cache beside a tile of maps */
 #define TOGETHER_BYTES (256 * 1024) /* of a chunk's gradient that stays beside what it comes with */
@@ -263,14 +266,26 @@ static void join_item(void *sums_, int32_t worker, int64_t item) {
   if (s->stores) weight_store(s, t, count);
 }
 
+/* Response maps of an item; `wanted` items keep the threads busy. */
+static int64_t sums_maps(const pnn_sums *s, int64_t wanted) {
+  const pnn_problem *p = s->problem;
+  const int64_t few = PNN_MAX(PNN_MIN(p->group_maps, MAP_BYTES / p->real_size), 1), strip = p->kernels->strip_columns;
+  if (!s->rows || p->pairs) return few;
+  const int64_t one = (PNN_CHUNK + pnn_mask_rows(p, 1) * s->chunks.pixels) * p->real_size;
+  const int64_t many = PNN_MIN(WIDE_MAP_BYTES / p->real_size, WIDE_BYTES / one) / strip * strip;
+  const int64_t blocks = pnn_quotient_up(p->group_maps, PNN_MAX(many, few));
+  if (p->groups * s->chunks.parts * blocks < wanted) return few;
+  return PNN_MAX(few, PNN_MIN(pnn_round_up(pnn_quotient_up(p->group_maps, blocks), strip), p->group_maps));
+}
+
 static pnn_sums sums_prepare(const pnn_problem *p, const pnn_host *host, bool products, pnn_arena *arena) {
   pnn_sums s = {.problem = p, .chunks = pnn_chunks_make(p), .products = products};
   s.stores = p->params->grad_weight.data && !p->norm;
   s.rows = p->group_maps > FEW_MAPS && pnn_rows_fit(p, &p->grad_output, NULL);
-  s.block = PNN_MAX(PNN_MIN(p->group_maps, MAP_BYTES / p->real_size), 1);
+  const int64_t wanted = 2 * (int64_t)(host ? host->threads : 1);
+  s.block = sums_maps(&s, wanted);
   s.map_blocks = products ? PNN_MAX(pnn_quotient_up(p->group_maps, s.block), 1) : 1;
   /* Outputs are split only where parts and maps leave threads idle: each split computes the response maps again. */
-  const int64_t wanted = 2 * (int64_t)(host ? host->threads : 1);
   const int64_t have = p->groups * s.chunks.parts * s.map_blocks;
   /* Parts over the same pixels share the making of their masks where that leaves enough items to deal out evenly. */
   s.part_run = 1;

@@ -295,8 +295,8 @@ void pnn_rows_forward_item(void *state, int32_t worker, int64_t item) {
 
 /* ---- backward: sums over pixels ---- */
 
-/* Tiles of outputs whose gradient is packed at a time: so many that a pixel's cache line is read once, or two. */
-static int64_t gradient_tiles(const pnn_problem *p) { return p->pairs ? 2 : 4; }
+/* Tiles of outputs whose gradient is packed at a time: at most two cache lines of a pixel, which are read once. */
+static int64_t gradient_tiles(const pnn_problem *p) { return p->pairs || p->precision ? 2 : 4; }
 
 #define ROWS_PAIRED 32 /* pixels whose response maps are made at a time, then paired; even */
 
