@@ -44,6 +44,10 @@ typedef vl vm;
 #define PNN_ISA_SUFFIX portable
 #endif
 
+/* From here on the compiler takes the pointer for an unknown one: it finds no address and no load before its time, for
+ * which a tile's products leave no registers. */
+#define KEEP_POINTER(pointer) __asm__("" : "+r"(pointer))
+
 /* The first n < VR reals; the vector's other lanes are zero, memory behind them is not touched. */
 static inline vr vr_load_part(const real *p, int64_t n) {
 #if defined(PNN_ISA_AVX512) && defined(PNN_REAL_F32)

@@ -4,9 +4,6 @@
 #ifndef PNN_KERNELS_ROWS_H
 #define PNN_KERNELS_ROWS_H
 
-/* The compiler would find all of a tile's addresses before its products, for which there are no registers. */
-#define KEEP_POINTER(pointer) __asm__("" : "+r"(pointer))
-
 static inline __attribute__((always_inline)) void rows_steps(int most, int vectors, bool whole, vr sum[][TILE_VECTORS],
                                                              int64_t rows, int64_t depth, const real *restrict a,
                                                              int64_t a_row, int64_t a_step, const real *restrict b,
