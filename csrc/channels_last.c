@@ -108,26 +108,36 @@ typedef struct input_run {
   int64_t mask_step;
 } input_run;
 
-/* The run that begins at column `done` of segment *segment; both move on behind it. The masks begin at map mask_k0. */
-static input_run input_run_next(const pnn_problem *p, const row_masks *m, int64_t mask_k0, const pnn_columns *columns,
-                                int64_t k0, int64_t *segment, int64_t *done) {
+/* On the way through a panel's columns, run by run. */
+typedef struct input_walk {
+  const pnn_columns *columns;
+  input_run run;         /* none at first */
+  int64_t segment, done; /* where the next one begins */
+} input_walk;
+
+/* On to the next run, its first map k0; false behind the last one. The masks begin at map mask_k0. */
+static bool input_walk_on(const pnn_problem *p, const row_masks *m, int64_t mask_k0, int64_t k0, input_walk *walk) {
+  const pnn_columns *columns = walk->columns;
+  if (walk->segment == columns->segments) return false;
   const pnn_view *v = &p->input;
   const int64_t size = p->real_size, width = p->out_width, step = pixel_step(p, v);
-  const pnn_segment *s = &columns->segment[*segment];
+  const pnn_segment *s = &columns->segment[walk->segment];
   const char *mask = m->ld ? m->panel + (p->shared ? 0 : k0 - mask_k0) * size : NULL;
   if (p->pixels == 1) { /* one mask row serves all images */
-    *segment = columns->segments;
-    return (input_run){0, columns->columns, v->data + (s->image * v->batch + k0) * p->native, mask, 0};
+    walk->segment = columns->segments;
+    walk->run = (input_run){0, columns->columns, v->data + (s->image * v->batch + k0) * p->native, mask, 0};
+    return true;
   }
   const bool rows_join = p->out_height == 1 || v->row == width * step;
-  const int64_t pixel = s->pixel + *done, row = pnn_quotient(pixel, width), from = pnn_remainder(pixel, width);
-  input_run run = {.column = s->column + *done, .mask_step = m->ld};
-  run.columns = rows_join ? s->columns - *done : PNN_MIN(width - from, s->columns - *done);
+  const int64_t pixel = s->pixel + walk->done, row = pnn_quotient(pixel, width), from = pnn_remainder(pixel, width);
+  input_run run = {.column = s->column + walk->done, .mask_step = m->ld};
+  run.columns = rows_join ? s->columns - walk->done : PNN_MIN(width - from, s->columns - walk->done);
   run.x = v->data + (s->image * v->batch + k0 + row * v->row + from * v->column) * p->native;
   if (mask) run.mask = mask + (pixel - columns->range->pixel) * m->ld * size;
-  *done += run.columns;
-  if (*done == s->columns) *done = 0, ++*segment;
-  return run;
+  walk->run = run;
+  walk->done += run.columns;
+  if (walk->done == s->columns) walk->done = 0, walk->segment++;
+  return true;
 }
 
 /* panel[column][r] = activation(u) of response map k0 + r, minus its mean where there is one ([K] reals); reals, or
@@ -140,8 +150,9 @@ static void respond(const pnn_problem *p, const row_masks *m, int64_t mask_k0, c
   const int64_t step = pixel_step(p, &p->input);
   /* Without a gap between pixels a run is one long row: with few maps that fills the vectors. */
   const bool dense = step == maps && ld == maps && !from && !p->shared;
-  for (int64_t segment = 0, done = 0; segment < columns->segments;) {
-    const input_run run = input_run_next(p, m, mask_k0, columns, k0, &segment, &done);
+  input_walk walk = {.columns = columns};
+  while (input_walk_on(p, m, mask_k0, k0, &walk)) {
+    const input_run run = walk.run;
     char *const to = panel + run.column * ld * p->native;
     if (dense && (!run.mask || run.mask_step == maps))
       kernel(to, ld, run.x, step, run.mask, maps, NULL, 1, run.columns * maps, 0);
@@ -205,9 +216,7 @@ static void forward_runs(const pnn_forward_state *f, const forward_scratch *s, c
 
 /* A panel's pixels on the way to response maps. */
 typedef struct forward_walk {
-  const pnn_columns *columns;
-  int64_t segment, done; /* where the run behind `run` begins */
-  input_run run;
+  input_walk input;
   int64_t used, made; /* pixels of the run, of the panel */
 } forward_walk;
 
@@ -219,16 +228,17 @@ static void forward_walk_to(const pnn_forward_state *f, const forward_scratch *s
       (p->pairs ? p->kernels->respond_rows_bfloat16 : p->kernels->respond_rows)[p->activation];
   const int64_t step = pixel_step(p, &p->input);
   const char *mean = f->mean ? from_map(p, f->mean, k_first + k) : NULL;
+  const input_run *run = &w->input.run;
   while (w->made < end) {
-    if (w->used == w->run.columns) {
-      w->run = input_run_next(p, &s->masks, k_first, w->columns, k_first, &w->segment, &w->done);
+    if (w->used == run->columns) {
+      input_walk_on(p, &s->masks, k_first, k_first, &w->input);
       w->used = 0;
     }
-    const int64_t pixels = PNN_MIN(end - w->made, w->run.columns - w->used);
-    const char *mask = w->run.mask;
-    if (mask) mask += (w->used * w->run.mask_step + (p->shared ? 0 : k)) * p->real_size;
-    kernel(s->panel + w->made * s->ld * p->native, s->ld, w->run.x + (w->used * step + k) * p->native, step, mask,
-           w->run.mask_step, mean, pixels, depth, p->shared);
+    const int64_t pixels = PNN_MIN(end - w->made, run->columns - w->used);
+    const char *mask = run->mask;
+    if (mask) mask += (w->used * run->mask_step + (p->shared ? 0 : k)) * p->real_size;
+    kernel(s->panel + w->made * s->ld * p->native, s->ld, run->x + (w->used * step + k) * p->native, step, mask,
+           run->mask_step, mean, pixels, depth, p->shared);
     w->used += pixels;
     w->made += pixels;
   }
@@ -266,7 +276,7 @@ void pnn_rows_forward_item(void *state, int32_t worker, int64_t item) {
                                  (p->group_maps / (p->pairs ? 2 : 1) / PNN_AHEAD_DEPTH + 1));
     for (int64_t k = 0; k < p->group_maps || k == 0; k += PNN_MAX(f->block, 1)) {
       const int64_t depth = PNN_MIN(f->block, p->group_maps - k);
-      forward_walk walk = {.columns = &columns};
+      forward_walk walk = {.input = {.columns = &columns}};
       for (int64_t t = 0; t < p->group_outputs; t += wide) {
         const void *b = pnn_packing_tile(p, &f->packing, f->packed, group, 0, pnn_quotient(t, strip), k);
         const char *start = from_map(p, f->bias, group * f->sum_rows + t);
@@ -453,14 +463,14 @@ void pnn_rows_sums_item(void *sums, int32_t worker, int64_t item) {
 /* ---- backward: input ---- */
 
 typedef struct inputs_scratch {
-  char *d;
+  char *d; /* da of a run's pixels, of a tile's maps */
   int64_t ld;
   row_masks masks;
 } inputs_scratch;
 
 static inputs_scratch inputs_take(const pnn_inputs *in, pnn_arena *arena) {
   const pnn_problem *p = in->problem;
-  inputs_scratch s = {.ld = row_length(p, in->block, p->real_size)};
+  inputs_scratch s = {.ld = row_length(p, PNN_MIN(in->block, p->tile_columns), p->real_size)};
   s.d = pnn_arena_take(arena, s.ld * in->width, p->real_size);
   s.masks = masks_take(p, p->group_maps, in->deal.pixels, arena);
   return s;
@@ -470,10 +480,8 @@ void pnn_rows_inputs_scratch(const pnn_inputs *inputs, pnn_arena *arena) { input
 
 /* A panel's pixels on the way to the input's gradient. */
 typedef struct inputs_walk {
-  const pnn_columns *columns;
+  input_walk input;
   const pixel_run *out;
-  int64_t segment, done; /* where the run behind `run` begins */
-  input_run run;
 } inputs_walk;
 
 typedef struct inputs_place {
@@ -486,13 +494,13 @@ typedef struct inputs_place {
 static inputs_place inputs_walk_to(const pnn_inputs *in, const inputs_scratch *s, inputs_walk *w, int64_t mask_k0,
                                    int64_t k0, int64_t column) {
   const pnn_problem *p = in->problem;
-  while (column >= w->run.column + w->run.columns)
-    w->run = input_run_next(p, &s->masks, mask_k0, w->columns, k0, &w->segment, &w->done);
+  const input_run *run = &w->input.run;
+  while (column >= run->column + run->columns) input_walk_on(p, &s->masks, mask_k0, k0, &w->input);
   while (column >= w->out->column + w->out->columns) w->out++;
-  const int64_t into = column - w->run.column, out = column - w->out->column;
-  inputs_place place = {.columns = PNN_MIN(w->run.columns - into, w->out->columns - out)};
-  place.x = w->run.x + into * pixel_step(p, &p->input) * p->native;
-  place.mask = w->run.mask ? w->run.mask + into * w->run.mask_step * p->real_size : NULL;
+  const int64_t into = column - run->column, out = column - w->out->column;
+  inputs_place place = {.columns = PNN_MIN(run->columns - into, w->out->columns - out)};
+  place.x = run->x + into * pixel_step(p, &p->input) * p->native;
+  place.mask = run->mask ? run->mask + into * run->mask_step * p->real_size : NULL;
   place.dx = p->grad_input.data + (w->out->offset + out * pixel_step(p, &p->grad_input) + k0) * p->native;
   return place;
 }
@@ -518,8 +526,8 @@ static void inputs_run(const pnn_inputs *in, const inputs_scratch *s, const pixe
       const int64_t whole = pnn_quotient(PNN_MIN(pixels, at.columns), rows) * rows;
       if (whole) {
         kernels->product_respond_grad_rows[p->activation](whole, depth, a, step, b, strip, strip * depth, at.dx,
-                                                          dx_step, at.x, x_step, at.mask, walk->run.mask_step, norm,
-                                                          p->shared, ahead);
+                                                          dx_step, at.x, x_step, at.mask, walk->input.run.mask_step,
+                                                          norm, p->shared, ahead);
         pixels = whole;
         continue;
       }
@@ -535,8 +543,8 @@ static void inputs_run(const pnn_inputs *in, const inputs_scratch *s, const pixe
       const inputs_place at = inputs_walk_to(in, s, walk, k_first, k0, column + done);
       count = PNN_MIN(at.columns, pixels - done);
       (p->pairs ? kernels->respond_grad_rows_bfloat16 : kernels->respond_grad_rows)[p->activation](
-          at.dx, dx_step, s->d + done * s->ld * size, s->ld, at.x, x_step, at.mask, walk->run.mask_step, norm, count,
-          maps, p->shared);
+          at.dx, dx_step, s->d + done * s->ld * size, s->ld, at.x, x_step, at.mask, walk->input.run.mask_step, norm,
+          count, maps, p->shared);
     }
   }
 }
@@ -570,7 +578,7 @@ void pnn_rows_inputs_item(void *inputs, int32_t worker, int64_t item) {
     for (int64_t block = 0; block < in->packing.blocks; block++) {
       const int64_t maps = PNN_MIN(in->block, p->group_maps - block * in->block);
       for (int64_t j = 0; j < maps; j += wide) {
-        inputs_walk walk = {.columns = &columns, .out = out};
+        inputs_walk walk = {.input = {.columns = &columns}, .out = out};
         for (int64_t r = 0; r < gradients; r++)
           inputs_run(in, &s, &gradient[r], group, block, j, PNN_MIN(wide, maps - j), &walk, &ahead);
       }
@@ -620,13 +628,11 @@ void pnn_rows_moments_chunk(const pnn_problem *problem, const pnn_moments_plan *
   const int64_t step = pixel_step(problem, &problem->input);
   if (problem->kernels->respond_moments_rows[problem->activation] && count >= PNN_LANES) {
     pnn_rows_run runs[PNN_CHUNK];
-    int64_t run_count = 0, mask_step = 0;
-    for (int64_t segment = 0, done = 0; segment < columns.segments; run_count++) {
-      const input_run run = input_run_next(problem, &s.masks, k0, &columns, k0, &segment, &done);
-      runs[run_count] = (pnn_rows_run){run.x, run.mask, run.columns};
-      mask_step = run.mask_step;
-    }
-    problem->kernels->respond_moments_rows[problem->activation](s.panel, runs, run_count, step, mask_step,
+    int64_t run_count = 0;
+    input_walk walk = {.columns = &columns};
+    while (input_walk_on(problem, &s.masks, k0, k0, &walk))
+      runs[run_count++] = (pnn_rows_run){walk.run.x, walk.run.mask, walk.run.columns};
+    problem->kernels->respond_moments_rows[problem->activation](s.panel, runs, run_count, step, walk.run.mask_step,
                                                                 problem->shared, count, rows, mean, m2, &ahead);
     return;
   }
