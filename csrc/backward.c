@@ -20,14 +20,15 @@
 /* ---- sums over pixels ---- */
 
 /* Bytes of a panel's response maps at one pixel: 128 x 512 floats. The panel stays in the second-level cache beside its
- * masks, and the more maps it has, the fewer times the gradient is read. In the channels-last form, where it is packed
- * as well, more maps pay, as far as they and their masks keep to the limit of the workspace. */
+ * masks, and the more maps it has, the fewer times the gradient is read. */
 #define MAP_BYTES 512
+/* In the channels-last form, which packs the gradient as well, more maps pay... */
 #define WIDE_MAP_BYTES 1024
+/* ...as far as they and their masks leave the rest of a thread's 1 MiB to the gradient and to what turns the masks. */
 #define WIDE_BYTES (768 * 1024)
 #define OUTPUT_BLOCK 16 /* gradient rows beside it, as many as a vector has lanes: channels-last ones are turned */
 #define NEAR_OUTPUTS 8  /* of these, as many as stay in the first-level cache beside a tile of maps */
-#define TOGETHER_BYTES (256 * 1024) /* of a chunk's gradient that stays beside what it comes with */
+#define TOGETHER_BYTES (256 * 1024) /* of a chunk's gradient, at most, that is asked for beside its input */
 
 typedef struct sums_scratch {
   char *maps, *outputs, *totals, *mask, *channels;
@@ -266,24 +267,28 @@ static void join_item(void *sums_, int32_t worker, int64_t item) {
   if (s->stores) weight_store(s, t, count);
 }
 
-/* Response maps of an item; `wanted` items keep the threads busy. */
-static int64_t sums_maps(const pnn_sums *s, int64_t wanted) {
+/* Response maps of an item. */
+static int64_t sums_maps(const pnn_sums *s, int64_t threads) {
   const pnn_problem *p = s->problem;
   const int64_t few = PNN_MAX(PNN_MIN(p->group_maps, MAP_BYTES / p->real_size), 1), strip = p->kernels->strip_columns;
   if (!s->rows || p->pairs) return few;
-  const int64_t one = (PNN_CHUNK + pnn_mask_rows(p, 1) * s->chunks.pixels) * p->real_size;
-  const int64_t many = PNN_MIN(WIDE_MAP_BYTES / p->real_size, WIDE_BYTES / one) / strip * strip;
-  const int64_t blocks = pnn_quotient_up(p->group_maps, PNN_MAX(many, few));
-  if (p->groups * s->chunks.parts * blocks < wanted) return few;
-  return PNN_MAX(few, PNN_MIN(pnn_round_up(pnn_quotient_up(p->group_maps, blocks), strip), p->group_maps));
+  const int64_t one = (PNN_CHUNK + (p->shared ? 0 : pnn_mask_rows(p, 1) * s->chunks.pixels)) * p->real_size;
+  const int64_t most = PNN_MIN(WIDE_MAP_BYTES / p->real_size, WIDE_BYTES / one) / strip * strip;
+  const int64_t blocks = pnn_quotient_up(p->group_maps, PNN_MAX(most, few));
+  const int64_t many = PNN_MIN(pnn_round_up(pnn_quotient_up(p->group_maps, blocks), strip), p->group_maps);
+  /* Not where fewer items would leave threads idle. */
+  const int64_t parts = p->groups * s->chunks.parts, few_blocks = pnn_quotient_up(p->group_maps, few);
+  const bool even =
+      pnn_quotient_up(parts * blocks, threads) * many <= pnn_quotient_up(parts * few_blocks, threads) * few;
+  return even ? PNN_MAX(many, few) : few;
 }
 
 static pnn_sums sums_prepare(const pnn_problem *p, const pnn_host *host, bool products, pnn_arena *arena) {
   pnn_sums s = {.problem = p, .chunks = pnn_chunks_make(p), .products = products};
   s.stores = p->params->grad_weight.data && !p->norm;
   s.rows = p->group_maps > FEW_MAPS && pnn_rows_fit(p, &p->grad_output, NULL);
-  const int64_t wanted = 2 * (int64_t)(host ? host->threads : 1);
-  s.block = sums_maps(&s, wanted);
+  const int64_t threads = host ? host->threads : 1, wanted = 2 * threads;
+  s.block = sums_maps(&s, threads);
   s.map_blocks = products ? PNN_MAX(pnn_quotient_up(p->group_maps, s.block), 1) : 1;
   /* Outputs are split only where parts and maps leave threads idle: each split computes the response maps again. */
   const int64_t have = p->groups * s.chunks.parts * s.map_blocks;
@@ -294,7 +299,8 @@ static pnn_sums sums_prepare(const pnn_problem *p, const pnn_host *host, bool pr
     s.part_run *= 2;
   s.output_cuts = PNN_MAX(1, PNN_MIN(pnn_quotient_up(wanted, have), p->group_outputs / OUTPUT_BLOCK));
   s.output_rows = pnn_round_up(pnn_quotient_up(p->group_outputs, s.output_cuts), OUTPUT_BLOCK);
-  /* The outputs of a block are but a line or two of a pixel's row; with pairs less than one. */
+  /* The outputs that are packed at a time are but a line or two of a pixel's row: those of all come with the input
+   * where they fit; with pairs always, since they are less than a line. */
   s.together = s.rows && (p->pairs || s.output_rows * PNN_CHUNK * p->native <= TOGETHER_BYTES);
   s.outputs_part = pnn_arena_take(arena, s.chunks.parts * p->outputs, p->real_size);
   if (products) {

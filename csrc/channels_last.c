@@ -115,7 +115,8 @@ typedef struct input_walk {
   int64_t segment, done; /* where the next one begins */
 } input_walk;
 
-/* On to the next run, its first map k0; false behind the last one. The masks begin at map mask_k0. */
+/* On to the next run, its first map k0; false, and the walk as it was, behind the last one. The masks begin at map
+ * mask_k0. */
 static bool input_walk_on(const pnn_problem *p, const row_masks *m, int64_t mask_k0, int64_t k0, input_walk *walk) {
   const pnn_columns *columns = walk->columns;
   if (walk->segment == columns->segments) return false;
@@ -305,8 +306,10 @@ void pnn_rows_forward_item(void *state, int32_t worker, int64_t item) {
 
 /* ---- backward: sums over pixels ---- */
 
-/* Tiles of outputs whose gradient is packed at a time: at most two cache lines of a pixel, which are read once. */
-static int64_t gradient_tiles(const pnn_problem *p) { return p->pairs || p->precision ? 2 : 4; }
+/* Outputs whose gradient is packed at a time. */
+static int64_t packed_outputs(const pnn_problem *p) {
+  return (p->pairs ? 2 : p->kernels->packed_tiles) * p->kernels->strip_rows;
+}
 
 #define ROWS_PAIRED 32 /* pixels whose response maps are made at a time, then paired; even */
 
@@ -321,7 +324,7 @@ static sums_scratch sums_take(const pnn_sums *s, pnn_arena *arena) {
   const pnn_problem *p = s->problem;
   sums_scratch t = {.ld = p->pairs ? row_length(p, s->block, p->real_size) : p->kernels->strip_columns};
   const int64_t columns = p->pairs ? PNN_CHUNK / 2 : PNN_CHUNK;
-  const int64_t packed = gradient_tiles(p) * p->kernels->strip_rows;
+  const int64_t packed = packed_outputs(p);
   if (p->pairs) t.gradient = pnn_arena_take(arena, packed * PNN_CHUNK, p->native);
   t.outputs = pnn_arena_take(arena, packed * columns, p->real_size);
   t.totals = pnn_arena_take(arena, packed, p->real_size);
@@ -358,7 +361,7 @@ typedef struct gradient_rows {
  */
 static gradient_rows gradient_find(const pnn_problem *p, const pixel_run *runs, int64_t count, int64_t t, int64_t rows,
                                    char *copy) {
-  const int64_t ld = gradient_tiles(p) * p->kernels->strip_rows, step = pixel_step(p, &p->grad_output);
+  const int64_t ld = packed_outputs(p), step = pixel_step(p, &p->grad_output);
   if (count == 1) return (gradient_rows){p->grad_output.data + (runs->offset + t) * p->native, step};
   for (int64_t r = 0; r < count; r++)
     for (int64_t i = 0; i < runs[r].columns; i++)
@@ -414,7 +417,7 @@ static void sums_part(const pnn_sums *s, const pnn_sums_place at, const sums_scr
     else if (at.maps)
       respond_strips(s, &at, &t, &columns);
     const int64_t run_count = pixel_runs(p, &columns, &p->grad_output, runs);
-    const int64_t packed = gradient_tiles(p) * tile, depth = p->pairs ? (count + 1) / 2 : count;
+    const int64_t packed = packed_outputs(p), depth = p->pairs ? (count + 1) / 2 : count;
     pnn_ahead ahead = {.streams = 0};
     for (int64_t o = at.first; o < at.end; o += tile) {
       const int64_t rows = PNN_MIN(tile, at.end - o), number = (o - at.first) % packed / tile;
@@ -431,12 +434,13 @@ static void sums_part(const pnn_sums *s, const pnn_sums_place at, const sums_scr
         } else {
           char *const sums = at.totals ? t.totals : NULL;
           if (sums) memset(sums, 0, (size_t)(side_by_side * size));
-          gradient_pack(p, runs, run_count, o, side_by_side, s->together ? 0 : packed, t.outputs, sums);
+          const bool more = !s->together && o + packed < at.end;
+          gradient_pack(p, runs, run_count, o, side_by_side, more ? packed : 0, t.outputs, sums);
           if (sums) kernels->accumulate(at.totals + o * size, sums, side_by_side);
         }
         ahead = pnn_sums_ahead(s, &at, chunk, end, o, packed);
-        pnn_ahead_spread(&ahead,
-                         gradient_tiles(p) * (at.maps / kernels->strip_columns + 1) * (depth / PNN_AHEAD_DEPTH + 1));
+        pnn_ahead_spread(&ahead, pnn_quotient_up(side_by_side, tile) * (at.maps / kernels->strip_columns + 1) *
+                                     (depth / PNN_AHEAD_DEPTH + 1));
       }
       for (int64_t j = 0; j < at.maps; j += kernels->strip_columns) {
         const int64_t maps = PNN_MIN(kernels->strip_columns, at.maps - j);

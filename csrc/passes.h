@@ -45,7 +45,7 @@ typedef struct pnn_sums {
   bool products; /* G is wanted, not h alone */
   bool stores;   /* G is dV */
   bool rows;     /* channels-last form */
-  bool together; /* there, a chunk's whole gradient is asked for with its input */
+  bool together; /* in that form: the gradient of all of an item's outputs is asked for with the next chunk's input */
   const void *mean;
   char *maps_part, *outputs_part; /* G and h of each part: [parts][T][K/G], [parts][T] */
   char *scratch;

@@ -49,6 +49,7 @@ const pnn_kernels PNN_KERNEL_NAME(pnn_kernels) = {
     .tile_columns = TILE_COLUMNS,
     .strip_rows = STRIP_ROWS,
     .strip_columns = STRIP_COLUMNS,
+    .packed_tiles = PACKED_TILES,
     .dot_rows = DOT_ROWS,
     .dot_columns = DOT_COLUMNS,
 #if defined(PNN_REAL_F32)

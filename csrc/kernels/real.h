@@ -44,8 +44,8 @@ typedef vl vm;
 #define PNN_ISA_SUFFIX portable
 #endif
 
-/* From here on the compiler takes the pointer for an unknown one: it finds no address and no load before its time, for
- * which a tile's products leave no registers. */
+/* From here on the compiler takes the pointer for an unknown one, so that it neither computes addresses nor loads
+ * through it ahead of a tile's products, which leave no registers for that. */
 #define KEEP_POINTER(pointer) __asm__("" : "+r"(pointer))
 
 /* The first n < VR reals; the vector's other lanes are zero, memory behind them is not touched. */

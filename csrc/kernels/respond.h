@@ -135,7 +135,7 @@ static inline __attribute__((always_inline)) void tile_respond_grad(int most, vr
                                                                     int64_t ldx, const real *restrict mask, int64_t ldm,
                                                                     bool masked, const pnn_norm_terms *norm,
                                                                     vr (*activate)(vr), vr (*activate_grad)(vr, vr)) {
-  /* Else x would be loaded once for all forms of this, ahead of them, and so to the stack. */
+  /* Else x would be loaded once for all three calls, ahead of them, and so to the stack. */
   KEEP_POINTER(x);
 #pragma GCC unroll 8
   for (int i = 0; i < most; i++) {

@@ -166,14 +166,11 @@ static void product_rows_run(int64_t rows, int64_t columns, int64_t depth, const
   }
 }
 
-#define PACKED_MOST 4 /* tiles at a time: with AVX-512 two cache lines of floats */
-
-/* Some whole tiles, and their sums beside. */
-static inline __attribute__((always_inline)) void pack_tiles(int tiles, bool summed, real *restrict dst,
-                                                             int64_t tile_step, const real *restrict src, int64_t step,
-                                                             int64_t pixels, int64_t further, real *restrict sums) {
+static inline __attribute__((always_inline)) void pack_summed(int tiles, bool summed, real *restrict dst,
+                                                              int64_t tile_step, const real *restrict src, int64_t step,
+                                                              int64_t pixels, int64_t further, real *restrict sums) {
   const int rows = tiles * STRIP_ROWS, vectors = rows / VR, whole = vectors * VR;
-  vr sum[PACKED_MOST * STRIP_ROWS / VR];
+  vr sum[PACKED_TILES * STRIP_ROWS / VR + 1];
   real rest[VR]; /* of the rows behind the last whole vector */
   for (int v = 0; v < vectors && summed; v++) sum[v] = vr_load(sums + v * VR);
   for (int i = whole; i < rows && summed; i++) rest[i - whole] = sums[i];
@@ -188,30 +185,41 @@ static inline __attribute__((always_inline)) void pack_tiles(int tiles, bool sum
   for (int i = whole; i < rows && summed; i++) sums[i] = rest[i - whole];
 }
 
+/* Some whole tiles, and their sums beside, unless NULL. */
+static inline __attribute__((always_inline)) void pack_tiles(int tiles, real *restrict dst, int64_t tile_step,
+                                                             const real *restrict src, int64_t step, int64_t pixels,
+                                                             int64_t further, real *restrict sums) {
+  if (sums)
+    pack_summed(tiles, true, dst, tile_step, src, step, pixels, further, sums);
+  else
+    pack_summed(tiles, false, dst, tile_step, src, step, pixels, further, NULL);
+}
+
+/* A last tile that is not whole. */
+static void pack_rest(real *restrict dst, const real *restrict src, int64_t step, int64_t pixels, int64_t rows,
+                      real *restrict sums) {
+  for (int64_t p = 0; p < pixels; p++)
+    for (int i = 0; i < STRIP_ROWS; i++) {
+      dst[p * STRIP_ROWS + i] = i < rows ? src[p * step + i] : 0;
+      if (i < rows && sums) sums[i] += src[p * step + i];
+    }
+}
+
 static void pack_gradient(void *dst_, int64_t tile_step, const void *src_, int64_t step, int64_t pixels, int64_t rows,
                           int64_t further, void *sums_) {
   real *restrict dst = dst_, *restrict sums = sums_;
   const real *restrict src = src_;
-  for (int64_t first = 0, tiles; first < rows; first += tiles * STRIP_ROWS, dst += tiles * tile_step) {
-    const int64_t left = rows - first;
-    tiles = left >= PACKED_MOST * STRIP_ROWS ? PACKED_MOST : left >= 2 * STRIP_ROWS ? 2 : 1;
-    if (tiles == PACKED_MOST && sums) {
-      pack_tiles(PACKED_MOST, true, dst, tile_step, src + first, step, pixels, further, sums + first);
-    } else if (tiles == PACKED_MOST) {
-      pack_tiles(PACKED_MOST, false, dst, tile_step, src + first, step, pixels, further, NULL);
-    } else if (tiles == 2 && sums) {
-      pack_tiles(2, true, dst, tile_step, src + first, step, pixels, further, sums + first);
-    } else if (tiles == 2) {
-      pack_tiles(2, false, dst, tile_step, src + first, step, pixels, further, NULL);
-    } else {
-      for (int64_t p = 0; p < pixels; p++)
-        for (int i = 0; i < STRIP_ROWS; i++) {
-          const bool there = i < left;
-          dst[p * STRIP_ROWS + i] = there ? src[p * step + first + i] : 0;
-          if (there && sums) sums[first + i] += src[p * step + first + i];
-        }
+  while (rows >= STRIP_ROWS) {
+    const int tiles = rows >= PACKED_TILES * STRIP_ROWS ? PACKED_TILES : rows >= 2 * STRIP_ROWS ? 2 : 1;
+    switch (tiles) {
+      case 1: pack_tiles(1, dst, tile_step, src, step, pixels, further, sums); break;
+      case 2: pack_tiles(2, dst, tile_step, src, step, pixels, further, sums); break;
+      default: pack_tiles(PACKED_TILES, dst, tile_step, src, step, pixels, further, sums); break;
     }
+    rows -= tiles * STRIP_ROWS, src += tiles * STRIP_ROWS, dst += tiles * tile_step;
+    if (sums) sums += tiles * STRIP_ROWS;
   }
+  if (rows > 0) pack_rest(dst, src, step, pixels, rows, sums);
 }
 
 /* One mask value a pixel, or one for each of its channels, or none. */

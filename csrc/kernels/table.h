@@ -80,6 +80,7 @@ typedef struct pnn_kernels {
   int32_t tile_columns;  /* of `product` */
   int32_t strip_rows;    /* of products on pairs, and of those with at most strip_columns outputs or maps as columns */
   int32_t strip_columns; /* tile_columns or a part of it */
+  int32_t packed_tiles;  /* of strip_rows outputs whose gradient is best packed at a time */
   int32_t dot_rows;      /* of `dot` */
   int32_t dot_columns;
 
@@ -220,7 +221,7 @@ typedef struct pnn_kernels {
                            void *c, int64_t ldc, const void *start, pnn_ahead *ahead);
   /* Tiles of strip_rows rows, `tile_step` reals apart: tile[i / strip_rows][p][i mod strip_rows] = src[p*step + i] for
    * i < rows; behind them 0. sums not NULL: the chain sums[i] goes on over src[p*step + i]. What stands `further` reals
-   * behind each of them is asked for. */
+   * behind the whole tiles' rows is asked for. */
   void (*pack_gradient)(void *dst, int64_t tile_step, const void *src, int64_t step, int64_t pixels, int64_t rows,
                         int64_t further, void *sums);
   /* a[p][r] = activation(x[p][r] + mask[p][r]) - mean[r], one mask a channel; where shared, mask[p][0]. mask NULL:

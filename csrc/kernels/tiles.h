@@ -24,6 +24,12 @@
 #define STRIP_ROWS TILE_ROWS
 #define STRIP_VECTORS TILE_VECTORS
 #endif
+/* Tiles of STRIP_ROWS outputs whose gradient is packed side by side: with AVX-512 two cache lines of a pixel. */
+#if defined(PNN_REAL_F32)
+#define PACKED_TILES 4
+#else
+#define PACKED_TILES 2
+#endif
 #define TILE_COLUMNS (TILE_VECTORS * VR)
 #define STRIP_COLUMNS (STRIP_VECTORS * VR)
 #define LINE (64 / (int64_t)sizeof(real)) /* reals of a cache line */

@@ -204,9 +204,9 @@ PNN_API const pnn_host *pnn_default_host(void);
  * norm_eps = 1e-5. NULL is ignored. */
 PNN_API void pnn_params_init(pnn_params *params);
 
-/* Bytes of workspace that the pass needs for these params on this host, in *bytes (0 on failure). The tensors' data
- * pointers are not read, but which of them are NULL matters: ask with the same outputs present. `error` may be NULL
- * here and below. Checks everything that the pass checks, but for the workspace. */
+/* Bytes of workspace that the pass needs for these params on this host, in *bytes (0 on failure); with fewer threads it
+ * may need more. The tensors' data pointers are not read, but which of them are NULL matters: ask with the same outputs
+ * present. `error` may be NULL here and below. Checks everything that the pass checks, but for the workspace. */
 PNN_API pnn_status pnn_workspace_size(const pnn_params *params, pnn_pass pass, const pnn_host *host, size_t *bytes,
                                       pnn_error *error);
 
