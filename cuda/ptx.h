@@ -69,6 +69,10 @@ PNN_DEVICE void copy_async4_or_zero(void *to, const void *from, bool there) {
   asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(shared_address(to)), "l"(from), "r"(there ? 4 : 0)
                : "memory");
 }
+PNN_DEVICE void copy_async8_or_zero(void *to, const void *from, bool there) {
+  asm volatile("cp.async.ca.shared.global [%0], [%1], 8, %2;" ::"r"(shared_address(to)), "l"(from), "r"(there ? 8 : 0)
+               : "memory");
+}
 PNN_DEVICE void copy_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 template <int PENDING>
 PNN_DEVICE void copy_wait() {
@@ -196,6 +200,8 @@ PNN_DEVICE float widen(float16 x) {
 /* Shared memory, by whole words; the host's twins count the banks. */
 PNN_DEVICE words4 load_shared(const words4 *p) { return *p; }
 PNN_DEVICE float load_shared(const float *p) { return *p; }
+PNN_DEVICE uint32_t load_shared(const uint32_t *p) { return *p; }
+PNN_DEVICE words2 load_shared(const words2 *p) { return *p; }
 PNN_DEVICE void store_shared(words4 *p, words4 v) { *p = v; }
 /* 16 bytes in one instruction; the compiler may take a plain assignment apart. */
 PNN_DEVICE void store_shared_whole(words4 *p, words4 v) {
@@ -326,6 +332,9 @@ inline void copy_async16_or_zero(void *to, const void *from, bool there) {
 }
 inline void copy_async4_or_zero(void *to, const void *from, bool there) {
   cuda_on_host::copy_async(to, from, 4, there ? 4 : 0);
+}
+inline void copy_async8_or_zero(void *to, const void *from, bool there) {
+  cuda_on_host::copy_async(to, from, 8, there ? 8 : 0);
 }
 inline void copy_commit() { cuda_on_host::copy_commit(); }
 template <int PENDING>
@@ -514,6 +523,16 @@ inline void check_shared_alignment(const void *p, unsigned bytes) {
 inline words4 load_shared(const words4 *p) {
   check_shared_alignment(p, 16);
   cuda_on_host::count_access(cuda_on_host::LOAD, p, 16);
+  return *p;
+}
+inline words2 load_shared(const words2 *p) {
+  check_shared_alignment(p, 8);
+  cuda_on_host::count_access(cuda_on_host::LOAD, p, 8);
+  return *p;
+}
+inline uint32_t load_shared(const uint32_t *p) {
+  check_shared_alignment(p, 4);
+  cuda_on_host::count_access(cuda_on_host::LOAD, p, 4);
   return *p;
 }
 inline float load_shared(const float *p) {

@@ -33,7 +33,8 @@ namespace pnn_cuda {
 namespace {
 
 constexpr int HALF = STEP / 2; /* pixels */
-constexpr int BUFFERS = 3; /* of B: of this step, of the last one, of the one before, whose products may still run */
+constexpr int BUFFERS = 2; /* of B: of this step, and of the last one, whose products may still run */
+constexpr int STAGES = 2;  /* of x: of this step and of the next one; g's has one, since a thread reads what it copied */
 constexpr int TABLES = 4;  /* of this step, of the next two, and of this one for threads that lag behind */
 
 /* Tiles, as many outputs as registers hold sums of: operand B is made once for each of them. With one
@@ -52,8 +53,8 @@ struct Narrow {
  * `pair_of`. */
 struct Table {
   uint32_t place[STEP][2]; /* row, column */
-  int64_t input[STEP];
-  int64_t gradient[STEP / 8]; /* of runs of eight pixels */
+  int64_t input[STEP];        /* in order; where the pixels are contiguous, of runs of eight */
+  int64_t gradient[STEP / 8]; /* of such runs */
 };
 
 template <class S>
@@ -65,8 +66,13 @@ struct Shape {
    * 16 bytes between them, so that neither eight pairs of pixels nor four sixteens of maps meet in a bank. */
   static constexpr int column_step = 128 + 16, depth_step = S::maps / 8 * column_step + 16;
   static constexpr int buffer_bytes = STEP / 8 * depth_step;
-  static constexpr int totals_bytes = threads * 16;
-  static constexpr int bytes = BUFFERS * buffer_bytes + TABLES * static_cast<int>(sizeof(Table)) + totals_bytes;
+  static constexpr int totals_bytes = threads * 2 * S::row_blocks * 4;
+  static constexpr int input_bytes = STEP * (S::maps + 8) * 2; /* of a step's x, the most that Staged takes */
+  static constexpr int gradient_bytes = STEP * outputs * 2;
+  /* In this order: */
+  static constexpr int tables_at = BUFFERS * buffer_bytes, inputs_at = tables_at + TABLES * static_cast<int>(sizeof(Table)),
+                       gradients_at = inputs_at + STAGES * input_bytes, totals_at = gradients_at + gradient_bytes,
+                       bytes = totals_at + totals_bytes;
 };
 
 /* Philox for two pixels at once, with the keys of every EVERYth round in registers: for the others one addition serves
@@ -95,17 +101,33 @@ struct PairKeys {
 /* Of the pair of pixels with number `quad` * 4 + `word` in a half (pixels 8 quad + 2 word and the next one). */
 PNN_DEVICE int pair_of(int half, int quad, int word) { return (half * 4 + word) * 4 + quad; }
 
-/* g of a half of a step, for this thread's rows, as it comes from memory, and as the products read it. */
+/* A step's x of a tile's channels in shared memory: rows of a channel's 64 pixels, 64 bytes of room behind each sixteen
+ * maps', or a row for each pixel. Of more than sixteen masks to a channel there are fewer channels than this. */
+template <class S, bool PIXELS, int MASKS>
+struct Staged {
+  static constexpr int CHANNELS = S::maps / MASKS, COUNT = SIXTEEN / MASKS;
+  static constexpr int RUNS_OF = PIXELS ? STEP / 8 : CHANNELS < 8 ? 1 : CHANNELS / 8; /* of 16 bytes, in a row */
+  static constexpr int ROWS = PIXELS ? CHANNELS : STEP;
+  static PNN_DEVICE int at(int row) { return PIXELS ? row * STEP * 2 + row / COUNT * 64 : row * (RUNS_OF + 1) * 16; }
+  static_assert((PIXELS ? ROWS * STEP * 2 + ROWS / COUNT * 64 : ROWS * (RUNS_OF + 1) * 16) <= Shape<S>::input_bytes);
+};
+
+/* A step's g for this thread's rows, on its way through shared memory: in two halves, eight of this thread's pixels each. */
 template <class D, class S, Fastest G>
 struct Gradient {
   static constexpr int ROWS = 2 * S::row_blocks, WORDS = 4 * ROWS;
+  /* A copy takes eight pixels of a row or, where the channels are contiguous, all rows of a pixel. Threads' copies lie
+   * side by side. */
+  static constexpr int COPIES = G == DEPTH_FASTEST ? ROWS : 8, COPY_BYTES = WORDS * 4 / COPIES;
+  static constexpr int APART = Shape<S>::threads * COPY_BYTES;
   const char *from[G == DEPTH_FASTEST ? ROWS : 1];
+  char *to;
   int64_t step; /* bytes from pixel to pixel, where the channels are contiguous */
-  int rows;     /* of this thread's, how many are outputs */
 
   /* This thread's rows start at output `first` of the block's, which start at channel `channel` and are `outputs`. */
-  PNN_DEVICE Gradient(const Layer &layer, int64_t step_, int64_t channel, int first, int outputs) : step(step_) {
-    rows = outputs - first;
+  PNN_DEVICE Gradient(const Layer &layer, int64_t step_, int64_t channel, int first, int outputs, char *memory)
+      : to(memory + Shape<S>::gradients_at + thread_index() * COPY_BYTES), step(step_) {
+    const int rows = outputs - first;
     const View &view = layer.grad_output;
     if constexpr (G == DEPTH_FASTEST) {
 #pragma unroll
@@ -115,33 +137,32 @@ struct Gradient {
       from[0] = view.data + (channel + (rows > 0 ? first : 0)) * 2;
     }
   }
-  /* Of eight pixels: a run of a channel, or one after the other. */
-  PNN_DEVICE void load(int64_t at, uint32_t (&raw)[WORDS]) const {
-    if constexpr (G == DEPTH_FASTEST) {
+  /* Has half h copied, whose first pixel's g is `at`: the `count` first ones, zeros beyond. */
+  PNN_DEVICE void copy(int h, int64_t at, int count) const {
 #pragma unroll
-      for (int i = 0; i < ROWS; i++) {
-        const words4 v = load_global(reinterpret_cast<const words4 *>(from[i] + at));
-#pragma unroll
-        for (int w = 0; w < 4; w++) raw[i * 4 + w] = v.w[w];
-      }
-    } else {
-      const char *here = from[0] + at;
-#pragma unroll
-      for (int p = 0; p < 8; p++, here += step) load_pixel(here, p, raw);
+    for (int i = 0; i < COPIES; i++) {
+      char *const to_ = to + (h * COPIES + i) * APART;
+      if constexpr (G == DEPTH_FASTEST)
+        copy_async16_or_zero(to_, from[i] + at, count > 0);
+      else if constexpr (COPY_BYTES == 8)
+        copy_async8_or_zero(to_, from[0] + at + i * step, i < count);
+      else
+        copy_async4_or_zero(to_, from[0] + at + i * step, i < count);
     }
   }
-  /* The same of the `count` first ones alone, zeros beyond. */
-  PNN_DEVICE void load_some(int64_t at, int count, uint32_t (&raw)[WORDS]) const {
-    if constexpr (G == DEPTH_FASTEST) {
-      load(at, raw);
+  PNN_DEVICE void load(int h, uint32_t (&raw)[WORDS]) const {
 #pragma unroll
-      for (int i = 0; i < WORDS; i++) raw[i] = count > 0 ? raw[i] : 0;
-    } else {
+    for (int i = 0; i < COPIES; i++) {
+      const char *const at = to + (h * COPIES + i) * APART;
+      if constexpr (G == DEPTH_FASTEST) {
+        const words4 v = load_shared(reinterpret_cast<const words4 *>(at));
 #pragma unroll
-      for (int p = 0; p < 8; p++) {
-        load_pixel(from[0] + at + (p < count ? p * step : 0), p, raw);
-#pragma unroll
-        for (int b = 0; b < S::row_blocks; b++) raw[p * S::row_blocks + b] = p < count ? raw[p * S::row_blocks + b] : 0;
+        for (int w = 0; w < 4; w++) raw[i * 4 + w] = v.w[w];
+      } else if constexpr (COPY_BYTES == 8) {
+        const words2 v = load_shared(reinterpret_cast<const words2 *>(at));
+        raw[i * 2] = v.w[0], raw[i * 2 + 1] = v.w[1];
+      } else {
+        raw[i] = load_shared(reinterpret_cast<const uint32_t *>(at));
       }
     }
   }
@@ -159,23 +180,15 @@ struct Gradient {
                                            : permute(raw[2 * w * S::row_blocks + b],
                                                      raw[(2 * w + 1) * S::row_blocks + b], r ? 0x7632u : 0x5410u);
   }
-  /* Adds this thread's pixels to its rows' sums, in order. */
-  PNN_DEVICE void add_to(const uint32_t (&raw)[WORDS], float (&sums)[ROWS]) const {
+  /* Adds this thread's pixels to the sums of those of its rows that are in the set `summed`, in order. */
+  PNN_DEVICE void add_to(const uint32_t (&raw)[WORDS], uint32_t summed, float (&sums)[ROWS]) const {
 #pragma unroll
-    for (int i = 0; i < ROWS; i++)
+    for (int i = 0; i < ROWS; i++) {
+      if (!(summed >> i & 1)) continue;
 #pragma unroll
       for (int p = 0; p < 8; p++)
         sums[i] += G == DEPTH_FASTEST ? half_of(D{}, raw[i * 4 + p / 2], p % 2)
                                       : half_of(D{}, raw[p * S::row_blocks + i / 2], i % 2);
-  }
-
- private:
-  static PNN_DEVICE void load_pixel(const char *at, int p, uint32_t (&raw)[WORDS]) {
-    if constexpr (S::row_blocks == 2) {
-      const words2 v = load_global(reinterpret_cast<const words2 *>(at));
-      raw[p * 2] = v.w[0], raw[p * 2 + 1] = v.w[1];
-    } else {
-      raw[p] = load_global(reinterpret_cast<const uint32_t *>(at));
     }
   }
 };
@@ -186,8 +199,15 @@ struct Part {
   int64_t q_begin;
   int pixels, outputs, maps; /* of its piece, of the tile */
   int64_t gradient_step;     /* Gradient's, where the channels are contiguous */
-  bool totals;
+  uint32_t summed;           /* set of each thread's rows whose h it adds up */
 };
+
+/* This thread's first sum of h; its others lie `threads` apart. */
+template <class S>
+PNN_DEVICE float *totals_in(char *memory) {
+  using H = Shape<S>;
+  return reinterpret_cast<float *>(memory + H::totals_at) + thread_index();
+}
 
 /* d = A * B over the block's pixels; h's sums are left in shared memory. */
 template <class D, class S, Fastest G, bool PIXELS, int MASKS>
@@ -195,8 +215,9 @@ PNN_DEVICE void add_products(const Layer &layer, const Part &part, char *memory,
                              float (&d)[S::row_blocks][S::maps / 2]) {
   using H = Shape<S>;
   constexpr int R = S::row_blocks;
-  Table *const tables = reinterpret_cast<Table *>(memory + BUFFERS * H::buffer_bytes);
-  words4 *const total = reinterpret_cast<words4 *>(memory + H::bytes - H::totals_bytes) + thread_index();
+  Table *const tables = reinterpret_cast<Table *>(memory + H::tables_at);
+  float *const totals = totals_in<S>(memory);
+  char *const inputs = memory + H::inputs_at;
   const int thread = thread_index(), lane = thread % 32, warp = thread / 32, quad = thread % 4;
   const int first = (part.pixels - 1) % STEP + 1; /* pixels of the first step */
   const int steps = (part.pixels + STEP - 1) / STEP;
@@ -220,153 +241,171 @@ PNN_DEVICE void add_products(const Layer &layer, const Part &part, char *memory,
   const int k = static_cast<int>(part.k0) + (sixteen * SIXTEEN < part.maps ? sixteen * SIXTEEN : 0);
   const uint32_t block = static_cast<uint32_t>((part.group * layer.group_maps + k) / SIXTEEN);
   const int64_t channel = (PIXELS ? layer.input.channel : 1) * 2;
-  const char *const input = layer.input.data + (part.group * layer.group_channels + (k >> layer.masks_shift)) * channel;
-  const PairKeys<R> keys(seed_read(layer)); /* all where the sums take few registers */
+  const int tile_channel = static_cast<int>(part.k0) >> layer.masks_shift; /* the first one of the tile */
+  const int channels = part.maps > 1 << layer.masks_shift ? part.maps >> layer.masks_shift : 1;
+  /* Where x's channels are contiguous, from a run of 16 bytes on. */
+  const int skipped = PIXELS ? 0 : tile_channel % 8;
+  const char *const input =
+      layer.input.data + (part.group * layer.group_channels + tile_channel - skipped) * channel;
+  using X = Staged<S, PIXELS, MASKS>;
+  const int own_channel = (k >> layer.masks_shift) - tile_channel; /* in the tile */
+  const int pixel = half * HALF + pair_quad * 8 + pair_word * 2;
+  const char *const own_input =
+      inputs + (PIXELS ? X::at(own_channel) + pixel * 2 : X::at(pixel) + (own_channel + skipped) * 2);
+  const PairKeys<2> keys(seed_read(layer));
   const float level = layer.level_float;
 
-  /* Which pixel of all is pixel j of a step. */
-  const auto pixel_at = [&](int step, int j) {
-    const int in_part = step == 0 ? part.pixels - first + j : (step - 1) * STEP + j;
-    return part.q_begin + (step < steps && (step > 0 || j < first) ? in_part : 0);
-  };
-  const auto look_up = [&](int step, int j) {
+  /* Of the piece's pixels, which is pixel j of a step; the first one where there is none. */
+  const auto first_pixel = [&](int j) { return j < first ? part.pixels - first + j : 0; };
+  const auto later_pixel = [&](int step, int j) { return step < steps ? (step - 1) * STEP + j : 0; };
+  const auto look_up = [&](int step, int j, int in_piece) {
     Table &table = tables[step % TABLES];
-    const Place place = place_make<true>(layer, pixel_at(step, j));
+    const Place place = place_make<true>(layer, part.q_begin + in_piece);
     const Pixel pixel = pixel_make(layer, place);
     const int at = pair_of(j / HALF, j / 8 % 4, j / 2 % 4) * 2 + j % 2;
     table.place[at][0] = pixel.row, table.place[at][1] = pixel.column;
-    table.input[at] = place_in(layer.input, place) * 2;
+    if (!PIXELS || j % 8 == 0) table.input[PIXELS ? j / 8 : j] = place_in(layer.input, place) * 2;
     if (G == DEPTH_FASTEST && j % 8 == 0) table.gradient[j / 8] = place_in(layer.grad_output, place) * 2;
   };
 
   const int row = (thread / 128 * 64 + warp % 4 * 16) * R + lane / 4 * 2 * R;
   const Gradient<D, S, G> gradient(layer, part.gradient_step, part.group * layer.group_outputs + part.t0, row,
-                                   part.outputs);
-  /* g's half h of a step. */
-  const auto gradient_at = [&](auto first_, int step, int h) {
-    constexpr bool FIRST = decltype(first_)::value;
-    if (G == DEPTH_FASTEST) return tables[step % TABLES].gradient[h * 4 + quad];
-    const int j = h * HALF + quad * 8;
-    return (FIRST ? pixel_at(0, j) : part.q_begin + (step - 1) * STEP + j) * gradient.step;
-  };
-  uint32_t raw[Gradient<D, S, G>::WORDS], a[2][2][R][4];
+                                   part.outputs, memory);
+  uint32_t a[2][2][R][4]; /* of both halves */
   const uint32_t all = ~static_cast<uint32_t>(layer.split_columns >> 32);
-  /* x of the pair that is made, and, where a channel's maps need few words, of the next one; elsewhere each half of the
-   * sixteen is loaded when it has been used. */
-  constexpr bool TWO = MASKS > 1;
-  Inputs<D, PIXELS, MASKS> x = {}, next = {};
-  const auto load_input = [&](Inputs<D, PIXELS, MASKS> &to_, int second, int step, int h) {
-    const int64_t *const place = tables[step % TABLES].input + pair + h * HALF;
-    const char *const from[2] = {input + place[0], PIXELS ? nullptr : input + place[1]};
-    to_.load(second, from, channel);
+  const auto copy_first_gradient = [&] {
+#pragma unroll
+    for (int h = 0; h < 2; h++) {
+      const int j = h * HALF + quad * 8;
+      gradient.copy(h,
+                    G == DEPTH_FASTEST ? tables[0].gradient[h * 4 + quad]
+                                       : (part.q_begin + first_pixel(j)) * gradient.step,
+                    first - j);
+    }
+    copy_commit();
   };
-  /* Enqueues product i (of four) of the step whose B this is. Each half's first one makes the operands of both, where
-   * those of the last step's half were: only the two groups behind these may still run. */
-  const auto add = [&](int i, const char *buffer) {
-    const int h = i / 2;
-    if (i % 2 == 0) {
-      products_wait<2>();
+  const auto copy_gradient = [&](int step) { /* after the last step, the piece's first pixels again */
+#pragma unroll
+    for (int h = 0; h < 2; h++)
+      gradient.copy(h,
+                    G == DEPTH_FASTEST ? tables[step % TABLES].gradient[h * 4 + quad]
+                                       : (part.q_begin + later_pixel(step, h * HALF + quad * 8)) * gradient.step,
+                    step < steps ? 8 : 0);
+    copy_commit();
+  };
+  /* Has a step's x copied to shared memory. */
+  const auto copy_input = [&](int step) {
+    const Table &table = tables[step % TABLES];
+    char *const to_ = inputs + step % STAGES * H::input_bytes;
+    constexpr int ALL = X::ROWS * X::RUNS_OF;
+#pragma unroll
+    for (int i = 0; i < ALL; i += H::threads) {
+      const int row = (i + thread) / X::RUNS_OF, run = (i + thread) % X::RUNS_OF;
+      if ((ALL % H::threads == 0 || i + thread < ALL) && (PIXELS ? row : run * 8) < channels)
+        copy_async16(to_ + X::at(row) + run * 16,
+                     input + (PIXELS ? row * channel + table.input[run] : run * 16 + table.input[row]), 16);
+    }
+    copy_commit();
+  };
+  for (int i = thread; i < 2 * STEP; i += H::threads)
+    look_up(i / STEP, i % STEP, i < STEP ? first_pixel(i) : later_pixel(1, i - STEP));
+  if (part.summed) {
+#pragma unroll
+    for (int i = 0; i < 2 * R; i++) totals[i * H::threads] = 0;
+  }
+  __syncthreads();
+  copy_input(0);
+  copy_first_gradient();
+  copy_input(1);
+  copy_wait<2>(); /* the first step's x */
+  __syncthreads();
+#pragma unroll 1
+  for (int step = 0; step < steps; step++) {
+    const Table &table = tables[step % TABLES];
+    char *const buffer = memory + step % BUFFERS * H::buffer_bytes;
+    Inputs<D, PIXELS, MASKS> x;
+#pragma unroll
+    for (int own = 0; own < H::ITEMS; own++) { /* of the thread's pairs of pixels */
+      const char *const at = own_input + step % STAGES * H::input_bytes + (PIXELS ? own * HALF * 2 : X::at(own * HALF));
+      const char *const from[2] = {at, PIXELS ? nullptr : at + X::at(1)};
+      const words4 places = load_shared(reinterpret_cast<const words4 *>(table.place[pair + own * HALF]));
+      uint32_t words[2][4];
+#pragma unroll
+      for (int p = 0; p < 2; p++)
+        words[p][0] = places.w[p * 2 + 1], words[p][1] = places.w[p * 2], words[p][2] = block, words[p][3] = 0;
+      keys.philox(words);
+#pragma unroll
+      for (int run = 0; run < 2; run++) {
+        if (MASKS == 1 || run == 0) x.template load<true>(run, from, STEP * 2);
+        if (MASKS > 1 && run == 0) x.template load<true>(1, from, STEP * 2);
+#pragma unroll
+        for (int p = 0; p < 2; p++) {
+          words4 v;
+#pragma unroll
+          for (int i = 0; i < 4; i++) {
+            float u[2];
+#pragma unroll
+            for (int e = 0; e < 2; e++) {
+              const int map = run * RUN + i * 2 + e;
+              u[e] = x.value(p, map) + level * lattice_in(words[p][map / 4], map % 4);
+            }
+            v.w[i] = round_pair_relu(D{}, u[0], u[1]);
+          }
+          store_shared_whole(
+              reinterpret_cast<words4 *>(buffer + to + own * 4 * H::depth_step + run * H::column_step + p * 16), v);
+        }
+      }
+    }
+    /* No branch may stand between an operand and its product. */
+    if (step == 0 && first < STEP) { /* what is no pixel becomes zero */
+#pragma unroll
+      for (int i = 0; i < H::ITEMS * 2; i++)
+        if (pixel + i / 2 * HALF + i % 2 >= first) {
+          char *const at = buffer + to + i / 2 * 4 * H::depth_step + i % 2 * 16;
+          store_shared_whole(reinterpret_cast<words4 *>(at), words4{{0, 0, 0, 0}});
+          store_shared_whole(reinterpret_cast<words4 *>(at + H::column_step), words4{{0, 0, 0, 0}});
+        }
+    }
+    if (thread / STEP == step % (H::threads / STEP)) {
+      const int j = thread % STEP;
+      look_up(step + 2, j, later_pixel(step + 2, j));
+    }
+    copy_wait<0>(); /* this step's g and the next one's x */
+    if (part.summed) {
+      float sums[2 * R];
+#pragma unroll
+      for (int i = 0; i < 2 * R; i++) sums[i] = totals[i * H::threads];
+#pragma unroll
+      for (int h = 0; h < 2; h++) {
+        uint32_t raw[Gradient<D, S, G>::WORDS];
+        gradient.load(h, raw);
+        gradient.add_to(raw, part.summed, sums);
+      }
+#pragma unroll
+      for (int i = 0; i < 2 * R; i++) totals[i * H::threads] = sums[i];
+    }
+    shared_to_products();
+    products_wait<0>(); /* the last step's: its operands may be written again */
+    __syncthreads();    /* all threads' parts of B and of x; and B of the last step may be written again */
+    copy_input(step + 2);
+#pragma unroll
+    for (int h = 0; h < 2; h++) {
+      uint32_t raw[Gradient<D, S, G>::WORDS];
+      gradient.load(h, raw);
       gradient.operand(raw, all, a[h]);
     }
 #pragma unroll
-    for (int b = 0; b < R; b++) products_operand(a[h][i % 2][b]);
-    const uint64_t descriptor =
-        matrix_descriptor_transposed(buffer + i * 2 * H::depth_step, H::depth_step, H::column_step);
+    for (int i = 0; i < PRODUCTS; i++) {
+      const uint64_t descriptor =
+          matrix_descriptor_transposed(buffer + i * 2 * H::depth_step, H::depth_step, H::column_step);
 #pragma unroll
-    for (int b = 0; b < R; b++) products_add_transposed(D{}, d[b], a[h][i % 2][b], descriptor);
-    products_commit();
-  };
-
-  for (int i = thread; i < 2 * STEP; i += H::threads) look_up(i / STEP, i % STEP);
-  if (part.totals) store_shared(total, words4{{0, 0, 0, 0}});
-  __syncthreads();
-  load_input(x, 0, 0, 0);
-  load_input(x, 1, 0, 0);
-  int now = 0, last = 0; /* B of this step and of the last one */
-
-  /* Makes a step's B, in four pieces, between which the last step's products 1 to 3 and then this one's product 0 are
-   * enqueued. */
-  const auto body = [&](auto first_, int step) {
-    constexpr bool FIRST = decltype(first_)::value;
-    const Table &table = tables[step % TABLES];
-    uint32_t words[2][4];
+      for (int b = 0; b < R; b++) products_operand(a[i / 2][i % 2][b]);
 #pragma unroll
-    for (int piece = 0; piece < 4; piece++) {
-      const int own = H::ITEMS == 2 ? piece / 2 : 0; /* half that is made, of the thread's */
-      const int run = H::ITEMS == 2 ? piece % 2 : piece / 2;
-      const bool begins = H::ITEMS == 2 ? piece % 2 == 0 : piece == 0, ends = H::ITEMS == 2 ? piece % 2 : piece == 3;
-      const int next_step = H::ITEMS == 2 && piece < 2 ? step : step + 1, next_half = H::ITEMS == 2 && piece < 2;
-      if (begins) {
-        if (TWO) load_input(next, 0, next_step, next_half), load_input(next, 1, next_step, next_half);
-        const words4 places = load_shared(reinterpret_cast<const words4 *>(table.place[pair + own * HALF]));
-#pragma unroll
-        for (int p = 0; p < 2; p++)
-          words[p][0] = places.w[p * 2 + 1], words[p][1] = places.w[p * 2], words[p][2] = block, words[p][3] = 0;
-        keys.philox(words);
-      }
-#pragma unroll
-      for (int p = 0; p < 2; p++) {
-        if (H::ITEMS == 1 && p != piece % 2) continue;
-        words4 v;
-#pragma unroll
-        for (int i = 0; i < 4; i++) {
-          float u[2];
-#pragma unroll
-          for (int e = 0; e < 2; e++) {
-            const int map = run * RUN + i * 2 + e;
-            u[e] = x.value(p, map) + level * lattice_in(words[p][map / 4], map % 4);
-          }
-          v.w[i] = round_pair_relu(D{}, u[0], u[1]);
-          if (FIRST && (half + own) * HALF + pair_quad * 8 + pair_word * 2 + p >= first) v.w[i] = 0;
-        }
-        char *const at = memory + now + to + own * 4 * H::depth_step + run * H::column_step + p * 16;
-        store_shared_whole(reinterpret_cast<words4 *>(at), v);
-      }
-      if (piece == 3) {
-        shared_to_products();
-        __syncthreads(); /* all of B; and what the step before the last one's products read may be written again */
-        add(0, memory + now);
-      } else if (!FIRST && piece != 1) {
-        add(piece + 1, memory + last);
-      }
-      if (!TWO && (H::ITEMS == 2 || piece % 2 == 1)) load_input(x, run, next_step, next_half);
-      if (TWO && ends) x = next;
-      if (piece == 1) { /* no branch may stand between an operand and its product */
-        if (thread / STEP == step % (H::threads / STEP)) look_up(step + 2, thread % STEP);
-        if (part.totals) {
-          float sums[2 * R];
-          words4 known = load_shared(total);
-#pragma unroll
-          for (int i = 0; i < 2 * R; i++) sums[i] = float_of(known.w[i]);
-#pragma unroll
-          for (int h = 0; h < 2; h++) {
-            uint32_t again[Gradient<D, S, G>::WORDS];
-            gradient.load_some(gradient_at(first_, step, h), FIRST ? first - h * HALF - quad * 8 : 8, again);
-            gradient.add_to(again, sums);
-          }
-#pragma unroll
-          for (int i = 0; i < 2 * R; i++) known.w[i] = bits_of(sums[i]);
-          store_shared(total, known);
-        }
-        if (!FIRST) add(2, memory + last);
-      }
-      if (piece % 2 == 1) {
-        const int h = piece / 2;
-        if (FIRST)
-          gradient.load_some(gradient_at(first_, step, h), first - h * HALF - quad * 8, raw);
-        else
-          gradient.load(gradient_at(first_, step, h), raw);
-      }
+      for (int b = 0; b < R; b++) products_add_transposed(D{}, d[b], a[i / 2][i % 2][b], descriptor);
     }
-    last = now;
-    now = now == (BUFFERS - 1) * H::buffer_bytes ? 0 : now + H::buffer_bytes;
-  };
-
-  body(std::true_type{}, 0);
-#pragma unroll 1
-  for (int step = 1; step < steps; step++) body(std::false_type{}, step);
-#pragma unroll
-  for (int i = 1; i < 4; i++) add(i, memory + last);
+    products_commit();
+    copy_gradient(step + 1);
+  }
 #pragma unroll
   for (int b = 0; b < R; b++) products_finish(d[b]);
 }
@@ -391,7 +430,13 @@ PNN_DEVICE Part part_make(const Layer &layer, const Grid &grid) {
   const int64_t pixels = layer.columns - part.q_begin;
   part.pixels = static_cast<int>(pixels < layer.split_columns ? pixels : layer.split_columns);
   part.gradient_step = grid.gradient_step;
-  part.totals = map_tile == 0;
+  part.summed = 0; /* the blocks of the first maps share the rows out */
+#pragma unroll
+  for (int i = 0; i < 2 * S::row_blocks; i++) {
+    int64_t block;
+    divide<true>(grid.by_maps, i, &block);
+    if (block == map_tile) part.summed |= 1u << i;
+  }
   return part;
 }
 
@@ -424,14 +469,15 @@ __global__ void __launch_bounds__(Shape<S>::threads, S::blocks)
   const int thread = thread_index(), lane = thread % 32, quad = thread % 4;
   const int row = (thread / 128 * 64 + thread / 32 % 4 * 16) * R + lane / 4 * 2 * R;
   const int64_t first = part.split * layer.outputs + part.group * layer.group_outputs + part.t0 + row;
-  if (part.totals) {
-    const words4 sums = load_shared(reinterpret_cast<const words4 *>(memory + H::bytes - H::totals_bytes) + thread);
+  if (part.summed) {
+    const float *const sums = totals_in<S>(memory);
 #pragma unroll
     for (int i = 0; i < 2 * R; i++) {
-      float sum = float_of(sums.w[i]);
+      float sum = sums[i * H::threads];
       sum += __shfl_xor_sync(0xffffffffu, sum, 1);
       sum += __shfl_xor_sync(0xffffffffu, sum, 2);
-      if (quad == 0 && row + i < part.outputs) static_cast<float *>(layer.totals)[first + i] = sum;
+      if (quad == 0 && part.summed >> i & 1 && row + i < part.outputs)
+        static_cast<float *>(layer.totals)[first + i] = sum;
     }
   }
 #pragma unroll

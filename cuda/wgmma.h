@@ -83,31 +83,39 @@ struct Inputs {
     const int c = map / MASKS;
     return PIXELS ? half_of(D{}, words[0][c], pixel) : half_of(D{}, words[pixel][c / 2], c % 2);
   }
-  /* The first or the second eight maps' channels, from those of the first pixel and channel on. */
+  /* The first or the second eight maps' channels, from those of the first pixel and channel on, in device memory or
+   * SHARED. */
+  template <bool SHARED = false>
   PNN_DEVICE void load(int second, const char *const from[COUNT], int64_t step) {
+    const auto get = [](const auto *p) {
+      if constexpr (SHARED)
+        return load_shared(p);
+      else
+        return load_global(p);
+    };
     if constexpr (PIXELS) {
       if (CHANNELS == 1 && !second) return;
       const int first = CHANNELS == 1 ? 0 : second * CHANNELS / 2, last = CHANNELS == 1 ? 1 : first + CHANNELS / 2;
       const char *at = from[0] + first * step;
 #pragma unroll
-      for (int c = first; c < last; c++, at += step) words[0][c] = load_global(reinterpret_cast<const uint32_t *>(at));
+      for (int c = first; c < last; c++, at += step) words[0][c] = get(reinterpret_cast<const uint32_t *>(at));
     } else {
 #pragma unroll
       for (int p = 0; p < 2; p++) {
         if constexpr (MASKS == 1) {
-          const words4 v = load_global(reinterpret_cast<const words4 *>(from[p]) + second);
+          const words4 v = get(reinterpret_cast<const words4 *>(from[p]) + second);
 #pragma unroll
           for (int i = 0; i < 4; i++) words[p][second * 4 + i] = v.w[i];
         } else if (second) {
           if constexpr (MASKS == 2) {
-            const words4 v = load_global(reinterpret_cast<const words4 *>(from[p]));
+            const words4 v = get(reinterpret_cast<const words4 *>(from[p]));
 #pragma unroll
             for (int i = 0; i < 4; i++) words[p][i] = v.w[i];
           } else if constexpr (MASKS == 16) {
             words[p][0] = *reinterpret_cast<const uint16_t *>(from[p]);
           } else {
 #pragma unroll
-            for (int i = 0; i < WORDS; i++) words[p][i] = load_global(reinterpret_cast<const uint32_t *>(from[p]) + i);
+            for (int i = 0; i < WORDS; i++) words[p][i] = get(reinterpret_cast<const uint32_t *>(from[p]) + i);
           }
         }
       }
