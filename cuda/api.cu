@@ -49,6 +49,25 @@ int staging_of(const pnn_problem &p, const pnn_view &v, int64_t channels, int64_
   return pixels(4) ? STAGE_WORDS : STAGE_ELEMENTS;
 }
 
+/* A tensor as its dense channels-last copy at `data`. */
+pnn_view channels_last_of(const pnn_problem &p, const pnn_view &v, int64_t channels, char *data) {
+  return {data, v.dtype, v.element, p.pixels * channels, 1, p.out_width * channels, channels};
+}
+
+/* The elements of the channels-last copy that the kernels read instead of a tensor, or 0 where they read the tensor:
+ * only where neither its pixels nor its channels lie in runs of 16 bytes, and the copy's channels do. Wherever the
+ * tensor begins, the answer is the same: the workspace's size depends on it. */
+int64_t copied_elements(const pnn_problem &p, const pnn_view &v, int64_t channels, int64_t group_channels) {
+  int64_t count;
+  if (v.element > 4 || __builtin_mul_overflow(p.batch * p.pixels, channels, &count) || count == 0) return 0;
+  const auto staging = [&](const pnn_view &of) { return staging_of(p, of, channels, group_channels); };
+  pnn_view aligned = v;
+  aligned.data = nullptr;
+  const int own = staging(aligned);
+  if (own == STAGE_PIXELS || own == STAGE_CHANNELS) return 0;
+  return staging(channels_last_of(p, v, channels, nullptr)) == STAGE_CHANNELS ? count : 0;
+}
+
 Layer layer_of(const pnn_problem &p) {
   const pnn_params &params = *p.params;
   Layer l = {};
@@ -100,6 +119,7 @@ struct Pieces {
   void *weight, *start, *parts;
   Norm norm;
   void *offset, *slope, *products, *totals, *mask_parts;
+  ChannelsLast input, grad_output;
 };
 
 struct Plan {
@@ -198,6 +218,15 @@ Plan plan_make(const pnn_problem &p, pnn_pass pass, pnn_arena *arena) {
     if (__builtin_mul_overflow(p.maps, p.pixels, &count)) count = INT64_MAX;
     w.mask_parts = pnn_arena_take(arena, count, p.real_size);
   }
+  const auto channels_last = [&](const pnn_view &v, int64_t channels, int64_t group_channels) -> ChannelsLast {
+    const int64_t count = copied_elements(p, v, channels, group_channels);
+    if (count == 0) return {};
+    char *const data = static_cast<char *>(pnn_arena_take(arena, count, v.element));
+    return {view_of(v), view_of(channels_last_of(p, v, channels, data)), channels};
+  };
+  /* Forward by asynchronous products reads x where it is, but the answer must not depend on the device. */
+  if (!backward || plan.want_products || plan.inputs) w.input = channels_last(p.input, p.channels, p.group_channels);
+  if (plan.want_totals || plan.inputs) w.grad_output = channels_last(p.grad_output, p.outputs, p.group_outputs);
   l.waves = w.waves;
   l.mean = p.norm ? w.norm.mean : nullptr;
   l.weight = static_cast<const char *>(plan.direct ? params.weight.data : w.weight);
@@ -212,6 +241,16 @@ Plan plan_make(const pnn_problem &p, pnn_pass pass, pnn_arena *arena) {
     const Status status_ = (expression);      \
     if (status_ != STATUS_OK) return status_; \
   } while (0)
+
+/* Makes the channels-last copies, which the layer's kernels read from here on. */
+Status copy_channels_last(Plan &plan, Stream stream) {
+  Layer &l = plan.layer;
+  const Pieces &w = plan.pieces;
+  PNN_STOP_IF(run_channels_last(l, w.input, w.grad_output, stream));
+  if (w.input.channels) l.input = w.input.to, l.input_staging = STAGE_CHANNELS;
+  if (w.grad_output.channels) l.grad_output = w.grad_output.to, l.grad_output_staging = STAGE_CHANNELS;
+  return STATUS_OK;
+}
 
 Status forward(const pnn_problem &p, Plan &plan, Stream stream) {
   const pnn_params &params = *p.params;
@@ -231,6 +270,7 @@ Status forward(const pnn_problem &p, Plan &plan, Stream stream) {
   if (params.allow_wgmma && forward_wgmma_fits(l, plan.product))
     return run_forward_wgmma(l, plan.product, weight, w.weight, stream);
 #endif
+  PNN_STOP_IF(copy_channels_last(plan, stream));
   if (p.norm) {
     PNN_STOP_IF(run_norm(l, is_double, vector_of(params.mean), vector_of(params.variance),
                          vector_of(params.norm_weight), vector_of(params.norm_bias), p.eps, w.norm, stream));
@@ -250,6 +290,7 @@ Status backward(const pnn_problem &p, Plan &plan, Stream stream) {
   if (p.norm)
     PNN_STOP_IF(run_norm(l, is_double, vector_of(params.mean), vector_of(params.variance),
                          vector_of(params.norm_weight), vector_of(params.norm_bias), p.eps, w.norm, stream));
+  PNN_STOP_IF(copy_channels_last(plan, stream));
   if (plan.want_totals) {
     l.totals = w.totals;
     l.products = plan.want_products ? w.products : nullptr;
@@ -279,6 +320,9 @@ Status backward(const pnn_problem &p, Plan &plan, Stream stream) {
   if (params.grad_input.data && params.allow_wgmma && input_gradient_wgmma_fits(l, plan.product)) /* no mask tensor */
     return run_input_gradient_wgmma(l, plan.product, weight, w.weight, stream);
 #endif
+  /* Unless x and dx both lie along the channels, a warp of mma.sync's kernels reads x along the pixels. */
+  if (w.input.channels && l.grad_input_staging != STAGE_CHANNELS)
+    l.input = w.input.from, l.input_staging = STAGE_ELEMENTS;
   if (!plan.direct) PNN_STOP_IF(run_weight(l, weight, p.norm ? w.norm.scale : nullptr, w.weight, stream));
   l.offset = w.offset;
   l.slope = w.slope;

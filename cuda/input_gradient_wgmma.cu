@@ -147,7 +147,7 @@ PNN_DEVICE void philox_both(uint32_t words[2][4], uint64_t seed) {
 template <class D, int COUNT>
 PNN_DEVICE void store_channels(const Layer &layer, const Grid &grid, char *const to[2], const bool there[2],
                                const float sum[2][COUNT]) {
-  if (layer.grad_input_staging == STAGE_PIXELS) { /* in whole runs of eight: both are there or neither */
+  if (along_pixels(layer.grad_input_staging)) { /* no image ends inside a pair: both are there or neither */
     char *at = to[0];
 #pragma unroll
     for (int c = 0; c < COUNT; c++, at += grid.grad_input)
@@ -157,9 +157,11 @@ PNN_DEVICE void store_channels(const Layer &layer, const Grid &grid, char *const
 #pragma unroll
   for (int p = 0; p < 2; p++) {
     if (!there[p]) continue;
-    if constexpr (COUNT == 1) {
-      *reinterpret_cast<D *>(to[p]) = round_to(D{}, sum[p][0]);
-    } else {
+    if (COUNT == 1 || layer.grad_input_staging != STAGE_CHANNELS) {
+      char *at = to[p];
+#pragma unroll
+      for (int c = 0; c < COUNT; c++, at += grid.grad_input) *reinterpret_cast<D *>(at) = round_to(D{}, sum[p][c]);
+    } else if constexpr (COUNT > 1) {
       uint32_t words[COUNT / 2];
 #pragma unroll
       for (int i = 0; i < COUNT / 2; i++) words[i] = round_pair(D{}, sum[p][2 * i], sum[p][2 * i + 1]);
@@ -427,13 +429,10 @@ void list(Visit visit, const std::string &name) {
 
 bool input_gradient_wgmma_fits(const Layer &layer, int product) {
   if (product != PNN_BFLOAT16 && product != PNN_FLOAT16) return false;
-  const auto in_runs = [](int staging, int64_t channels) {
-    return staging == STAGE_PIXELS || (staging == STAGE_CHANNELS && channels % 8 == 0);
-  };
-  return way_of<bfloat16>(layer) != ANY_WAY && in_runs(layer.grad_output_staging, layer.group_outputs) &&
-         in_runs(layer.grad_input_staging, layer.group_channels) && layer.masks <= 64 &&
-         layer.group_maps > Narrow::maps / 2 && weight_bytes(layer, Narrow::maps) <= MOST_BYTES && layer.columns > 0 &&
-         has_wgmma();
+  const bool whole = layer.grad_output_staging == STAGE_PIXELS ||
+                     (layer.grad_output_staging == STAGE_CHANNELS && layer.group_outputs % 8 == 0);
+  return way_of<bfloat16>(layer) != ANY_WAY && whole && layer.masks <= 64 && layer.group_maps > Narrow::maps / 2 &&
+         weight_bytes(layer, Narrow::maps) <= MOST_BYTES && layer.columns > 0 && has_wgmma();
 }
 
 void list_input_gradient_wgmma(Visit visit) {

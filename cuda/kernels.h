@@ -94,6 +94,15 @@ struct Matrix {
   int64_t step[2];
 };
 
+/* A tensor's dense channels-last copy, [image][pixel][channel] of the computed pixels, and the tensor itself; without
+ * channels there is none. */
+struct ChannelsLast {
+  View from, to;
+  int64_t channels;
+};
+/* Makes the copies of both in one launch (channels_last.cu); of 2 or 4 bytes an element, channels in whole 4 bytes. */
+Status run_channels_last(const Layer &layer, const ChannelsLast &x, const ChannelsLast &g, Stream stream);
+
 Status run_forward(const Layer &layer, int product, Stream stream);
 
 /* The same of plain 16-bit layers on Hopper, where the user has allowed it (forward_wgmma.cu): whether this layer and
@@ -133,6 +142,7 @@ void list_input_gradient_wgmma(Visit visit);
 void list_weight_gradient(Visit visit);
 void list_weight_gradient_wgmma(Visit visit);
 void list_moments(Visit visit);
+void list_channels_last(Visit visit);
 
 /* ---- per channel, in double (finish.cu) ---- */
 

@@ -10,12 +10,13 @@ instruction, where the threads of a warp meet again: that one is none) nor, unle
 precision (DFMA, DADD, DMUL, DSETP, DMNMX, DMMA; a float kernel converts its double `level` once, which is none of
 these); those of 16-bit types and TF32 must use the tensor cores (HMMA) and ldmatrix (LDSM; not TF32 where neither
 operand has its depth in a row); all must copy asynchronously (LDGSTS), but for the moments', which need no tile, and
-weight_gradient_wgmma, whose operands come through registers. Those named *_wgmma, of sm_90a alone, must use Hopper's
-asynchronous products (HGMMA) instead, and wait for all of them only where they end: where the assembler can't see
-that registers are left to a running product it waits behind each one, which it tells (C7510 and the like) without
-failing. Nor may a register of such an operand be written before a wait, to which the compiler does not see
-(`overwritten`). A block of each must fit on every multiprocessor. The kernels of finish.cu and V's copy, which handle
-channels, outputs and weights, may do all but spill. (nvcc itself refuses spills in a build with warnings as errors.)
+channels_last and weight_gradient_wgmma, whose numbers come through registers. Those named *_wgmma, of sm_90a alone,
+must use Hopper's asynchronous products (HGMMA) instead, and wait for all of them only where they end: where the
+assembler can't see that registers are left to a running product it waits behind each one, which it tells (C7510 and the
+like) without failing. Nor may a register of such an operand be written before a wait, to which the compiler does not
+see (`overwritten`). A block of each must fit on every multiprocessor. The kernels of finish.cu and V's copy, which
+handle channels, outputs and weights, may do all but spill. (nvcc itself refuses spills in a build with warnings as
+errors.)
 
 Registers, shared memory, the blocks that fit on a multiprocessor (by NVIDIA's cuda_occupancy.h, see occupancy.cc) and
 the numbers of instructions are printed as two tables, which must equal tests/cuda/kernels.txt: a change is to be looked
@@ -43,7 +44,7 @@ from pathlib import Path
 
 TABLE = Path(__file__).with_name("kernels.txt")
 WIDTH = 48  # of a kernel's name in the tables
-TILED = ("forward", "input_gradient", "weight_gradient", "moments")
+TILED = ("forward", "input_gradient", "weight_gradient", "moments", "channels_last")
 DOUBLE = re.compile(r"^D(FMA|ADD|MUL|SETP|MNMX|MMA)$")
 COUNTED = (
     ("all", None),
@@ -287,14 +288,14 @@ def check(
         doubles = sorted(op for op in operations if DOUBLE.match(op))
         if "double" not in words and doubles:
             failures.append(f"{where}: {', '.join(doubles)}, double precision")
-        needed = set() if words[0] in ("moments", "weight_gradient_wgmma") else {"LDGSTS"}
+        needed = set() if words[0] in ("moments", "channels_last", "weight_gradient_wgmma") else {"LDGSTS"}
         if words[0].endswith("_wgmma"):
             needed |= {"HGMMA"}
             if 2 * operations["WAIT_ALL"] > operations["HGMMA"]:
                 failures.append(f"{where}: {operations['WAIT_ALL']} waits for all products, which run one by one")
             if operations["OVERWRITTEN"]:
                 failures.append(f"{where}: {operations['OVERWRITTEN']} products whose operand is overwritten meanwhile")
-        elif words[0] != "moments" and words[1] in ("bfloat16", "float16", "tf32"):
+        elif needed and words[1] in ("bfloat16", "float16", "tf32"):
             needed |= {"HMMA"} if words[1] == "tf32" and "rows" in words else {"HMMA", "LDSM"}
         failures += [f"{where}: no {op}" for op in sorted(needed) if not operations[op]]
         if kernel in shapes and fitting[kernel, architecture] == 0:

@@ -7,8 +7,8 @@
  */
 #include <gtest/gtest.h>
 
+#include "kernels.h"
 #include "pnn/pnn_cuda.h"
-#include "ptx.h"
 
 /* The C tests' Problem calls these; in parentheses, (pnn_forward)(...) is still libpnn's own. */
 #define pnn_workspace_size(params, pass, host, bytes, error) \
@@ -144,6 +144,43 @@ TEST_P(CudaTypes, InputGradientOfMixedLayouts) {
   c.placement = Placement::kHeap, c.gradients = kGradInput;
   set_layouts(c, LayoutKind::kChannelsLast);
   c.B = 2, c.C = 8, c.T = 8, c.H = 5, c.W = 8, c.M = 160, c.seed = seed;
+  check(c);
+}
+
+TEST_P(CudaTypes, ChannelsLastCopies) {
+  /* Images that end inside 16 bytes, some inside 4, and layers with a stride: x and g are copied, or one of them, or,
+   * where the copy's channels would not lie in runs of 16 bytes either, none. */
+  uint64_t seed = 1700;
+  for (auto [height, width, stride] : {std::tuple<int, int, int>{7, 7, 1}, {2, 14, 1}, {9, 7, 2}, {3, 5, 7}})
+    for (unsigned mixture = 0; mixture < 8; mixture++) {
+      const auto layout = [&](unsigned bit) {
+        return mixture & bit ? LayoutKind::kChannelsLast : LayoutKind::kContiguous;
+      };
+      Case c = base();
+      c.placement = Placement::kHeap;
+      c.input_layout = layout(1), c.grad_output_layout = layout(2), c.grad_input_layout = layout(4);
+      c.B = 5, c.H = height, c.W = width, c.stride_h = c.stride_w = stride;
+      c.groups = seed % 3 == 0 ? 2 : 1, c.M = mixture % 4 == 3 ? 3 : 1;
+      c.C = seed % 5 == 0 ? 44 : 80, c.T = seed % 7 == 0 ? 36 : 48, c.seed = seed++;
+      check(c);
+    }
+  for (LayoutKind kind : {LayoutKind::kNegative, LayoutKind::kBroadcast, LayoutKind::kPrime, LayoutKind::kSliced}) {
+    Case c = base();
+    c.input_layout = c.grad_output_layout = kind;
+    c.B = 3, c.C = 32, c.H = 4, c.W = 8, c.T = 24, c.M = 2, c.seed = seed++;
+    check(c);
+  }
+  Case c = base(); /* masks with a gradient, of each channel and shared */
+  set_type(c, GetParam(), true);
+  c.placement = Placement::kHeap, c.noise = PNN_NOISE_TENSOR;
+  c.B = 3, c.C = 16, c.H = 5, c.W = 7, c.T = 24, c.M = 2, c.stride_h = 2, c.seed = seed++;
+  check(c);
+  c.shared = true, c.stride_h = 1, c.seed = seed++;
+  check(c);
+  c = base(); /* the moments are x's own */
+  c.placement = Placement::kHeap, c.noise = PNN_NOISE_TENSOR, c.activation = PNN_ACTIVATION_IDENTITY;
+  c.norm = c.training = true, c.fill = Fill::kUnit;
+  c.B = 4, c.C = 16, c.H = 2, c.W = 2, c.T = 24, c.seed = seed;
   check(c);
 }
 
@@ -315,11 +352,12 @@ TEST_P(CudaTypes, EveryScheduleGivesTheSameBits) {
   Case c = base();
   c.placement = Placement::kHeap, c.fill = Fill::kRandom;
   c.B = 2, c.C = 40, c.T = 40, c.H = 4, c.W = 16, c.norm = c.training = true, c.eps = 1e-5;
-  for (int variant = 0; variant < 4; variant++) {
+  for (int variant = 0; variant < 5; variant++) {
     set_layouts(c, variant % 2 == 1 ? LayoutKind::kChannelsLast : LayoutKind::kContiguous);
     if (variant == 2) c.M = 3, c.C = 10, c.noise = PNN_NOISE_TENSOR, c.shared = true, c.W = 15;
     if (variant == 3) /* a plain layer's own way */
       c.M = 2, c.C = 40, c.noise = PNN_NOISE_UNIFORM, c.shared = c.norm = c.training = false, c.W = 16;
+    if (variant == 4) c.H = 3, c.W = 7; /* by channels-last copies */
     std::vector<std::vector<uint64_t>> first;
     for (int i = 0; i < 2 * kSchedules; i++) {
       set_schedule(i);
@@ -727,6 +765,30 @@ TEST_P(CudaWgmmaGradient, MixedLayouts) {
   check_gradient(c);
 }
 
+TEST_P(CudaWgmmaGradient, AnyLayouts) {
+  /* x and g by their channels-last copies; dx by words of two pixels or, where an image ends inside one, by elements.
+   */
+  uint64_t seed = 3650;
+  for (auto [height, width, stride] : {std::tuple<int, int, int>{7, 7, 1}, {2, 14, 1}, {9, 7, 2}})
+    for (int64_t M : {1, 2, 4, 8, 16, 32, 64}) {
+      Case c = base();
+      c.B = 3, c.H = height, c.W = width, c.stride_h = c.stride_w = stride, c.M = M;
+      c.C = M > 8 ? 8 : (kWgmmaMaps[seed % 3] / M + 7) / 8 * 8, c.T = seed % 2 ? 72 : 40, c.seed = seed++;
+      check_gradient(c);
+      c.groups = 2, c.C *= 2, c.T = 80, c.B = 1, c.seed = seed++;
+      check_gradient(c);
+    }
+  for (LayoutKind kind : {LayoutKind::kNegative, LayoutKind::kPermuted, LayoutKind::kSliced}) {
+    Case c = base();
+    c.grad_output_layout = c.grad_input_layout = kind;
+    c.B = 3, c.C = 48, c.H = 4, c.W = 8, c.T = 40, c.seed = seed++;
+    check_gradient(c);
+  }
+  Case c = base(); /* dx's channels end inside 16 bytes */
+  c.grad_input_layout = LayoutKind::kChannelsLast, c.B = 2, c.C = 20, c.M = 4, c.H = 4, c.W = 8, c.T = 40;
+  check_gradient(c);
+}
+
 TEST_P(CudaWgmmaGradient, EveryScheduleGivesTheSameBits) {
   for (int64_t maps : kWgmmaMaps)
     for (LayoutKind kind : {LayoutKind::kContiguous, LayoutKind::kChannelsLast}) {
@@ -783,23 +845,21 @@ TEST_P(CudaWgmmaGradient, BoundedErrors) {
 }
 
 TEST_P(CudaWgmmaGradient, OtherLayersAreLeftAlone) {
-  std::vector<Case> cases(15, base());
+  std::vector<Case> cases(13, base());
   for (Case &c : cases) c.B = 2, c.C = 48, c.H = 4, c.W = 8, c.T = 40;
   cases[0].C = 32;
   cases[1].activation = PNN_ACTIVATION_IDENTITY;
   cases[2].M = 3;
-  cases[3].W = 7;
+  cases[3].W = 7, cases[3].C = 20, cases[3].M = 4; /* nor do the channels of x's copy lie in runs of 16 bytes, */
   cases[4].C = 40;
   cases[5].noise = PNN_NOISE_TENSOR;
   cases[6].norm = true;
   set_types(cases[7], {PNN_FLOAT32, cases[7].weight_type});
   set_types(cases[8], {PNN_FLOAT32, PNN_FLOAT32});
   cases[9].grad_output_layout = LayoutKind::kChannelsLast, cases[9].T = 44; /* g's channels end inside 16 bytes */
-  cases[10].grad_input_layout = LayoutKind::kChannelsLast, cases[10].M = 4, cases[10].C = 20; /* dx's */
+  cases[10].W = 7, cases[10].T = 44;                                        /* nor of g's */
   cases[11].C = 1, cases[11].M = 128;
   cases[12].T = 1793, cases[12].W = 16; /* more outputs than shared memory has room for */
-  cases[13].grad_output_layout = LayoutKind::kNegative;
-  cases[14].grad_input_layout = LayoutKind::kNegative;
   for (const Case &c : cases) gradient_bits(c, 0, false);
   Case c = base(); /* without products, and with x's */
   c.B = 2, c.C = 48, c.H = 4, c.W = 8, c.T = 40, c.gradients = kGradBias;
@@ -939,6 +999,25 @@ TEST_P(CudaWgmmaWeights, MixedLayouts) {
   check_wgmma_weights(c);
 }
 
+TEST_P(CudaWgmmaWeights, AnyLayouts) {
+  /* By channels-last copies. */
+  uint64_t seed = 5250;
+  for (auto [height, width, stride] : {std::tuple<int, int, int>{7, 7, 1}, {2, 14, 1}, {9, 7, 2}})
+    for (int64_t outputs : kWgmmaOutputs) {
+      Case c = base();
+      c.B = 7, c.H = height, c.W = width, c.stride_h = c.stride_w = stride;
+      c.C = 40, c.M = 2, c.T = outputs, c.seed = seed++;
+      check_wgmma_weights(c);
+      c.groups = 2, c.C = 32, c.T = 2 * outputs, c.seed = seed++;
+      check_wgmma_weights(c);
+    }
+  for (LayoutKind kind : {LayoutKind::kNegative, LayoutKind::kBroadcast}) {
+    Case c = base();
+    c.grad_output_layout = kind, c.B = 3, c.C = 32, c.H = 4, c.W = 8, c.T = 40, c.seed = seed++;
+    check_wgmma_weights(c);
+  }
+}
+
 TEST_P(CudaWgmmaWeights, EveryScheduleGivesTheSameBits) {
   for (int64_t outputs : kWgmmaOutputs)
     for (LayoutKind kind : {LayoutKind::kContiguous, LayoutKind::kChannelsLast}) {
@@ -1002,15 +1081,15 @@ TEST_P(CudaWgmmaWeights, OtherLayersAreLeftAlone) {
   cases[0].T = 32;
   cases[1].activation = PNN_ACTIVATION_IDENTITY;
   cases[2].M = 3;
-  cases[3].W = 7;
+  cases[3].W = 7, cases[3].C = 12, cases[3].M = 4; /* nor do the channels of x's copy lie in runs of 16 bytes, */
   cases[4].C = 24;
   cases[5].noise = PNN_NOISE_TENSOR;
   cases[6].norm = true;
   set_types(cases[7], {PNN_FLOAT32, cases[7].weight_type});
   set_types(cases[8], {PNN_FLOAT32, PNN_FLOAT32});
   cases[9].grad_output_layout = LayoutKind::kChannelsLast, cases[9].T = 44; /* g's channels end inside 16 bytes */
-  cases[10].grad_output_layout = LayoutKind::kBroadcast;
-  cases[11].gradients = kGradBias; /* no product at all */
+  cases[10].W = 7, cases[10].T = 44;                                        /* nor of g's */
+  cases[11].gradients = kGradBias;                                          /* no product at all */
   for (const Case &c : cases) {
     SCOPED_TRACE(c.describe());
     host::options.wanted_blocks = 1;
@@ -1054,6 +1133,102 @@ TEST(CudaWgmmaWeightsWavefronts, TheOperandMeetsNoBankConflicts) {
       EXPECT_EQ(host::wavefronts.actual[host::LOAD], host::wavefronts.ideal[host::LOAD]);
       host::options = {};
     }
+}
+
+/* ---- channels-last copies (channels_last.cu) ---- */
+
+TEST(CudaChannelsLast, CopiesAnyStridesWithoutBankConflicts) {
+  struct Strides {
+    int64_t batch, channel, row, column;
+  };
+  const int64_t B = 5, H = 3, W = 7, channels[2] = {80, 24}; /* of x and g: tiles that both end inside */
+  pnn_cuda::Layer layer = {};
+  layer.batch = B, layer.pixels = H * W, layer.columns = B * H * W;
+  layer.by_pixels = pnn_cuda::divider_make(H * W), layer.by_width = pnn_cuda::divider_make(W);
+  for (pnn_dtype type : {PNN_FLOAT32, PNN_BFLOAT16})
+    for (unsigned which : {1u, 2u, 3u}) /* of x and g */
+      for (int order = 0; order < 3; order++) {
+        set_schedule(order);
+        host::options.count_wavefronts = true;
+        host::wavefronts = {};
+        const size_t size = bytes_of(type);
+        pnn_cuda::ChannelsLast copies[2] = {};
+        std::vector<char> from[2], to[2];
+        Strides strides[2];
+        for (int i = 0; i < 2; i++) {
+          const int64_t C = channels[i];
+          /* The pixels in a row, the channels, neither. */
+          strides[i] = order == 0   ? Strides{C * H * W, H * W, W, 1}
+                       : order == 1 ? Strides{H * W * (C + 1), 1, W * (C + 1), C + 1}
+                                    : Strides{C * H * W * 4, H * W * 4, W * 4, 2};
+          from[i].resize(static_cast<size_t>(B * C * H * W) * 5 * size);
+          for (size_t at = 0; at < from[i].size(); at++) from[i][at] = static_cast<char>(at * 7919 >> 3);
+          to[i].resize(static_cast<size_t>(B * C * H * W) * size + 16, 77);
+          if (!(which >> i & 1)) continue;
+          const auto [batch, channel, row, column] = strides[i];
+          copies[i] = {{from[i].data(), batch, channel, row, column, type}, {to[i].data(), 0, 0, 0, 0, type}, C};
+        }
+        ASSERT_EQ(pnn_cuda::run_channels_last(layer, copies[0], copies[1], nullptr), pnn_cuda::STATUS_OK);
+        EXPECT_EQ(host::wavefronts.actual[host::STORE], host::wavefronts.ideal[host::STORE]);
+        EXPECT_EQ(host::wavefronts.actual[host::LOAD], host::wavefronts.ideal[host::LOAD]);
+        host::options = {};
+        for (int i = 0; i < 2; i++) {
+          std::vector<char> expected(to[i].size(), 77);
+          size_t at = 0;
+          for (int64_t b = 0; b < B && which >> i & 1; b++)
+            for (int64_t h = 0; h < H; h++)
+              for (int64_t w = 0; w < W; w++)
+                for (int64_t c = 0; c < channels[i]; c++, at += size) {
+                  const auto [batch, channel, row, column] = strides[i];
+                  const int64_t place = b * batch + c * channel + h * row + w * column;
+                  std::memcpy(&expected[at], &from[i][static_cast<size_t>(place) * size], size);
+                }
+          EXPECT_EQ(to[i], expected) << name_of(type) << " tensor " << i << " order " << order;
+        }
+      }
+}
+
+TEST(CudaChannelsLast, SizesAndStridesDecide) {
+  /* Whether there is room for the copies, by what contiguous tensors ask for beyond channels-last ones. */
+  const auto bytes = [](const Case &c, pnn_pass pass, bool shifted) {
+    Problem p(c);
+    for (pnn_tensor *t : {&p.params.input, &p.params.grad_output})
+      if (shifted) t->data = static_cast<char *>(t->data) + bytes_of(t->dtype);
+    size_t count = 0;
+    EXPECT_EQ(pnn_cuda_workspace_size(&p.params, pass, &count, &p.error), PNN_OK) << p.error.message;
+    return static_cast<int64_t>(count);
+  };
+  for (int type = 0; type < kTypes; type++)
+    for (auto [C, T, width] : {std::tuple<int, int, int>{48, 40, 7}, {48, 40, 4}, {44, 36, 7}, {48, 40, 2}, {6, 5, 7}})
+      for (bool shifted : {false, true}) {
+        Case c;
+        set_type(c, type);
+        c.placement = Placement::kHeap, c.B = 3, c.C = C, c.T = T, c.H = width, c.W = width;
+        Case last = c;
+        set_layouts(last, LayoutKind::kChannelsLast);
+        SCOPED_TRACE(c.describe());
+        const auto copy = [&](pnn_dtype dtype, int64_t channels) -> int64_t {
+          const int64_t size = static_cast<int64_t>(bytes_of(dtype)), run = 16 / size;
+          if (size == 8 || width * width % run == 0 || channels % run != 0) return 0;
+          return (3 * width * width * channels * size + 63) / 64 * 64;
+        };
+        const auto more = [&](pnn_pass pass) { return bytes(c, pass, shifted) - bytes(last, pass, shifted); };
+        EXPECT_EQ(more(PNN_PASS_FORWARD), copy(c.input_type, C));
+        EXPECT_EQ(more(PNN_PASS_BACKWARD), copy(c.input_type, C) + copy(c.weight_type, T));
+      }
+}
+
+TEST(CudaChannelsLast, NotForForwardByAsynchronousProducts) {
+  Case c;
+  set_type(c, 2);
+  c.placement = Placement::kHeap, c.gradients = 0, c.C = 48, c.T = 40, c.H = c.W = 7;
+  for (bool wgmma : {false, true}) {
+    c.wgmma = wgmma;
+    Problem p(c);
+    const int64_t launches = host::launches;
+    ASSERT_EQ(p.forward(), PNN_OK);
+    EXPECT_EQ(host::launches - launches, 2); /* x's or V's copy, and the product */
+  }
 }
 
 TEST(CudaMoments, NeitherOverflowNorCancel) {

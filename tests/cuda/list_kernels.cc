@@ -16,5 +16,6 @@ int main() {
   pnn_cuda::list_weight_gradient(print);
   pnn_cuda::list_weight_gradient_wgmma(print);
   pnn_cuda::list_moments(print);
+  pnn_cuda::list_channels_last(print);
   return 0;
 }

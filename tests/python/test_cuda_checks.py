@@ -121,7 +121,7 @@ def test_kernels_are_named_as_they_are_listed(mangled: str, name: str) -> None:
     assert gates.short_name(mangled) == name
 
 
-def test_double_kernels_may_use_double_and_moments_need_no_tile() -> None:
+def test_double_kernels_may_use_double_and_moments_and_copies_need_no_tile() -> None:
     double = SASS.replace("INS_8bfloat16ENS_5LargeEEE", "IdNS_5SmallEEE").replace("HMMA.16816", "DFMA")
     assert gates.check(
         gates.read_code(double), {("forward double Small", 90): gates.Resources(8)}, {"forward double Small": (1, 1)},
@@ -130,6 +130,8 @@ def test_double_kernels_may_use_double_and_moments_need_no_tile() -> None:
     moments = {("moments float", 90): Counter({"FFMA": 3})}
     resources, fitting = {("moments float", 90): gates.Resources(8)}, {("moments float", 90): 1}
     assert gates.check(moments, resources, {"moments float": (1, 1)}, fitting) == []
+    copy = ("channels_last", 90)
+    assert gates.check({copy: Counter({"LDG": 3})}, {copy: gates.Resources(8)}, {copy[0]: (1, 1)}, {copy: 1}) == []
     # What finishes each channel may call and use double, and still not spill.
     finish = {("norm", 90): Counter({"CALL": 1, "DFMA": 1})}
     assert gates.check(finish, {("norm", 90): gates.Resources(8)}, {}, {}) == []
