@@ -69,10 +69,6 @@ PNN_DEVICE void copy_async4_or_zero(void *to, const void *from, bool there) {
   asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(shared_address(to)), "l"(from), "r"(there ? 4 : 0)
                : "memory");
 }
-PNN_DEVICE void copy_async8_or_zero(void *to, const void *from, bool there) {
-  asm volatile("cp.async.ca.shared.global [%0], [%1], 8, %2;" ::"r"(shared_address(to)), "l"(from), "r"(there ? 8 : 0)
-               : "memory");
-}
 PNN_DEVICE void copy_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 template <int PENDING>
 PNN_DEVICE void copy_wait() {
@@ -332,9 +328,6 @@ inline void copy_async16_or_zero(void *to, const void *from, bool there) {
 }
 inline void copy_async4_or_zero(void *to, const void *from, bool there) {
   cuda_on_host::copy_async(to, from, 4, there ? 4 : 0);
-}
-inline void copy_async8_or_zero(void *to, const void *from, bool there) {
-  cuda_on_host::copy_async(to, from, 8, there ? 8 : 0);
 }
 inline void copy_commit() { cuda_on_host::copy_commit(); }
 template <int PENDING>

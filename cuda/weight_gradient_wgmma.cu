@@ -4,23 +4,26 @@
  *
  * As in weight_gradient.cu, G[t,k] = sum over q of g[t,q] * response[k,q] and h[t] = sum over q of g[t,q], of a block's
  * piece of the pixels: D [output][map] += A [output][pixel] * B [pixel][map], 64 outputs to a product. A is g as it is
- * stored, which goes from device memory into the registers that the tensor cores read; B is made by all threads and
- * goes through shared memory. Products run while the same threads make the operand of the next step:
+ * stored, in the registers that the tensor cores read; B is made by all threads and goes through shared memory.
+ * Products run while the same threads make the operand of the next step:
  *
- *     g --ld.global, half a step ahead--> registers -------------------------> A, two products in a row --> wgmma
- *     x --ld.global, a step ahead--> masks, relu, rounding --> shared memory: B, three steps' -----------------^
+ *     g --cp.async, a step ahead--> shared memory ----------------------------> registers: A ----------> wgmma
+ *     x --cp.async, a step ahead--> shared memory --masks, relu, rounding--> shared memory: B, two steps' --^
+ *
+ * Neither is loaded into registers ahead of its use: a warp has six scoreboards, and what shares one with such a load
+ * waits for it.
  *
  * A step takes 64 pixels, in two halves. A thread of a product owns the depths {2t, 2t+1, 2t+8, 2t+9} (t = lane % 4) of
  * rows i and i + 8 (i = lane / 4). Which pixels and outputs stand there is free, as long as B has the same pixels:
  *
  *     depths   thread t's, of a half's two products together, are the pixels 8 t to 8 t + 7: 16 bytes of g where the
  *              pixels are contiguous
- *     rows     thread i's, of a warpgroup's one or two blocks of 64, are neighbouring outputs: one load of g where the
- *              channels are contiguous
+ *     rows     thread i's, of a warpgroup's one or two blocks of 64, are neighbouring outputs: one load of g from
+ * shared memory where the channels are contiguous
  *
- * The first step is the only one that may be short, and has a loop body of its own, in which what is no pixel becomes
- * zero in both operands (no infinity may meet the other one's zeros): it takes a piece's last pixels, the others the
- * rest, in order. So neither the tile nor the batch's address changes a sum.
+ * The first step is the only one that may be short, and what is no pixel in it becomes zero in both operands (no
+ * infinity may meet the other one's zeros): it takes a piece's last pixels, the others the rest, in order. So neither
+ * the tile nor the batch's address changes a sum.
  */
 #include <string>
 
@@ -33,17 +36,16 @@ namespace pnn_cuda {
 namespace {
 
 constexpr int HALF = STEP / 2; /* pixels */
-constexpr int BUFFERS = 2; /* of B: of this step, and of the last one, whose products may still run */
-constexpr int STAGES = 2;  /* of x: of this step and of the next one; g's has one, since a thread reads what it copied */
-constexpr int TABLES = 4;  /* of this step, of the next two, and of this one for threads that lag behind */
+constexpr int BUFFERS = 2;     /* of B: of this step, and of the last one, whose products may still run */
+constexpr int STAGES = 2;      /* of x and g: of this step and of the next one */
+constexpr int TABLES = 3;      /* of this step and of the next two */
 
-/* Tiles, as many outputs as registers hold sums of: operand B is made once for each of them. With one
- * mask to a channel x takes so many registers that Wide has none to load ahead to. */
+/* Tiles, as many outputs as registers hold sums of: operand B is made once for each of them. */
 struct Wide {
-  [[maybe_unused]] static constexpr int warpgroups = 2, row_blocks = 2, maps = 128, blocks = 1, least_masks = 2;
+  [[maybe_unused]] static constexpr int warpgroups = 2, row_blocks = 2, maps = 128, blocks = 1;
 };
 struct Middle {
-  [[maybe_unused]] static constexpr int warpgroups = 1, row_blocks = 2, maps = 128, blocks = 2, least_masks = 1;
+  [[maybe_unused]] static constexpr int warpgroups = 1, row_blocks = 2, maps = 128, blocks = 2;
 };
 struct Narrow {
   [[maybe_unused]] static constexpr int warpgroups = 1, row_blocks = 1, maps = 64, blocks = 4;
@@ -52,7 +54,7 @@ struct Narrow {
 /* Where a step's pixels stand, in bytes; pixels that are none as the piece's first one. Pairs of pixels in the order of
  * `pair_of`. */
 struct Table {
-  uint32_t place[STEP][2]; /* row, column */
+  uint32_t place[STEP][2];    /* row, column */
   int64_t input[STEP];        /* in order; where the pixels are contiguous, of runs of eight */
   int64_t gradient[STEP / 8]; /* of such runs */
 };
@@ -66,13 +68,13 @@ struct Shape {
    * 16 bytes between them, so that neither eight pairs of pixels nor four sixteens of maps meet in a bank. */
   static constexpr int column_step = 128 + 16, depth_step = S::maps / 8 * column_step + 16;
   static constexpr int buffer_bytes = STEP / 8 * depth_step;
-  static constexpr int totals_bytes = threads * 2 * S::row_blocks * 4;
-  static constexpr int input_bytes = STEP * (S::maps + 8) * 2; /* of a step's x, the most that Staged takes */
-  static constexpr int gradient_bytes = STEP * outputs * 2;
-  /* In this order: */
-  static constexpr int tables_at = BUFFERS * buffer_bytes, inputs_at = tables_at + TABLES * static_cast<int>(sizeof(Table)),
-                       gradients_at = inputs_at + STAGES * input_bytes, totals_at = gradients_at + gradient_bytes,
-                       bytes = totals_at + totals_bytes;
+  /* Of a step: the most x that Staged takes, and g. */
+  static constexpr int input_bytes = S::maps * STEP * 2 + S::maps / SIXTEEN * 64, gradient_bytes = STEP * outputs * 2;
+  static constexpr int tables_at = BUFFERS * buffer_bytes,
+                       inputs_at = tables_at + TABLES * static_cast<int>(sizeof(Table)),
+                       gradients_at = inputs_at + STAGES * input_bytes,
+                       totals_at = gradients_at + STAGES * gradient_bytes,
+                       bytes = totals_at + threads * 2 * S::row_blocks * 4;
 };
 
 /* Philox for two pixels at once, with the keys of every EVERYth round in registers: for the others one addition serves
@@ -108,61 +110,82 @@ struct Staged {
   static constexpr int CHANNELS = S::maps / MASKS, COUNT = SIXTEEN / MASKS;
   static constexpr int RUNS_OF = PIXELS ? STEP / 8 : CHANNELS < 8 ? 1 : CHANNELS / 8; /* of 16 bytes, in a row */
   static constexpr int ROWS = PIXELS ? CHANNELS : STEP;
-  static PNN_DEVICE int at(int row) { return PIXELS ? row * STEP * 2 + row / COUNT * 64 : row * (RUNS_OF + 1) * 16; }
-  static_assert((PIXELS ? ROWS * STEP * 2 + ROWS / COUNT * 64 : ROWS * (RUNS_OF + 1) * 16) <= Shape<S>::input_bytes);
+  static PNN_DEVICE int at(int row) { return row * RUNS_OF * 16 + (PIXELS ? row / COUNT * 64 : 0); }
+  static_assert(ROWS * RUNS_OF * 16 + (PIXELS ? ROWS / COUNT * 64 : 0) <= Shape<S>::input_bytes);
 };
 
-/* A step's g for this thread's rows, on its way through shared memory: in two halves, eight of this thread's pixels each. */
+/* g in shared memory, and as the products read it: for this thread's rows, eight of its pixels in each half of a step.
+ */
 template <class D, class S, Fastest G>
 struct Gradient {
+  using H = Shape<S>;
   static constexpr int ROWS = 2 * S::row_blocks, WORDS = 4 * ROWS;
-  /* A copy takes eight pixels of a row or, where the channels are contiguous, all rows of a pixel. Threads' copies lie
-   * side by side. */
-  static constexpr int COPIES = G == DEPTH_FASTEST ? ROWS : 8, COPY_BYTES = WORDS * 4 / COPIES;
-  static constexpr int APART = Shape<S>::threads * COPY_BYTES;
-  const char *from[G == DEPTH_FASTEST ? ROWS : 1];
-  char *to;
-  int64_t step; /* bytes from pixel to pixel, where the channels are contiguous */
+  /* Where the pixels are contiguous, a thread copies what it reads, so that one stage is enough: when it has read a
+   * step's it copies the next one's. Where the channels are, the tile lies there as [pixel][output], its 16 bytes in
+   * such an order that the pixels of four threads meet in no bank. */
+  static constexpr int AHEAD = G == DEPTH_FASTEST ? 1 : 2; /* steps */
+  static constexpr int RUNS_OF = H::outputs / 8;           /* of 16 bytes, to a pixel */
+  static_assert(RUNS_OF % 8 == 0, "place_of moves runs among eight");
+  static PNN_DEVICE int place_of(int run, int quad) { return (run ^ quad << 1) * 16; }
 
-  /* This thread's rows start at output `first` of the block's, which start at channel `channel` and are `outputs`. */
-  PNN_DEVICE Gradient(const Layer &layer, int64_t step_, int64_t channel, int first, int outputs, char *memory)
-      : to(memory + Shape<S>::gradients_at + thread_index() * COPY_BYTES), step(step_) {
-    const int rows = outputs - first;
+  const char *from[G == DEPTH_FASTEST ? ROWS : 1]; /* of this thread's rows, or of the tile */
+  char *memory;
+  int own, outputs; /* where this thread's numbers begin in a stage; of the tile */
+
+  /* The block's `outputs` begin at channel `channel`, this thread's rows at output `row` of them. */
+  PNN_DEVICE Gradient(const Layer &layer, int64_t channel, int row, int outputs_, char *memory_)
+      : memory(memory_ + H::gradients_at), outputs(outputs_) {
     const View &view = layer.grad_output;
     if constexpr (G == DEPTH_FASTEST) {
+      own = thread_index() * 16;
 #pragma unroll
       for (int i = 0; i < ROWS; i++) /* beyond the outputs as the first one, whose sums nobody reads */
-        from[i] = view.data + (channel + (i < rows ? first + i : 0)) * view.channel * 2;
+        from[i] = view.data + (channel + (row + i < outputs ? row + i : 0)) * view.channel * 2;
     } else {
-      from[0] = view.data + (channel + (rows > 0 ? first : 0)) * 2;
+      const int quad = thread_index() % 4;
+      own = quad * 8 * RUNS_OF * 16 + place_of(row / 8, quad) + row % 8 * 2;
+      from[0] = view.data + channel * 2;
     }
   }
-  /* Has half h copied, whose first pixel's g is `at`: the `count` first ones, zeros beyond. */
-  PNN_DEVICE void copy(int h, int64_t at, int count) const {
+  /* Has a step's g copied: of the first `count` pixels, zeros for the others. at(j) is where pixel j's is in memory. */
+  template <class At>
+  PNN_DEVICE void copy(int step, int count, const At &at) const {
+    if constexpr (G == DEPTH_FASTEST) {
 #pragma unroll
-    for (int i = 0; i < COPIES; i++) {
-      char *const to_ = to + (h * COPIES + i) * APART;
-      if constexpr (G == DEPTH_FASTEST)
-        copy_async16_or_zero(to_, from[i] + at, count > 0);
-      else if constexpr (COPY_BYTES == 8)
-        copy_async8_or_zero(to_, from[0] + at + i * step, i < count);
-      else
-        copy_async4_or_zero(to_, from[0] + at + i * step, i < count);
+      for (int h = 0; h < 2; h++) {
+        const int j = h * HALF + thread_index() % 4 * 8;
+#pragma unroll
+        for (int i = 0; i < ROWS; i++)
+          copy_async16_or_zero(memory + own + (h * ROWS + i) * H::threads * 16, from[i] + at(j), j < count);
+      }
+    } else {
+#pragma unroll
+      for (int i = 0; i < STEP * RUNS_OF; i += H::threads) {
+        const int j = (i + thread_index()) / RUNS_OF, run = thread_index() % RUNS_OF;
+        copy_async16_or_zero(memory + step % STAGES * H::gradient_bytes + j * RUNS_OF * 16 + place_of(run, j / 8 % 4),
+                             from[0] + at(j) + run * 16, j < count && run * 8 < outputs);
+      }
     }
   }
-  PNN_DEVICE void load(int h, uint32_t (&raw)[WORDS]) const {
+  /* A half's, which has been copied. */
+  PNN_DEVICE void load(int step, int h, uint32_t (&raw)[WORDS]) const {
+    if constexpr (G == DEPTH_FASTEST) {
 #pragma unroll
-    for (int i = 0; i < COPIES; i++) {
-      const char *const at = to + (h * COPIES + i) * APART;
-      if constexpr (G == DEPTH_FASTEST) {
-        const words4 v = load_shared(reinterpret_cast<const words4 *>(at));
+      for (int i = 0; i < ROWS; i++) {
+        const words4 v = load_shared(reinterpret_cast<const words4 *>(memory + own + (h * ROWS + i) * H::threads * 16));
 #pragma unroll
         for (int w = 0; w < 4; w++) raw[i * 4 + w] = v.w[w];
-      } else if constexpr (COPY_BYTES == 8) {
-        const words2 v = load_shared(reinterpret_cast<const words2 *>(at));
-        raw[i * 2] = v.w[0], raw[i * 2 + 1] = v.w[1];
-      } else {
-        raw[i] = load_shared(reinterpret_cast<const uint32_t *>(at));
+      }
+    } else {
+      const char *const at = memory + step % STAGES * H::gradient_bytes + own + h * HALF * RUNS_OF * 16;
+#pragma unroll
+      for (int p = 0; p < 8; p++) {
+        if constexpr (S::row_blocks == 2) {
+          const words2 v = load_shared(reinterpret_cast<const words2 *>(at + p * RUNS_OF * 16));
+          raw[p * 2] = v.w[0], raw[p * 2 + 1] = v.w[1];
+        } else {
+          raw[p] = load_shared(reinterpret_cast<const uint32_t *>(at + p * RUNS_OF * 16));
+        }
       }
     }
   }
@@ -218,7 +241,7 @@ PNN_DEVICE void add_products(const Layer &layer, const Part &part, char *memory,
   Table *const tables = reinterpret_cast<Table *>(memory + H::tables_at);
   float *const totals = totals_in<S>(memory);
   char *const inputs = memory + H::inputs_at;
-  const int thread = thread_index(), lane = thread % 32, warp = thread / 32, quad = thread % 4;
+  const int thread = thread_index(), lane = thread % 32, warp = thread / 32;
   const int first = (part.pixels - 1) % STEP + 1; /* pixels of the first step */
   const int steps = (part.pixels + STEP - 1) / STEP;
 
@@ -245,14 +268,13 @@ PNN_DEVICE void add_products(const Layer &layer, const Part &part, char *memory,
   const int channels = part.maps > 1 << layer.masks_shift ? part.maps >> layer.masks_shift : 1;
   /* Where x's channels are contiguous, from a run of 16 bytes on. */
   const int skipped = PIXELS ? 0 : tile_channel % 8;
-  const char *const input =
-      layer.input.data + (part.group * layer.group_channels + tile_channel - skipped) * channel;
+  const char *const input = layer.input.data + (part.group * layer.group_channels + tile_channel - skipped) * channel;
   using X = Staged<S, PIXELS, MASKS>;
   const int own_channel = (k >> layer.masks_shift) - tile_channel; /* in the tile */
   const int pixel = half * HALF + pair_quad * 8 + pair_word * 2;
   const char *const own_input =
       inputs + (PIXELS ? X::at(own_channel) + pixel * 2 : X::at(pixel) + (own_channel + skipped) * 2);
-  const PairKeys<2> keys(seed_read(layer));
+  const PairKeys<R == 1 ? 2 : 5> keys(seed_read(layer)); /* fewer where the sums take the registers */
   const float level = layer.level_float;
 
   /* Of the piece's pixels, which is pixel j of a step; the first one where there is none. */
@@ -269,29 +291,18 @@ PNN_DEVICE void add_products(const Layer &layer, const Part &part, char *memory,
   };
 
   const int row = (thread / 128 * 64 + warp % 4 * 16) * R + lane / 4 * 2 * R;
-  const Gradient<D, S, G> gradient(layer, part.gradient_step, part.group * layer.group_outputs + part.t0, row,
-                                   part.outputs, memory);
-  uint32_t a[2][2][R][4]; /* of both halves */
-  const uint32_t all = ~static_cast<uint32_t>(layer.split_columns >> 32);
+  const Gradient<D, S, G> gradient(layer, part.group * layer.group_outputs + part.t0, row, part.outputs, memory);
+  /* Has a step's g copied to shared memory. */
   const auto copy_first_gradient = [&] {
-#pragma unroll
-    for (int h = 0; h < 2; h++) {
-      const int j = h * HALF + quad * 8;
-      gradient.copy(h,
-                    G == DEPTH_FASTEST ? tables[0].gradient[h * 4 + quad]
-                                       : (part.q_begin + first_pixel(j)) * gradient.step,
-                    first - j);
-    }
-    copy_commit();
+    gradient.copy(0, first, [&](int j) {
+      return G == DEPTH_FASTEST ? tables[0].gradient[j / 8] : (part.q_begin + first_pixel(j)) * part.gradient_step;
+    });
   };
-  const auto copy_gradient = [&](int step) { /* after the last step, the piece's first pixels again */
-#pragma unroll
-    for (int h = 0; h < 2; h++)
-      gradient.copy(h,
-                    G == DEPTH_FASTEST ? tables[step % TABLES].gradient[h * 4 + quad]
-                                       : (part.q_begin + later_pixel(step, h * HALF + quad * 8)) * gradient.step,
-                    step < steps ? 8 : 0);
-    copy_commit();
+  const auto copy_gradient = [&](int step) {
+    gradient.copy(step, STEP, [&](int j) {
+      return G == DEPTH_FASTEST ? tables[step % TABLES].gradient[j / 8]
+                                : (part.q_begin + later_pixel(step, j)) * part.gradient_step;
+    });
   };
   /* Has a step's x copied to shared memory. */
   const auto copy_input = [&](int step) {
@@ -305,8 +316,8 @@ PNN_DEVICE void add_products(const Layer &layer, const Part &part, char *memory,
         copy_async16(to_ + X::at(row) + run * 16,
                      input + (PIXELS ? row * channel + table.input[run] : run * 16 + table.input[row]), 16);
     }
-    copy_commit();
   };
+
   for (int i = thread; i < 2 * STEP; i += H::threads)
     look_up(i / STEP, i % STEP, i < STEP ? first_pixel(i) : later_pixel(1, i - STEP));
   if (part.summed) {
@@ -316,9 +327,14 @@ PNN_DEVICE void add_products(const Layer &layer, const Part &part, char *memory,
   __syncthreads();
   copy_input(0);
   copy_first_gradient();
+  copy_commit();
   copy_input(1);
-  copy_wait<2>(); /* the first step's x */
+  if (gradient.AHEAD == 2) copy_gradient(1);
+  copy_commit();
+  copy_wait<1>();
   __syncthreads();
+  uint32_t a[2][2][R][4]; /* of both halves */
+  const uint32_t all = ~static_cast<uint32_t>(layer.split_columns >> 32);
 #pragma unroll 1
   for (int step = 0; step < steps; step++) {
     const Table &table = tables[step % TABLES];
@@ -370,7 +386,7 @@ PNN_DEVICE void add_products(const Layer &layer, const Part &part, char *memory,
       const int j = thread % STEP;
       look_up(step + 2, j, later_pixel(step + 2, j));
     }
-    copy_wait<0>(); /* this step's g and the next one's x */
+    copy_wait<0>(); /* what is copied in a step is there in the next one */
     if (part.summed) {
       float sums[2 * R];
 #pragma unroll
@@ -378,22 +394,21 @@ PNN_DEVICE void add_products(const Layer &layer, const Part &part, char *memory,
 #pragma unroll
       for (int h = 0; h < 2; h++) {
         uint32_t raw[Gradient<D, S, G>::WORDS];
-        gradient.load(h, raw);
+        gradient.load(step, h, raw);
         gradient.add_to(raw, part.summed, sums);
       }
 #pragma unroll
       for (int i = 0; i < 2 * R; i++) totals[i * H::threads] = sums[i];
     }
-    shared_to_products();
-    products_wait<0>(); /* the last step's: its operands may be written again */
-    __syncthreads();    /* all threads' parts of B and of x; and B of the last step may be written again */
-    copy_input(step + 2);
+    products_wait<0>(); /* the last step's, whose operands may be written again */
 #pragma unroll
     for (int h = 0; h < 2; h++) {
       uint32_t raw[Gradient<D, S, G>::WORDS];
-      gradient.load(h, raw);
+      gradient.load(step, h, raw);
       gradient.operand(raw, all, a[h]);
     }
+    shared_to_products();
+    __syncthreads(); /* all of this step's B and of the next one's x and g; the last step's may be written again */
 #pragma unroll
     for (int i = 0; i < PRODUCTS; i++) {
       const uint64_t descriptor =
@@ -404,7 +419,9 @@ PNN_DEVICE void add_products(const Layer &layer, const Part &part, char *memory,
       for (int b = 0; b < R; b++) products_add_transposed(D{}, d[b], a[i / 2][i % 2][b], descriptor);
     }
     products_commit();
-    copy_gradient(step + 1);
+    copy_input(step + 2);
+    copy_gradient(step + gradient.AHEAD);
+    copy_commit();
   }
 #pragma unroll
   for (int b = 0; b < R; b++) products_finish(d[b]);
@@ -507,10 +524,10 @@ int64_t gradient_step(const Layer &layer) {
  * pixels. Results do not depend on it, but for the number of pieces. */
 template <class S>
 bool is_chosen(const Layer &layer) {
-  return layer.group_outputs > Shape<S>::outputs / 2 && layer.masks >= S::least_masks &&
-         ceil_div(layer.group_outputs, Shape<S>::outputs) * ceil_div(layer.group_maps, S::maps) * layer.groups *
-                 ceil_div(layer.columns, 256) >=
-             wanted_blocks() * S::blocks;
+  return layer.group_outputs > Shape<S>::outputs / 2 && ceil_div(layer.group_outputs, Shape<S>::outputs) *
+                                                                ceil_div(layer.group_maps, S::maps) * layer.groups *
+                                                                ceil_div(layer.columns, 256) >=
+                                                            wanted_blocks() * S::blocks;
 }
 
 template <class S>
