@@ -142,10 +142,10 @@ WGMMA_INPUT_TILE = {
     128: (1170, 990, 914, 882, 904),
     64: (665, 582, 540, 526, 538),
 }
-# the weight gradient: outputs and maps of a tile, threads of a block, blocks on a multiprocessor, the fewest masks; a
-# thread's instructions in a step of 64 pixels, by outputs; the sums of g are not among them.
-WGMMA_WEIGHT_TILES = ((256, 128, 256, 1, 2), (128, 128, 128, 2, 1), (64, 64, 128, 4, 1))
-WGMMA_WEIGHT_STEP = {256: (440, 410, 380, 375, 370), 128: (780, 700, 660, 640, 630), 64: (440, 410, 390, 380, 370)}
+# the weight gradient: outputs and maps of a tile, threads of a block, blocks on a multiprocessor; a thread's
+# instructions in a step of 64 pixels, by outputs; the sums of g are not among them.
+WGMMA_WEIGHT_TILES = ((256, 128, 256, 1), (128, 128, 128, 2), (64, 64, 128, 4))
+WGMMA_WEIGHT_STEP = {256: (534, 481, 458, 437, 434), 128: (872, 755, 706, 661, 692), 64: (470, 418, 395, 375, 372)}
 # Warps are taken to wait as those of the other kernels do.
 
 
@@ -239,6 +239,23 @@ def by_elements(case: Case, dtype: str, layout: str) -> bool:
     return bool(pixels % run) if layout == "contiguous" else bool(channels % run or outputs % run)
 
 
+def is_copied(case: Case, dtype: str, layout: str) -> bool:
+    """Whether x and g are read as channels-last copies instead, whose channels lie in such runs (cuda/api.cu)."""
+    _, channels, _, outputs, _ = case
+    run = 16 // SIZE[dtype]
+    return by_elements(case, dtype, layout) and channels % run == 0 and outputs % run == 0
+
+
+def copies(case: Case, dtype: str, layout: str, direction: str) -> list[Kernel]:
+    """The launch that makes them: x's forward; both backward, where the weight gradient comes first."""
+    batch, channels, height, outputs, _ = case
+    rows = {"forward": channels, "weight_gradient": channels + outputs}.get(direction, 0)
+    if not rows or not is_copied(case, dtype, layout):
+        return []
+    moved = 2.0 * rows * batch * height * height * SIZE[dtype]
+    return [Kernel(moved, moved)]
+
+
 def wgmma_kernels(case: Case, dtype: str, direction: str, layout: str) -> list[Kernel]:
     """A pass by Hopper's asynchronous products, V's copy first; none where the layer can't have them."""
     _, channels, height, outputs, masks = case
@@ -248,11 +265,13 @@ def wgmma_kernels(case: Case, dtype: str, direction: str, layout: str) -> list[K
     elements = by_elements(case, dtype, layout)
     if direction == "forward":
         return wgmma_forward(case, dtype, elements and height % 2 == 1)
-    if elements:
+    copied = is_copied(case, dtype, layout)
+    if elements and not copied:
         return []
     if direction == "weight_gradient":
-        return wgmma_weight_gradient(case, dtype)
-    return wgmma_input_gradient(case, dtype, layout) if masks <= 64 and outputs <= 448 * 4 else []
+        return [*copies(case, dtype, layout, direction), *wgmma_weight_gradient(case, dtype)]
+    read = "channels_last" if copied else layout
+    return wgmma_input_gradient(case, dtype, read) if masks <= 64 and outputs <= 448 * 4 else []
 
 
 def wgmma_forward(case: Case, dtype: str, singly: bool) -> list[Kernel]:
@@ -328,10 +347,9 @@ def wgmma_weight_gradient(case: Case, dtype: str) -> list[Kernel]:
         tile
         for tile in WGMMA_WEIGHT_TILES
         if outputs > tile[0] // 2
-        and masks >= tile[4]
         and math.ceil(outputs / tile[0]) * math.ceil(maps / tile[1]) * math.ceil(columns / 256) >= 128 * tile[3]
     ]
-    rows, tile, threads, resident, _ = [*fitting, WGMMA_WEIGHT_TILES[-1]][0]
+    rows, tile, threads, resident = [*fitting, WGMMA_WEIGHT_TILES[-1]][0]
     row_tiles, map_tiles = math.ceil(outputs / rows), math.ceil(maps / tile)
     wanted = max(1, min(math.ceil(columns / 256), MULTIPROCESSORS * resident // (row_tiles * map_tiles)))
     piece = max(64, math.ceil(math.ceil(columns / wanted) / 64) * 64)
@@ -369,7 +387,8 @@ def kernels(
     batch, channels, height, outputs, masks = case
     size, maps, columns = SIZE[dtype], channels * masks, batch * height * height
     x, y, weight = channels * columns * size, outputs * columns * size, outputs * maps * size
-    elements = by_elements(case, dtype, layout)
+    elements = by_elements(case, dtype, layout) and not is_copied(case, dtype, layout)
+    copied = copies(case, dtype, layout, direction)
     if elements or norm:
         make = (OPERAND_BY_ELEMENTS if elements else OPERAND_NORMALISED)[dtype]
         forward_step = weight_step = (ANY_STEP[dtype][0] + make, ANY_STEP[dtype][1] + make)
@@ -399,7 +418,7 @@ def kernels(
             waits,
         )
         if not norm:
-            return [main]
+            return [*copied, main]
         # Two passes over x for every eight maps, the second from the cache; then mean, scale, start, weight.
         moments = Kernel(
             x,
@@ -411,7 +430,7 @@ def kernels(
             256,
             2,
         )
-        return [moments, *small * 4, main]
+        return [moments, *copied, *small * 4, main]
     if direction == "weight_gradient":
         large = outputs > 64 and maps > 64
         edge = 128 if large else 64
@@ -437,7 +456,7 @@ def kernels(
         )
         # dV from the pieces; with normalisation they are joined first, and its own gradients follow.
         join = Kernel((0 if parts < CACHE_SIZE else parts) + 2 * weight, parts + 2 * weight)
-        return [*small, main, join, *small * 2] if norm else [main, join]
+        return [*small, *copied, main, join, *small * 2] if norm else [*copied, main, join]
     assert direction == "input_gradient", direction
     shape = tiles(maps, columns)
     steps = math.ceil(outputs / depth) * shape.blocks
