@@ -18,8 +18,8 @@
  *
  *     depths   thread t's, of a half's two products together, are the pixels 8 t to 8 t + 7: 16 bytes of g where the
  *              pixels are contiguous
- *     rows     thread i's, of a warpgroup's one or two blocks of 64, are neighbouring outputs: one load of g from
- * shared memory where the channels are contiguous
+ *     rows     thread i's, of a warpgroup's one or two blocks of 64, are neighbouring outputs: one load of g where the
+ *              channels are contiguous
  *
  * The first step is the only one that may be short, and what is no pixel in it becomes zero in both operands (no
  * infinity may meet the other one's zeros): it takes a piece's last pixels, the others the rest, in order. So neither
@@ -69,7 +69,7 @@ struct Shape {
   static constexpr int column_step = 128 + 16, depth_step = S::maps / 8 * column_step + 16;
   static constexpr int buffer_bytes = STEP / 8 * depth_step;
   /* Of a step: the most x that Staged takes, and g. */
-  static constexpr int input_bytes = S::maps * STEP * 2 + S::maps / SIXTEEN * 64, gradient_bytes = STEP * outputs * 2;
+  static constexpr int input_bytes = S::maps * STEP * 2 + 512, gradient_bytes = STEP * outputs * 2;
   static constexpr int tables_at = BUFFERS * buffer_bytes,
                        inputs_at = tables_at + TABLES * static_cast<int>(sizeof(Table)),
                        gradients_at = inputs_at + STAGES * input_bytes,
@@ -103,15 +103,17 @@ struct PairKeys {
 /* Of the pair of pixels with number `quad` * 4 + `word` in a half (pixels 8 quad + 2 word and the next one). */
 PNN_DEVICE int pair_of(int half, int quad, int word) { return (half * 4 + word) * 4 + quad; }
 
-/* A step's x of a tile's channels in shared memory: rows of a channel's 64 pixels, 64 bytes of room behind each sixteen
- * maps', or a row for each pixel. Of more than sixteen masks to a channel there are fewer channels than this. */
+/* A step's x of a tile's channels in shared memory: rows of a channel's 64 pixels, or a row for each pixel, with room
+ * behind each sixteen maps' or each two pixels' rows, so that what threads read together meets in no bank. Of more than
+ * sixteen masks to a channel there are fewer channels than this. */
 template <class S, bool PIXELS, int MASKS>
 struct Staged {
   static constexpr int CHANNELS = S::maps / MASKS, COUNT = SIXTEEN / MASKS;
   static constexpr int RUNS_OF = PIXELS ? STEP / 8 : CHANNELS < 8 ? 1 : CHANNELS / 8; /* of 16 bytes, in a row */
   static constexpr int ROWS = PIXELS ? CHANNELS : STEP;
-  static PNN_DEVICE int at(int row) { return row * RUNS_OF * 16 + (PIXELS ? row / COUNT * 64 : 0); }
-  static_assert(ROWS * RUNS_OF * 16 + (PIXELS ? ROWS / COUNT * 64 : 0) <= Shape<S>::input_bytes);
+  static constexpr int TOGETHER = PIXELS ? COUNT : 2, ROOM = PIXELS || MASKS == 2 ? 64 : MASKS == 4 ? 32 : 16;
+  static PNN_DEVICE int at(int row) { return row * RUNS_OF * 16 + row / TOGETHER * ROOM; }
+  static_assert(ROWS * RUNS_OF * 16 + ROWS / TOGETHER * ROOM <= Shape<S>::input_bytes);
 };
 
 /* g in shared memory, and as the products read it: for this thread's rows, eight of its pixels in each half of a step.
@@ -274,7 +276,7 @@ PNN_DEVICE void add_products(const Layer &layer, const Part &part, char *memory,
   const int pixel = half * HALF + pair_quad * 8 + pair_word * 2;
   const char *const own_input =
       inputs + (PIXELS ? X::at(own_channel) + pixel * 2 : X::at(pixel) + (own_channel + skipped) * 2);
-  const PairKeys<R == 1 ? 2 : 5> keys(seed_read(layer)); /* fewer where the sums take the registers */
+  const PairKeys<R == 1 ? 2 : 5> keys(seed_read(layer)); /* as many as there are registers for */
   const float level = layer.level_float;
 
   /* Of the piece's pixels, which is pixel j of a step; the first one where there is none. */
@@ -309,11 +311,14 @@ PNN_DEVICE void add_products(const Layer &layer, const Part &part, char *memory,
     const Table &table = tables[step % TABLES];
     char *const to_ = inputs + step % STAGES * H::input_bytes;
     constexpr int ALL = X::ROWS * X::RUNS_OF;
+    const int first_row = thread / X::RUNS_OF;
 #pragma unroll
     for (int i = 0; i < ALL; i += H::threads) {
       const int row = (i + thread) / X::RUNS_OF, run = (i + thread) % X::RUNS_OF;
+      /* The second form is the first one's value: the assembler runs out of registers where it has the other one. */
+      const int at = PIXELS ? X::at(row) : X::at(first_row) + X::at(i / X::RUNS_OF);
       if ((ALL % H::threads == 0 || i + thread < ALL) && (PIXELS ? row : run * 8) < channels)
-        copy_async16(to_ + X::at(row) + run * 16,
+        copy_async16(to_ + at + run * 16,
                      input + (PIXELS ? row * channel + table.input[run] : run * 16 + table.input[row]), 16);
     }
   };
@@ -328,8 +333,10 @@ PNN_DEVICE void add_products(const Layer &layer, const Part &part, char *memory,
   copy_input(0);
   copy_first_gradient();
   copy_commit();
-  copy_input(1);
-  if (gradient.AHEAD == 2) copy_gradient(1);
+  if (steps > 1) {
+    copy_input(1);
+    if (gradient.AHEAD == 2) copy_gradient(1);
+  }
   copy_commit();
   copy_wait<1>();
   __syncthreads();
@@ -419,8 +426,8 @@ PNN_DEVICE void add_products(const Layer &layer, const Part &part, char *memory,
       for (int b = 0; b < R; b++) products_add_transposed(D{}, d[b], a[i / 2][i % 2][b], descriptor);
     }
     products_commit();
-    copy_input(step + 2);
-    copy_gradient(step + gradient.AHEAD);
+    if (step + 2 < steps) copy_input(step + 2);
+    if (step + gradient.AHEAD < steps) copy_gradient(step + gradient.AHEAD);
     copy_commit();
   }
 #pragma unroll

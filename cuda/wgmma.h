@@ -107,11 +107,15 @@ struct Inputs {
 #pragma unroll
           for (int i = 0; i < 4; i++) words[p][second * 4 + i] = v.w[i];
         } else if (second) {
-          if constexpr (MASKS == 2) {
+          if constexpr (SHARED && MASKS == 4) {
+            const words2 v = load_shared(reinterpret_cast<const words2 *>(from[p]));
+            words[p][0] = v.w[0], words[p][1] = v.w[1];
+          } else if constexpr (MASKS == 2) {
             const words4 v = get(reinterpret_cast<const words4 *>(from[p]));
 #pragma unroll
             for (int i = 0; i < 4; i++) words[p][i] = v.w[i];
           } else if constexpr (MASKS == 16) {
+            if (SHARED) note_load(from[p], 2);
             words[p][0] = *reinterpret_cast<const uint16_t *>(from[p]);
           } else {
 #pragma unroll

@@ -12,7 +12,7 @@ they come from. Nothing here needs a GPU, PyTorch or CUDA.
 Example:
     >>> p = predict((32, 64, 56, 64, 1), "bfloat16", "forward")
     >>> p.bytes, p.flops, p.bound
-    (25698304, 822083584, 'memory')
+    (25698304, 822083584, 'instructions')
 """
 
 from __future__ import annotations
