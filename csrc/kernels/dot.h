@@ -109,15 +109,6 @@ static inline __attribute__((always_inline)) void add_tile(const vr sum[DOT_ROWS
       out[i * ldo + j] = first ? tile[i * DOT_COLUMNS + j] : out[i * ldo + j] + tile[i * DOT_COLUMNS + j];
 }
 
-/* Adds a vector of columns' products to dot's sums. */
-static inline __attribute__((always_inline)) void dot_step(vr one[DOT_ROWS * DOT_COLUMNS], const vr av[DOT_ROWS],
-                                                           const vr bv[DOT_COLUMNS]) {
-#pragma GCC unroll 4
-  for (int i = 0; i < DOT_ROWS; i++)
-#pragma GCC unroll 4
-    for (int j = 0; j < DOT_COLUMNS; j++) one[i * DOT_COLUMNS + j] = vr_fma(av[i], bv[j], one[i * DOT_COLUMNS + j]);
-}
-
 /* One tile of sums, lanes v * VR, ... of all of them at a time: as many columns of each PNN_LANES. Its panels are made
  * on the way, a copied from g, b from its source, where these are not NULL. */
 static inline __attribute__((always_inline)) void dot_tile(int64_t columns, real *restrict a, int64_t lda,
@@ -145,7 +136,7 @@ static inline __attribute__((always_inline)) void dot_tile(int64_t columns, real
     for (int64_t at = v * VR; at < columns; at += PNN_LANES) {
       if (v == 0) __builtin_prefetch(line, 0, 2);
       line += line_step;
-      vr av[DOT_ROWS], bv[DOT_COLUMNS];
+      vr bv[DOT_COLUMNS];
 #pragma GCC unroll 4
       for (int j = 0; j < DOT_COLUMNS; j++) {
         if (source) {
@@ -159,10 +150,12 @@ static inline __attribute__((always_inline)) void dot_tile(int64_t columns, real
       }
 #pragma GCC unroll 4
       for (int i = 0; i < DOT_ROWS; i++) {
-        av[i] = vr_load(g ? g + i * ldg + at : a + i * lda + at);
-        if (g) vr_store(a + i * lda + at, av[i]);
+        vr av = vr_load(g ? g + i * ldg + at : a + i * lda + at);
+        if (g) vr_store(a + i * lda + at, av);
+        KEEP_VECTOR(av);
+#pragma GCC unroll 4
+        for (int j = 0; j < DOT_COLUMNS; j++) one[i * DOT_COLUMNS + j] = vr_fma(av, bv[j], one[i * DOT_COLUMNS + j]);
       }
-      dot_step(one, av, bv);
     }
 #pragma GCC unroll 16
     for (int i = 0; i < DOT_ROWS * DOT_COLUMNS; i++) sum[i][v] = one[i];

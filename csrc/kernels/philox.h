@@ -3,77 +3,79 @@
  *
  * Salmon, Moraes, Dror, Shaw, "Parallel random numbers: as easy as 1, 2, 3", SC 2011. Four 32-bit words of counter and
  * two of key give four words of output, with no state, so that any pixel's mask can be computed by itself. Sixteen
- * counters at a time, word by word; by itself, no compiler finds AVX-512's multiplication of 32-bit halves.
+ * counters at a time, word by word.
  */
 #ifndef PNN_KERNELS_PHILOX_H
 #define PNN_KERNELS_PHILOX_H
 
 #include <stdint.h>
 
+#include "simd.h"
+
 #define PHILOX_LANES 16
 #define PHILOX_M0 UINT32_C(0xD2511F53) /* the multipliers, and what the keys grow by from round to round */
 #define PHILOX_M1 UINT32_C(0xCD9E8D57)
 #define PHILOX_W0 UINT32_C(0x9E3779B9)
 #define PHILOX_W1 UINT32_C(0xBB67AE85)
-#define PHILOX_XOR 0x96 /* what vpternlog calls the exclusive or of all three */
 
-#if defined(PNN_ISA_AVX512)
-/* Rounds first, ..., 9 on words in the low halves of 64-bit lanes: the multiplication reads no more, so that the high
- * halves hold anything. */
-static inline __attribute__((always_inline)) void philox_rounds(__m512i w[4][2], const uint32_t key[2], int first) {
-  const __m512i m0 = _mm512_set1_epi64(PHILOX_M0), m1 = _mm512_set1_epi64(PHILOX_M1);
-  __m512i k0 = _mm512_set1_epi64(key[0] + (uint32_t)first * PHILOX_W0);
-  __m512i k1 = _mm512_set1_epi64(key[1] + (uint32_t)first * PHILOX_W1);
+/* Counters are computed a vf's number at a time, in two vectors of 64-bit lanes: a word is the low half of a lane, and
+ * since the multiplication reads no more, the high half holds anything. */
+typedef struct philox_words {
+  vw w[4][2];
+} philox_words;
+
+/* The rounds' keys, in every lane. */
+typedef struct philox_keys {
+  vw round[10][2];
+} philox_keys;
+
+static inline philox_keys philox_schedule(const uint32_t key[2]) {
+  philox_keys keys;
+  for (uint32_t i = 0; i < 10; i++) {
+    keys.round[i][0] = vw_set1(key[0] + i * PHILOX_W0);
+    keys.round[i][1] = vw_set1(key[1] + i * PHILOX_W1);
+  }
+  return keys;
+}
+
+static inline __attribute__((always_inline)) void philox_rounds(philox_words *words, const philox_keys *keys,
+                                                                int first) {
+  vw(*w)[2] = words->w;
 #pragma GCC unroll 10
-  for (int round = first; round < 10; round++) {
+  for (int round = first; round < 10; round++)
 #pragma GCC unroll 2
     for (int h = 0; h < 2; h++) {
-      const __m512i a = _mm512_mul_epu32(m0, w[0][h]), b = _mm512_mul_epu32(m1, w[2][h]);
-      w[0][h] = _mm512_ternarylogic_epi64(_mm512_srli_epi64(b, 32), w[1][h], k0, PHILOX_XOR);
-      w[2][h] = _mm512_ternarylogic_epi64(_mm512_srli_epi64(a, 32), w[3][h], k1, PHILOX_XOR);
+      const vw a = vw_mul_low(vw_set1(PHILOX_M0), w[0][h]), b = vw_mul_low(vw_set1(PHILOX_M1), w[2][h]);
+      w[0][h] = vw_xor3(b >> 32, w[1][h], keys->round[round][0]);
+      w[2][h] = vw_xor3(a >> 32, w[3][h], keys->round[round][1]);
       w[1][h] = b;
       w[3][h] = a;
     }
-    k0 = _mm512_add_epi32(k0, _mm512_set1_epi64(PHILOX_W0));
-    k1 = _mm512_add_epi32(k1, _mm512_set1_epi64(PHILOX_W1));
-  }
 }
 
-/* Eight words, each in the low half of a lane. */
-static inline __m512i philox_load(const uint32_t *words) {
-  return _mm512_cvtepu32_epi64(_mm256_loadu_si256((const __m256i *)(const void *)words));
+/* PNN_VF words, each to the low half of a lane, and back. */
+static inline void philox_load(const uint32_t *words, vw lanes[2]) {
+  for (int h = 0; h < 2; h++) {
+    vuh half;
+    memcpy(&half, words + h * PNN_VD, sizeof half);
+    lanes[h] = __builtin_convertvector(half, vw);
+  }
 }
-#endif
+static inline void philox_store(uint32_t *words, const vw lanes[2]) {
+  const vu all = vw_low_halves(lanes[0], lanes[1]);
+  memcpy(words, &all, sizeof all);
+}
 
 /* words[w][lane]: the counter's word w on entry, the output's on return. */
-static inline void philox4x32_10(uint32_t words[4][PHILOX_LANES], const uint32_t key[2]) {
-#if defined(PNN_ISA_AVX512)
-  __m512i w[4][2];
+static inline void philox4x32_10(uint32_t words[4][PHILOX_LANES], const philox_keys *keys) {
+  for (int lane = 0; lane < PHILOX_LANES; lane += PNN_VF) {
+    philox_words at;
 #pragma GCC unroll 4
-  for (int i = 0; i < 4; i++)
-#pragma GCC unroll 2
-    for (int h = 0; h < 2; h++) w[i][h] = philox_load(words[i] + 8 * h);
-  philox_rounds(w, key, 0);
+    for (int i = 0; i < 4; i++) philox_load(words[i] + lane, at.w[i]);
+    philox_rounds(&at, keys, 0);
 #pragma GCC unroll 4
-  for (int i = 0; i < 4; i++)
-#pragma GCC unroll 2
-    for (int h = 0; h < 2; h++)
-      _mm256_storeu_si256((__m256i *)(void *)(words[i] + 8 * h), _mm512_cvtepi64_epi32(w[i][h]));
-#else
-  uint32_t k0 = key[0], k1 = key[1];
-  for (int round = 0; round < 10; round++) {
-    for (int i = 0; i < PHILOX_LANES; i++) {
-      const uint64_t a = (uint64_t)PHILOX_M0 * words[0][i];
-      const uint64_t b = (uint64_t)PHILOX_M1 * words[2][i];
-      words[0][i] = (uint32_t)(b >> 32) ^ words[1][i] ^ k0;
-      words[2][i] = (uint32_t)(a >> 32) ^ words[3][i] ^ k1;
-      words[1][i] = (uint32_t)b;
-      words[3][i] = (uint32_t)a;
-    }
-    k0 += PHILOX_W0;
-    k1 += PHILOX_W1;
+    for (int i = 0; i < 4; i++) philox_store(words[i] + lane, at.w[i]);
   }
-#endif
 }
 
 #endif

@@ -48,6 +48,13 @@ typedef vl vm;
  * through it ahead of a tile's products, which leave no registers for that. */
 #define KEEP_POINTER(pointer) __asm__("" : "+r"(pointer))
 
+/* Keeps a vector in its register: short of registers, the compiler would load it again for each multiply-add. */
+#if defined(PNN_ISA_AVX2)
+#define KEEP_VECTOR(vector) __asm__("" : "+x"(vector))
+#else
+#define KEEP_VECTOR(vector) ((void)0)
+#endif
+
 /* The first n < VR reals; the vector's other lanes are zero, memory behind them is not touched. */
 static inline vr vr_load_part(const real *p, int64_t n) {
 #if defined(PNN_ISA_AVX512) && defined(PNN_REAL_F32)

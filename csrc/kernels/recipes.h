@@ -50,6 +50,7 @@ static inline void copy_some(real *dst, const real values[PHILOX_LANES], int64_t
 
 static void recipe_uniform(real *dst, int64_t ld, const pnn_recipe *recipe, real level, int64_t k0, int64_t rows,
                            const pnn_grid *grid) {
+  const philox_keys keys = philox_schedule(recipe->key);
   grid_walk at = grid_begin(grid);
   for (int64_t p = 0; p < grid->count; p += PHILOX_LANES) {
     grid_next(&at, grid);
@@ -63,7 +64,7 @@ static void recipe_uniform(real *dst, int64_t ld, const pnn_recipe *recipe, real
         words[2][j] = (uint32_t)block;
         words[3][j] = 0;
       }
-      philox4x32_10(words, recipe->key);
+      philox4x32_10(words, &keys);
       for (int64_t i = first; i < last; i++) {
         const uint32_t *word = words[i / 4];
         const int shift = (int)(i % 4) * 8;
@@ -75,98 +76,80 @@ static void recipe_uniform(real *dst, int64_t ld, const pnn_recipe *recipe, real
   }
 }
 
-/* The sums of bytes behind the normal masks: of output words 0 and 1 for the even map of a block, 2 and 3 for the odd
- * one. Word 3 of the counter is 2. */
-#if defined(PNN_ISA_AVX512)
-/* What the first two rounds make of the pixels alone, whatever the block, which is the counter's word 2. */
+/* What the first two rounds make of the pixels alone, whatever the block of two maps, which is the counter's word 2.
+ * Its word 3 is 2. */
 typedef struct normal_pixels {
-  __m512i row[2], product0[2], product1[2]; /* of the first round's multiplier 0, and the second one's multiplier 1 */
+  vw row[2], product0[2], product1[2]; /* of the first round's multiplier 0, and the second one's multiplier 1 */
 } normal_pixels;
 
-static inline normal_pixels normal_begin(const grid_walk *at, const uint32_t key[2]) {
-  normal_pixels pixels;
+static inline void normal_begin(normal_pixels *pixels, const uint32_t *rows, const uint32_t *columns,
+                                const philox_keys *keys) {
+  philox_load(rows, pixels->row);
+  philox_load(columns, pixels->product0);
   for (int h = 0; h < 2; h++) {
-    pixels.row[h] = philox_load(at->rows + 8 * h);
-    pixels.product0[h] = _mm512_mul_epu32(_mm512_set1_epi64(PHILOX_M0), philox_load(at->columns + 8 * h));
-    const __m512i word = _mm512_xor_si512(_mm512_srli_epi64(pixels.product0[h], 32), _mm512_set1_epi64(2 ^ key[1]));
-    pixels.product1[h] = _mm512_mul_epu32(_mm512_set1_epi64(PHILOX_M1), word);
+    pixels->product0[h] = vw_mul_low(vw_set1(PHILOX_M0), pixels->product0[h]);
+    pixels->product1[h] = vw_mul_low(vw_set1(PHILOX_M1), pixels->product0[h] >> 32 ^ keys->round[0][1] ^ vw_set1(2));
   }
-  return pixels;
 }
 
+/* The sums of bytes behind the normal masks: of output words 0 and 1 for the even map of a block, 2 and 3 for the odd
+ * one. */
 static inline __attribute__((always_inline)) void normal_sums(const normal_pixels *pixels, int64_t block,
-                                                              const uint32_t key[2], int32_t sums[2][PHILOX_LANES]) {
+                                                              const philox_keys *keys, vi sums[2]) {
   const uint64_t product = (uint64_t)PHILOX_M1 * (uint32_t)block;
-  const __m512i high = _mm512_set1_epi64((uint32_t)(product >> 32) ^ key[0]);
-  const __m512i low = _mm512_set1_epi64((uint32_t)product ^ (key[0] + PHILOX_W0));
-  const __m512i k1 = _mm512_set1_epi64(key[1] + PHILOX_W1);
-  __m512i w[4][2], sum[2][2];
+  const vw high = vw_set1(product >> 32) ^ keys->round[0][0], low = vw_set1((uint32_t)product) ^ keys->round[1][0];
+  philox_words at;
 #pragma GCC unroll 2
   for (int h = 0; h < 2; h++) {
-    const __m512i a = _mm512_mul_epu32(_mm512_set1_epi64(PHILOX_M0), _mm512_xor_si512(pixels->row[h], high));
-    w[0][h] = _mm512_xor_si512(_mm512_srli_epi64(pixels->product1[h], 32), low);
-    w[1][h] = pixels->product1[h];
-    w[2][h] = _mm512_ternarylogic_epi64(_mm512_srli_epi64(a, 32), pixels->product0[h], k1, PHILOX_XOR);
-    w[3][h] = a;
+    const vw a = vw_mul_low(vw_set1(PHILOX_M0), pixels->row[h] ^ high);
+    at.w[0][h] = pixels->product1[h] >> 32 ^ low;
+    at.w[1][h] = pixels->product1[h];
+    at.w[2][h] = vw_xor3(a >> 32, pixels->product0[h], keys->round[1][1]);
+    at.w[3][h] = a;
   }
-  philox_rounds(w, key, 2);
-  const __m512i even = _mm512_set_epi32(30, 28, 26, 24, 22, 20, 18, 16, 14, 12, 10, 8, 6, 4, 2, 0);
+  philox_rounds(&at, keys, 2);
 #pragma GCC unroll 2
   for (int i = 0; i < 2; i++) {
+    vw sum[2];
 #pragma GCC unroll 2
-    for (int h = 0; h < 2; h++) {
-      const __m512i words = _mm512_mask_blend_epi32(0xaaaa, w[2 * i][h], _mm512_slli_epi64(w[2 * i + 1][h], 32));
-      sum[i][h] = _mm512_sad_epu8(words, _mm512_setzero_si512());
-    }
-    _mm512_storeu_si512(sums[i], _mm512_permutex2var_epi32(sum[i][0], even, sum[i][1]));
+    for (int h = 0; h < 2; h++) sum[h] = vw_byte_sums(vw_pair_low(at.w[2 * i][h], at.w[2 * i + 1][h]));
+    sums[i] = (vi)vw_low_halves(sum[0], sum[1]);
   }
 }
+
+static inline void store_normal(real *dst, vi sums, real level, int64_t n) {
+  /* The sum of eight bytes has mean 1020 and variance 8 * (256^2 - 1) / 12 = 43690. 1/sqrt(43690) to float. */
+  const vf deviations = __builtin_convertvector(sums - 1020, vf) * 0x1.39897ep-8f;
+#if defined(PNN_REAL_F32)
+  const vf values[1] = {vf_set1(level) * deviations};
 #else
-typedef grid_walk normal_pixels;
-
-static inline normal_pixels normal_begin(const grid_walk *at, const uint32_t key[2]) {
-  (void)key;
-  return *at;
-}
-
-static inline uint32_t byte_sum(uint32_t a, uint32_t b) {
-  const uint32_t pairs = (a & 0xff00ffu) + ((a >> 8) & 0xff00ffu) + (b & 0xff00ffu) + ((b >> 8) & 0xff00ffu);
-  return (pairs & 0xffffu) + (pairs >> 16);
-}
-
-static inline void normal_sums(const normal_pixels *pixels, int64_t block, const uint32_t key[2],
-                               int32_t sums[2][PHILOX_LANES]) {
-  uint32_t words[4][PHILOX_LANES];
-  for (int j = 0; j < PHILOX_LANES; j++) {
-    words[0][j] = pixels->columns[j];
-    words[1][j] = pixels->rows[j];
-    words[2][j] = (uint32_t)block;
-    words[3][j] = 2;
-  }
-  philox4x32_10(words, key);
-  for (int i = 0; i < 2; i++)
-    for (int j = 0; j < PHILOX_LANES; j++) sums[i][j] = (int32_t)byte_sum(words[2 * i][j], words[2 * i + 1][j]);
-}
+  vd values[2];
+  vf_to_vd(deviations, &values[0], &values[1]);
+  for (int i = 0; i < 2; i++) values[i] *= level;
 #endif
+  if (n >= PNN_VF)
+    memcpy(dst, values, sizeof values);
+  else
+    memcpy(dst, values, (size_t)n * sizeof(real));
+}
 
 static void recipe_normal(real *dst, int64_t ld, const pnn_recipe *recipe, real level, int64_t k0, int64_t rows,
                           const pnn_grid *grid) {
-  /* The sum of eight bytes has mean 1020 and variance 8 * (256^2 - 1) / 12 = 43690. 1/sqrt(43690) to float. */
-  const float inverse_deviation = 0x1.39897ep-8f;
+  const philox_keys keys = philox_schedule(recipe->key);
   grid_walk at = grid_begin(grid);
   for (int64_t p = 0; p < grid->count; p += PHILOX_LANES) {
     grid_next(&at, grid);
-    const normal_pixels pixels = normal_begin(&at, recipe->key);
-    for (int64_t block = k0 / 2; block * 2 < k0 + rows; block++) {
-      int32_t sums[2][PHILOX_LANES];
-      normal_sums(&pixels, block, recipe->key, sums);
-      for (int64_t i = 0; i < 2; i++) {
-        const int64_t k = block * 2 + i;
-        if (k < k0 || k >= k0 + rows) continue;
-        real values[PHILOX_LANES];
-        for (int j = 0; j < PHILOX_LANES; j++)
-          values[j] = level * (real)((float)(sums[i][j] - 1020) * inverse_deviation);
-        copy_some(dst + (k - k0) * ld + p, values, grid->count - p);
+    for (int lane = 0; lane < PHILOX_LANES && p + lane < grid->count; lane += PNN_VF) {
+      normal_pixels pixels;
+      normal_begin(&pixels, at.rows + lane, at.columns + lane, &keys);
+      for (int64_t block = k0 / 2; block * 2 < k0 + rows; block++) {
+        vi sums[2];
+        normal_sums(&pixels, block, &keys, sums);
+        for (int64_t i = 0; i < 2; i++) {
+          const int64_t k = block * 2 + i;
+          if (k >= k0 && k < k0 + rows)
+            store_normal(dst + (k - k0) * ld + p + lane, sums[i], level, grid->count - p - lane);
+        }
       }
     }
   }
@@ -182,6 +165,7 @@ static inline uint32_t wave_frequency(uint32_t word) {
 
 static void recipe_waves(real *dst, int64_t ld, const pnn_recipe *recipe, real level, int64_t k0, int64_t rows,
                          const pnn_grid *grid) {
+  const philox_keys keys = philox_schedule(recipe->key);
   grid_walk at = grid_begin(grid);
   for (int64_t p = 0; p < grid->count; p += WAVE_PIXELS) {
     const int64_t count = grid->count - p < WAVE_PIXELS ? grid->count - p : WAVE_PIXELS;
@@ -199,7 +183,7 @@ static void recipe_waves(real *dst, int64_t ld, const pnn_recipe *recipe, real l
         words[2][i] = 0;
         words[3][i] = 1;
       }
-      philox4x32_10(words, recipe->key);
+      philox4x32_10(words, &keys);
       const int64_t n = rows - r0 < PHILOX_LANES ? rows - r0 : PHILOX_LANES;
       for (int64_t i = 0; i < n; i++) {
         const uint32_t down = wave_frequency(words[0][i]), across = wave_frequency(words[1][i]), start = words[2][i];

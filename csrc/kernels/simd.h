@@ -40,14 +40,16 @@ typedef uint32_t vu __attribute__((vector_size(4 * PNN_VF)));
 typedef double vd __attribute__((vector_size(8 * PNN_VD)));
 typedef int64_t vl __attribute__((vector_size(8 * PNN_VD)));
 typedef uint64_t vw __attribute__((vector_size(8 * PNN_VD)));
-typedef uint16_t vh __attribute__((vector_size(2 * PNN_VF))); /* as many 16-bit values as a vf has floats */
-typedef uint8_t vb __attribute__((vector_size(PNN_VF)));      /* as many bytes */
-typedef double vd2 __attribute__((vector_size(8 * PNN_VF)));  /* as many doubles as a vf has floats */
+typedef uint32_t vuh __attribute__((vector_size(4 * PNN_VD))); /* as many 32-bit values as a vw has lanes */
+typedef uint16_t vh __attribute__((vector_size(2 * PNN_VF)));  /* as many 16-bit values as a vf has floats */
+typedef uint8_t vb __attribute__((vector_size(PNN_VF)));       /* as many bytes */
+typedef double vd2 __attribute__((vector_size(8 * PNN_VF)));   /* as many doubles as a vf has floats */
 
 static inline vf vf_set1(float x) { return x - (vf){0}; }
 static inline vd vd_set1(double x) { return x - (vd){0}; }
 static inline vi vi_set1(int32_t x) { return x - (vi){0}; }
 static inline vl vl_set1(int64_t x) { return x - (vl){0}; }
+static inline vw vw_set1(uint64_t x) { return x - (vw){0}; }
 
 static inline vf vf_load(const float *p) {
   vf v;
@@ -103,6 +105,61 @@ static inline vd vd_abs(vd a) { return (vd)((vl)a & vl_set1(INT64_MAX)); }
 /* The magnitude of a with the sign bit of s. */
 static inline vf vf_copysign(vf a, vf s) { return (vf)(((vi)a & vi_set1(0x7fffffff)) | ((vi)s & vi_set1(INT32_MIN))); }
 static inline vd vd_copysign(vd a, vd s) { return (vd)(((vl)a & vl_set1(INT64_MAX)) | ((vl)s & vl_set1(INT64_MIN))); }
+
+/* Products of the lanes' low halves, whatever the high ones hold; by itself, no compiler finds this instruction. */
+static inline vw vw_mul_low(vw a, vw b) {
+#if defined(PNN_ISA_AVX512)
+  return (vw)_mm512_mul_epu32((__m512i)a, (__m512i)b);
+#elif defined(PNN_ISA_AVX2)
+  return (vw)_mm256_mul_epu32((__m256i)a, (__m256i)b);
+#elif defined(PNN_ISA_NEON)
+  return (vw)vmull_u32(vmovn_u64((uint64x2_t)a), vmovn_u64((uint64x2_t)b));
+#else
+  return (a & UINT32_MAX) * (b & UINT32_MAX);
+#endif
+}
+
+static inline vw vw_xor3(vw a, vw b, vw c) {
+#if defined(PNN_ISA_AVX512)
+  return (vw)_mm512_ternarylogic_epi64((__m512i)a, (__m512i)b, (__m512i)c, 0x96);
+#else
+  return a ^ b ^ c;
+#endif
+}
+
+#if PNN_VF == 16
+#define PNN_EVEN_HALVES 0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30
+#define PNN_EVEN_AND_ODD_HALVES 0, 17, 2, 19, 4, 21, 6, 23, 8, 25, 10, 27, 12, 29, 14, 31
+#elif PNN_VF == 8
+#define PNN_EVEN_HALVES 0, 2, 4, 6, 8, 10, 12, 14
+#define PNN_EVEN_AND_ODD_HALVES 0, 9, 2, 11, 4, 13, 6, 15
+#else
+#define PNN_EVEN_HALVES 0, 2, 4, 6
+#define PNN_EVEN_AND_ODD_HALVES 0, 5, 2, 7
+#endif
+
+/* The low halves of a's lanes and then of b's. */
+static inline vu vw_low_halves(vw a, vw b) { return __builtin_shufflevector((vu)a, (vu)b, PNN_EVEN_HALVES); }
+
+/* Lane by lane, the low halves of `low` and `high` side by side. */
+static inline vw vw_pair_low(vw low, vw high) {
+  return (vw)__builtin_shufflevector((vu)low, (vu)(high << 32), PNN_EVEN_AND_ODD_HALVES);
+}
+
+/* The sum of the eight bytes of each lane. */
+static inline vw vw_byte_sums(vw a) {
+#if defined(PNN_ISA_AVX512)
+  return (vw)_mm512_sad_epu8((__m512i)a, _mm512_setzero_si512());
+#elif defined(PNN_ISA_AVX2)
+  return (vw)_mm256_sad_epu8((__m256i)a, _mm256_setzero_si256());
+#elif defined(PNN_ISA_NEON)
+  return (vw)vpaddlq_u32(vpaddlq_u16(vpaddlq_u8((uint8x16_t)a)));
+#else
+  const vw bytes = vw_set1(UINT64_C(0x00ff00ff00ff00ff)), pairs = (a & bytes) + (a >> 8 & bytes);
+  const vw fours = pairs + (pairs >> 32);
+  return (fours + (fours >> 16)) & 0xffff;
+#endif
+}
 
 /* The two halves of a vf as doubles, exactly, and back, rounded to nearest. */
 static inline void vf_to_vd(vf a, vd *low, vd *high) {
