@@ -127,23 +127,38 @@ static inline vw vw_xor3(vw a, vw b, vw c) {
 #endif
 }
 
-#if PNN_VF == 16
+#if defined(PNN_ISA_AVX512)
 #define PNN_EVEN_HALVES 0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30
 #define PNN_EVEN_AND_ODD_HALVES 0, 17, 2, 19, 4, 21, 6, 23, 8, 25, 10, 27, 12, 29, 14, 31
-#elif PNN_VF == 8
+#elif defined(PNN_ISA_AVX2)
 #define PNN_EVEN_HALVES 0, 2, 4, 6, 8, 10, 12, 14
 #define PNN_EVEN_AND_ODD_HALVES 0, 9, 2, 11, 4, 13, 6, 15
-#else
+#elif defined(PNN_ISA_NEON)
 #define PNN_EVEN_HALVES 0, 2, 4, 6
 #define PNN_EVEN_AND_ODD_HALVES 0, 5, 2, 7
 #endif
 
 /* The low halves of a's lanes and then of b's. */
-static inline vu vw_low_halves(vw a, vw b) { return __builtin_shufflevector((vu)a, (vu)b, PNN_EVEN_HALVES); }
+static inline vu vw_low_halves(vw a, vw b) {
+#if defined(PNN_ISA_PORTABLE) /* whichever half of a lane comes first */
+  vu r;
+  for (int i = 0; i < PNN_VD; i++) {
+    r[i] = (uint32_t)a[i];
+    r[i + PNN_VD] = (uint32_t)b[i];
+  }
+  return r;
+#else
+  return __builtin_shufflevector((vu)a, (vu)b, PNN_EVEN_HALVES);
+#endif
+}
 
 /* Lane by lane, the low halves of `low` and `high` side by side. */
 static inline vw vw_pair_low(vw low, vw high) {
+#if defined(PNN_ISA_PORTABLE)
+  return (low & UINT32_MAX) | high << 32;
+#else
   return (vw)__builtin_shufflevector((vu)low, (vu)(high << 32), PNN_EVEN_AND_ODD_HALVES);
+#endif
 }
 
 /* The sum of the eight bytes of each lane. */
