@@ -755,12 +755,10 @@ class PerturbConv2d(nn.Module):
         sixth of a small call.
         """
         parameters, buffers = self._parameters, self._buffers
-        return (
-            parameters["weight"] if "weight" in parameters else self.weight,
-            parameters["bias"] if "bias" in parameters else self.bias,
-            buffers["mask"] if "mask" in buffers else self.mask,
-            buffers["mask_seed"] if "mask_seed" in buffers else self.mask_seed,
-        )
+        try:
+            return parameters["weight"], parameters["bias"], buffers["mask"], buffers["mask_seed"]
+        except KeyError:
+            return self.weight, self.bias, self.mask, self.mask_seed
 
     def _normalised(
         self,
