@@ -19,16 +19,13 @@
 
 /* ---- sums over pixels ---- */
 
-/* Bytes of a panel's response maps at one pixel: 128 x 512 floats. The panel stays in the second-level cache beside its
- * masks, and the more maps it has, the fewer times the gradient is read. */
-#define MAP_BYTES 512
-/* In the channels-last form, which packs the gradient as well, more maps pay... */
-#define WIDE_MAP_BYTES 1024
-/* ...as far as they and their masks leave the rest of a thread's 1 MiB to the gradient and to what turns the masks. */
+/* A panel's response maps take half of the second-level cache, 128 x 512 floats at most: they stay there beside their
+ * masks, and the more there are, the fewer times the gradient is read. In the channels-last form, which packs the
+ * gradient as well, twice as many pay, as far as they and their masks leave the rest of a thread's 1 MiB to the
+ * gradient and to what turns the masks. */
 #define WIDE_BYTES (768 * 1024)
 #define OUTPUT_BLOCK 16 /* gradient rows beside it, as many as a vector has lanes: channels-last ones are turned */
 #define NEAR_OUTPUTS 8  /* of these, as many as stay in the first-level cache beside a tile of maps */
-#define TOGETHER_BYTES (256 * 1024) /* of a chunk's gradient, at most, that is asked for beside its input */
 
 typedef struct sums_scratch {
   char *maps, *outputs, *totals, *mask, *channels;
@@ -270,10 +267,11 @@ static void join_item(void *sums_, int32_t worker, int64_t item) {
 /* Response maps of an item. */
 static int64_t sums_maps(const pnn_sums *s, int64_t threads) {
   const pnn_problem *p = s->problem;
-  const int64_t few = PNN_MAX(PNN_MIN(p->group_maps, MAP_BYTES / p->real_size), 1), strip = p->kernels->strip_columns;
+  const int64_t wide = p->near_bytes / PNN_CHUNK / p->real_size, strip = p->kernels->strip_columns;
+  const int64_t few = PNN_MAX(PNN_MIN(p->group_maps, wide / 2), 1);
   if (!s->rows || p->pairs) return few;
   const int64_t one = (PNN_CHUNK + (p->shared ? 0 : pnn_mask_rows(p, 1) * s->chunks.pixels)) * p->real_size;
-  const int64_t most = PNN_MIN(WIDE_MAP_BYTES / p->real_size, WIDE_BYTES / one) / strip * strip;
+  const int64_t most = PNN_MIN(wide, WIDE_BYTES / one) / strip * strip;
   const int64_t blocks = pnn_quotient_up(p->group_maps, PNN_MAX(most, few));
   const int64_t many = PNN_MIN(pnn_round_up(pnn_quotient_up(p->group_maps, blocks), strip), p->group_maps);
   /* Not where fewer items would leave threads idle. */
@@ -301,7 +299,7 @@ static pnn_sums sums_prepare(const pnn_problem *p, const pnn_host *host, bool pr
   s.output_rows = pnn_round_up(pnn_quotient_up(p->group_outputs, s.output_cuts), OUTPUT_BLOCK);
   /* The outputs that are packed at a time are but a line or two of a pixel's row: those of all come with the input
    * where they fit; with pairs always, since they are less than a line. */
-  s.together = s.rows && (p->pairs || s.output_rows * PNN_CHUNK * p->native <= TOGETHER_BYTES);
+  s.together = s.rows && (p->pairs || s.output_rows * PNN_CHUNK * p->native <= p->near_bytes / 2);
   s.outputs_part = pnn_arena_take(arena, s.chunks.parts * p->outputs, p->real_size);
   if (products) {
     int64_t count;
@@ -339,9 +337,8 @@ static void sums_run(pnn_sums *s, const pnn_host *host) {
 
 /* ---- input and masks ---- */
 
-#define INPUT_MAPS 64               /* response maps at a time, at least one channel's */
-#define FAR_MASK_BYTES (512 * 1024) /* more masks at a time don't stay in the second-level cache beside the rest */
-#define INPUT_OUTPUTS 1024          /* outputs at a time, where all maps' sums can wait for the next ones */
+#define INPUT_MAPS 64      /* response maps at a time, at least one channel's */
+#define INPUT_OUTPUTS 1024 /* outputs at a time, where all maps' sums can wait for the next ones */
 
 typedef struct inputs_scratch {
   char *gradient, *pairs, *d, *u, *c, *mask, *channels, *mask_gradient;
@@ -670,7 +667,7 @@ static pnn_inputs inputs_prepare(const pnn_problem *p, const pnn_host *host, boo
   const int64_t slab = in.block ? in.window / block_channels * in.block : 0;
   if (!in.masks && p->masks > 1 && !p->shared && p->noise == PNN_NOISE_TENSOR && slab < p->group_maps &&
       pnn_columns_native(p, &p->grad_output) && /* else each slab would turn it again */
-      pnn_mask_rows(p, p->group_maps) * in.deal.pixels * p->real_size > FAR_MASK_BYTES) {
+      pnn_mask_rows(p, p->group_maps) * in.deal.pixels * p->real_size > p->near_bytes) {
     in.slab = slab;
     in.deal = pnn_deal_columns(p, host, in.width, PNN_PANEL, pnn_mask_rows(p, slab), p->groups, true);
   }

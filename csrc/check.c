@@ -397,6 +397,7 @@ pnn_status pnn_check(const pnn_params *params, pnn_pass pass, const pnn_host *ho
     if (pass == PNN_PASS_BACKWARD) q.grad_mask = mask_view(&params->grad_mask, &q);
   }
   q.kernels = pnn_kernels_get(q.precision);
+  q.near_bytes = pnn_near_bytes();
   q.rounded = q.product_type == PNN_BFLOAT16 || q.product_type == PNN_FLOAT16;
   q.pairs = q.product_type == PNN_BFLOAT16 && !params->exact && pnn_kernels_pairs(q.kernels);
   q.tile_rows = q.pairs ? q.kernels->strip_rows : q.kernels->tile_rows;

@@ -8,12 +8,10 @@
 
 #include "internal.h"
 
-#define PANEL_BYTES (64 * 1024) /* leave the second-level cache to the masks and the weights */
-#define MORE_BYTES (256 * 1024)
-
 int64_t pnn_panel_columns(const pnn_problem *problem, int64_t rows, int64_t more) {
-  const int64_t a = pnn_quotient(PANEL_BYTES / problem->real_size, PNN_MAX(rows, 1));
-  const int64_t b = pnn_quotient(MORE_BYTES / problem->real_size, PNN_MAX(more, 1));
+  /* The rest of the second-level cache is left to the masks and the weights. */
+  const int64_t near = problem->near_bytes / problem->real_size;
+  const int64_t a = pnn_quotient(near / 8, PNN_MAX(rows, 1)), b = pnn_quotient(near / 2, PNN_MAX(more, 1));
   return PNN_MAX(PNN_PANEL, PNN_MIN(PNN_MIN(a, b) / PNN_PANEL * PNN_PANEL, PNN_WIDEST));
 }
 
@@ -194,10 +192,8 @@ void pnn_ahead_add(const pnn_problem *problem, pnn_ahead *ahead, const pnn_range
   }
 }
 
-/* A range's masks should stay in the second-level cache beside the panels... */
-#define MASK_BYTES (256 * 1024)
-/* ...and may take this and once dV's bytes, where not even a panel's columns would fit (few outputs,
- * many maps). */
+/* A range's masks should stay in the second-level cache beside the panels, in half of it, and may take this and once
+ * dV's bytes, where not even a panel's columns would fit (few outputs, many maps). */
 #define LEAST_MASK_BYTES (128 * 1024)
 
 pnn_deal pnn_deal_columns(const pnn_problem *problem, const pnn_host *host, int64_t width, int64_t unit,
@@ -205,7 +201,7 @@ pnn_deal pnn_deal_columns(const pnn_problem *problem, const pnn_host *host, int6
   const int64_t pixels = problem->pixels, images = problem->batch;
   /* Four pieces a thread even out what the threads lose to other work. */
   const int64_t wanted = pnn_quotient_up(4 * (int64_t)(host ? host->threads : 1), PNN_MAX(share, 1));
-  int64_t most = mask_rows ? pnn_quotient(MASK_BYTES / problem->real_size, mask_rows) : pixels;
+  int64_t most = mask_rows ? pnn_quotient(problem->near_bytes / 2 / problem->real_size, mask_rows) : pixels;
   if (whole_batch || images < wanted) {
     const int64_t ranges = whole_batch ? wanted : pnn_quotient_up(wanted, PNN_MAX(images, 1));
     most = PNN_MIN(most, pnn_quotient_up(pixels, ranges));

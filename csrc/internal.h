@@ -67,6 +67,7 @@ typedef struct pnn_problem {
   int precision; /* 0 float, 1 double: index of the kernels' table */
   int64_t real_size;
   const pnn_kernels *kernels;
+  int64_t near_bytes;              /* pnn_near_bytes() */
   bool rounded;                    /* the product's operands are rounded to 16 bits */
   bool pairs;                      /* products by bfloat16 dot products */
   int64_t tile_rows, tile_columns; /* of the products whose columns are pixels */
@@ -196,6 +197,12 @@ void pnn_columns_pair(const pnn_problem *problem, const pnn_columns *columns, co
 /* Whether the processor walks the page tables for the page behind one that is read from end to end (dispatch.c):
  * Intel's do, and asking for a line of each in advance costs them a twentieth of a pass. */
 bool pnn_pages_foreseen(void);
+
+/* What blocks are sized for (cache.c): the bytes of a core's second-level cache, in steps of PNN_NEAR_LEAST, as far as
+ * larger blocks were found to pay. Only speed and the workspace depend on it. */
+#define PNN_NEAR_LEAST (128 * 1024)
+#define PNN_NEAR_MOST (512 * 1024)
+int64_t pnn_near_bytes(void);
 
 /* Adds to what is asked for ahead (kernels/ahead.h) the first run of the panel at `column` of the range, `count`
  * columns, for `channels` channels from `channel` on; nothing where there are none or the view has other strides. */

@@ -1,6 +1,6 @@
 // isa_test.cc - results and masks have the same bits on every instruction set that this machine has (bfloat16 where
-// `exact` is set), and PNN_MAX_ISA really chose the set. The set is fixed at a process's first call, so this program
-// runs itself once for each, with --print-hashes.
+// `exact` is set) and with every size of its caches, and PNN_MAX_ISA and PNN_L2_BYTES really chose. Both are fixed at a
+// process's first call, so this program runs itself once for each, with --print-hashes or --print-near.
 #include "isa_hashes.h"
 
 #include <gtest/gtest.h>
@@ -8,17 +8,21 @@
 #include <fstream>
 #include <sstream>
 
+extern "C" int64_t pnn_near_bytes(void);  // csrc/internal.h
+
 namespace pnn_test {
 namespace {
 
-// Runs this program with PNN_MAX_ISA set to `cap` (nullptr: unset) and returns what it prints.
-std::string print_under(const char *cap) {
-  std::string command = cap != nullptr ? std::string("PNN_MAX_ISA='") + cap + "' " : std::string("env -u PNN_MAX_ISA ");
+// Runs this program with one of its arguments and an environment variable set to `value` (nullptr: unset), and returns
+// what it prints.
+std::string print_under(const char *variable, const char *value, const char *argument) {
+  std::string command =
+      value != nullptr ? std::string(variable) + "='" + value + "' " : "env -u " + std::string(variable) + " ";
   // The shell would resolve /proc/self to itself.
   char path[4096] = {};
   const ssize_t length = readlink("/proc/self/exe", path, sizeof path - 1);
   EXPECT_GT(length, 0);
-  command += std::string("'") + path + "' --print-hashes";
+  command += std::string("'") + path + "' " + argument;
   std::FILE *pipe = popen(command.c_str(), "r");
   if (pipe == nullptr) {
     ADD_FAILURE() << "could not run " << command;
@@ -30,6 +34,8 @@ std::string print_under(const char *cap) {
   EXPECT_EQ(pclose(pipe), 0) << command;
   return text;
 }
+
+std::string print_under(const char *cap) { return print_under("PNN_MAX_ISA", cap, "--print-hashes"); }
 
 std::string isa_of(const std::string &text) {
   const size_t end = text.find('\n');
@@ -98,6 +104,40 @@ TEST(Isa, UnknownCapsChangeNothing) {
 #endif
 }
 
+TEST(Cache, EverySizeGivesTheSameBits) {
+  const std::string first = print_under("PNN_L2_BYTES", "131072", "--print-hashes");
+  ASSERT_GT(hashes_of(first).size(), 2000u);
+  for (const char *bytes : {"262144", "393216", "524288"}) {
+    std::istringstream left(first);
+    std::istringstream right(print_under("PNN_L2_BYTES", bytes, "--print-hashes"));
+    std::string a;
+    std::string b;
+    while (std::getline(left, a)) {
+      ASSERT_TRUE(static_cast<bool>(std::getline(right, b)));
+      EXPECT_EQ(a, b) << "131072 and " << bytes << " differ";
+    }
+    EXPECT_FALSE(static_cast<bool>(std::getline(right, b)));
+  }
+}
+
+TEST(Cache, BlocksAreSizedForIt) {
+  const auto near_bytes = [](const char *bytes) {
+    return std::stoll("0" + print_under("PNN_L2_BYTES", bytes, "--print-near"));
+  };
+  const int64_t unset = near_bytes(nullptr);
+  EXPECT_EQ(unset % 131072, 0);
+  EXPECT_GE(unset, 131072);
+  EXPECT_LE(unset, 524288);
+  EXPECT_EQ(near_bytes("1"), 131072);
+  EXPECT_EQ(near_bytes("262143"), 131072);
+  EXPECT_EQ(near_bytes("262144"), 262144);
+  EXPECT_EQ(near_bytes("400000"), 393216);
+  EXPECT_EQ(near_bytes("1048576"), 524288);
+  EXPECT_EQ(near_bytes("99999999999999999999"), 524288);
+  for (const char *nothing : {"", "0", "-131072", "nonsense", "256K", "131072 "})
+    EXPECT_EQ(near_bytes(nothing), unset) << nothing;
+}
+
 TEST(Isa, HashesSeeEveryBit) {
   // A hash that ignored its input would make every comparison above pass.
   EXPECT_NE(hash_bits(kHashStart, {1}), hash_bits(kHashStart, {2}));
@@ -114,6 +154,10 @@ TEST(Isa, HashesSeeEveryBit) {
 int main(int argc, char **argv) {
   if (argc == 2 && std::string(argv[1]) == "--print-hashes") {
     pnn_test::print_isa_hashes(stdout);
+    return 0;
+  }
+  if (argc == 2 && std::string(argv[1]) == "--print-near") {
+    std::printf("%lld\n", static_cast<long long>(pnn_near_bytes()));
     return 0;
   }
   testing::InitGoogleTest(&argc, argv);

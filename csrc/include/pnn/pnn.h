@@ -197,6 +197,10 @@ PNN_API const char *pnn_status_string(pnn_status status);
  * changes nothing. */
 PNN_API const char *pnn_isa_name(void);
 
+/* Blocks are sized for the second-level cache of a core as the system reports it, up to 512 KiB; the environment
+ * variable PNN_L2_BYTES, read at the first call, says another size (a number of bytes; anything else changes nothing).
+ * Speed and the workspace's size depend on it, results never. */
+
 /* Threads of this library's own: OpenMP where it was built with it, else NULL (the calling thread). */
 PNN_API const pnn_host *pnn_default_host(void);
 
