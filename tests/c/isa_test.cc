@@ -47,6 +47,18 @@ std::string hashes_of(const std::string &text) {
   return end == std::string::npos ? "" : text.substr(end + 1);
 }
 
+void expect_same_lines(const std::string &one, const std::string &other, const std::string &which) {
+  std::istringstream left(one);
+  std::istringstream right(other);
+  std::string a;
+  std::string b;
+  while (std::getline(left, a)) {
+    ASSERT_TRUE(static_cast<bool>(std::getline(right, b))) << which;
+    EXPECT_EQ(a, b) << which << " differ";
+  }
+  EXPECT_FALSE(static_cast<bool>(std::getline(right, b))) << which;
+}
+
 // The sets of this machine by the operating system's account, best first.
 std::vector<std::string> machine_sets() {
   std::vector<std::string> sets;
@@ -79,15 +91,7 @@ TEST(Isa, EverySetOfThisMachineGivesTheSameBits) {
     const std::string text = print_under(set.c_str());
     EXPECT_EQ(isa_of(text), set) << "PNN_MAX_ISA=" << set << " on a machine that has it";
     std::printf("[          ] %s ran\n", isa_of(text).c_str());
-    std::istringstream left(hashes_of(first));
-    std::istringstream right(hashes_of(text));
-    std::string a;
-    std::string b;
-    while (std::getline(left, a)) {
-      ASSERT_TRUE(static_cast<bool>(std::getline(right, b)));
-      EXPECT_EQ(a, b) << sets.front() << " and " << set << " differ";
-    }
-    EXPECT_FALSE(static_cast<bool>(std::getline(right, b)));
+    expect_same_lines(hashes_of(first), hashes_of(text), sets.front() + " and " + set);
     ran++;
   }
   EXPECT_EQ(ran, static_cast<int64_t>(sets.size()));
@@ -108,15 +112,8 @@ TEST(Cache, EverySizeGivesTheSameBits) {
   const std::string first = print_under("PNN_L2_BYTES", "131072", "--print-hashes");
   ASSERT_GT(hashes_of(first).size(), 2000u);
   for (const char *bytes : {"262144", "393216", "524288"}) {
-    std::istringstream left(first);
-    std::istringstream right(print_under("PNN_L2_BYTES", bytes, "--print-hashes"));
-    std::string a;
-    std::string b;
-    while (std::getline(left, a)) {
-      ASSERT_TRUE(static_cast<bool>(std::getline(right, b)));
-      EXPECT_EQ(a, b) << "131072 and " << bytes << " differ";
-    }
-    EXPECT_FALSE(static_cast<bool>(std::getline(right, b)));
+    const std::string text = print_under("PNN_L2_BYTES", bytes, "--print-hashes");
+    expect_same_lines(first, text, std::string("131072 and ") + bytes);
   }
 }
 
