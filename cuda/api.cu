@@ -259,10 +259,7 @@ Status forward(const pnn_problem &p, Plan &plan, Stream stream) {
   const Pieces &w = plan.pieces;
   if (w.waves) PNN_STOP_IF(run_waves(l, p.shared ? p.masks : p.maps, w.waves, stream));
   if (p.training) {
-    /* The moments' response maps are neither centred nor of the weight's type. */
-    Layer moments = l;
-    moments.mean = nullptr;
-    if (l.columns > 0) PNN_STOP_IF(run_moments(moments, p.input.dtype, w.parts, stream));
+    if (l.columns > 0) PNN_STOP_IF(run_moments(l, p.input.dtype, w.parts, stream));
     PNN_STOP_IF(run_moments_finish(l, is_double, w.parts, vector_of(params.mean), vector_of(params.variance), stream));
   }
   const Matrix weight = matrix_of(params.weight);

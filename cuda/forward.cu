@@ -216,7 +216,7 @@ __global__ void __launch_bounds__(S::threads, (blocks_of<D, S, (WAY != ANY_WAY)>
   const int64_t output_first = group * layer.group_outputs + t0;
   const int rows =
       layer.group_outputs - t0 < S::rows ? static_cast<int>(layer.group_outputs - t0) : static_cast<int>(S::rows);
-  const R *const start = static_cast<const R *>(PLAIN ? nullptr : layer.start); /* of normalisation */
+  const R *const start = static_cast<const R *>(layer.start); /* of normalisation */
   const D *const bias = reinterpret_cast<const D *>(layer.bias) + output_first * layer.bias_step;
   if (start || layer.bias)
     tile.start([&](int row) {

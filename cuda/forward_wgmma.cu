@@ -276,7 +276,7 @@ Status run(const Layer &layer, Matrix weight, void *copy, Stream stream) {
   if (status != STATUS_OK) return status;
   Layer copied = layer;
   copied.weight = static_cast<const char *>(copy);
-  switch (reading_of(layer.input_staging, layer.group_channels)) {
+  switch (reading_of<D>(layer.input_staging, layer.group_channels)) {
     case READ_PIXELS: return launch<D, S, READ_PIXELS>(copied, stream);
     case READ_CHANNELS: return launch<D, S, READ_CHANNELS>(copied, stream);
     default: return launch<D, S, READ_ELEMENTS>(copied, stream);
@@ -300,7 +300,8 @@ void list(Visit visit, const std::string &name) {
 
 bool forward_wgmma_fits(const Layer &layer, int product) {
   if (product != PNN_BFLOAT16 && product != PNN_FLOAT16) return false;
-  return is_plain<bfloat16>(layer) && layer.group_outputs > Narrow::outputs / 2 && layer.columns > 0 && has_wgmma();
+  return is_plain<bfloat16>(layer) && !layer.mean && layer.group_outputs > Narrow::outputs / 2 && layer.columns > 0 &&
+         has_wgmma();
 }
 
 int64_t wgmma_weight_elements(int64_t groups, int64_t columns, int64_t depth) {

@@ -114,19 +114,18 @@ PNN_DEVICE void store_sums(float *to, const float d[SIXTEEN]) {
   }
 }
 
-/* f(a constant with the masks of a channel), of as many as share sixteen maps; with CHANNELS eight at most. */
-template <bool CHANNELS, class F>
-PNN_DEVICE void with_masks(int shift, F f) {
-  if (shift == 0)
-    f(std::integral_constant<int, 1>());
-  else if (shift == 1)
-    f(std::integral_constant<int, 2>());
-  else if (shift == 2)
-    f(std::integral_constant<int, 4>());
-  else if (CHANNELS || shift == 3)
-    f(std::integral_constant<int, 8>());
-  else if constexpr (!CHANNELS)
-    f(std::integral_constant<int, 16>());
+/* da = da + offset + slope * c of four maps from `map` on, in training: c is their centred response, relu's derivative
+ * comes after. */
+template <class D>
+PNN_DEVICE void add_affine(const Layer &layer, uint32_t map, const float u[4], float da[4]) {
+  const Four mean = four_from(layer.mean, map), offset = four_from(layer.offset, map),
+             slope = four_from(layer.slope, map);
+#pragma unroll
+  for (int e = 0; e < 4; e++) {
+    float c = u[e] - mean.of[e]; /* where u is not above 0, da means nothing */
+    if constexpr (sizeof(D) == 2) c = widen(round_to(D{}, c));
+    da[e] = fma_(slope.of[e], c, da[e] + offset.of[e]);
+  }
 }
 
 /* From da to d in plain layers (response.h), for SHARE maps of a pixel from k on, `count` of which are there; `d` is
@@ -144,7 +143,8 @@ PNN_DEVICE void plain_gradient(const Layer &layer, const PhiloxKeys &keys, int64
     const char *const from = x + static_cast<int64_t>((k + static_cast<uint32_t>(run)) >> shift) * step;
     InputOnItsWay<D, CHANNELS> input;
     with_masks<CHANNELS>(shift, [&](auto masks) { input.template ask<decltype(masks)::value>(from, step); });
-    uint32_t words[4] = {column.pixel.column, column.pixel.row, block + static_cast<uint32_t>(run / SIXTEEN), 0};
+    const uint32_t here = block + static_cast<uint32_t>(run / SIXTEEN);
+    uint32_t words[4] = {column.pixel.column, column.pixel.row, here, 0};
     philox(words, keys);
 #pragma unroll
     for (int i = 0; i < 4; i++) words[i] = keep(words[i]); /* before x is waited for */
@@ -159,17 +159,27 @@ PNN_DEVICE void plain_gradient(const Layer &layer, const PhiloxKeys &keys, int64
 #pragma unroll
       for (int i = 0; i < SIXTEEN; i += 4) {
         const words4 four = load_shared(reinterpret_cast<const words4 *>(d + run + i));
+        float da[4];
 #pragma unroll
-        for (int e = 0; e < 4; e++) u[i + e] = u[i + e] <= 0 ? 0.0f : float_of(four.w[e]);
+        for (int e = 0; e < 4; e++) da[e] = float_of(four.w[e]);
+        if (layer.slope) add_affine<D>(layer, here * SIXTEEN + static_cast<uint32_t>(i), u + i, da);
+#pragma unroll
+        for (int e = 0; e < 4; e++) u[i + e] = u[i + e] <= 0 ? 0.0f : da[e];
       }
       /* Where this thread has read already. */
       with_masks<true>(shift, [&](auto masks) { store_sums<decltype(masks)::value>(d + (run >> shift), u); });
     } else {
 #pragma unroll
-      for (int e = 0; e < SIXTEEN; e++) {
-        float *const at = d + (run + e) * PITCH;
-        note_load(at, sizeof(float));
-        *at = u[e] <= 0 ? 0.0f : *at;
+      for (int i = 0; i < SIXTEEN; i += 4) {
+        float da[4];
+#pragma unroll
+        for (int e = 0; e < 4; e++) {
+          da[e] = d[(run + i + e) * PITCH];
+          note_load(d + (run + i + e) * PITCH, sizeof(float));
+        }
+        if (layer.slope) add_affine<D>(layer, here * SIXTEEN + static_cast<uint32_t>(i), u + i, da);
+#pragma unroll
+        for (int e = 0; e < 4; e++) d[(run + i + e) * PITCH] = u[i + e] <= 0 ? 0.0f : da[e];
       }
     }
   }

@@ -131,18 +131,6 @@ PNN_DEVICE void place_pixels(const Layer &layer, int tile, Place place[2], bool 
   }
 }
 
-/* Both pixels' calls in one: they share the keys, which have no registers of their own. */
-PNN_DEVICE void philox_both(uint32_t words[2][4], uint64_t seed) {
-  uint32_t k0 = keep(static_cast<uint32_t>(seed)), k1 = keep(static_cast<uint32_t>(seed >> 32));
-#pragma unroll
-  for (int round = 0; round < 10; round++) {
-#pragma unroll
-    for (int p = 0; p < 2; p++) philox_round(words[p], k0, k1);
-    k0 += 0x9E3779B9u;
-    k1 += 0xBB67AE85u;
-  }
-}
-
 /* dx of two pixels' COUNT channels, the first of which is at `to`. */
 template <class D, int COUNT>
 PNN_DEVICE void store_channels(const Layer &layer, const Grid &grid, char *const to[2], const bool there[2],
@@ -431,8 +419,9 @@ bool input_gradient_wgmma_fits(const Layer &layer, int product) {
   if (product != PNN_BFLOAT16 && product != PNN_FLOAT16) return false;
   const bool whole = layer.grad_output_staging == STAGE_PIXELS ||
                      (layer.grad_output_staging == STAGE_CHANNELS && layer.group_outputs % 8 == 0);
-  return way_of<bfloat16>(layer) != ANY_WAY && whole && layer.masks <= 64 && layer.group_maps > Narrow::maps / 2 &&
-         weight_bytes(layer, Narrow::maps) <= MOST_BYTES && layer.columns > 0 && has_wgmma();
+  return way_of<bfloat16>(layer) != ANY_WAY && !layer.mean && whole && layer.masks <= 64 &&
+         layer.group_maps > Narrow::maps / 2 && weight_bytes(layer, Narrow::maps) <= MOST_BYTES && layer.columns > 0 &&
+         has_wgmma();
 }
 
 void list_input_gradient_wgmma(Visit visit) {

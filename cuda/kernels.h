@@ -77,7 +77,7 @@ inline bool weight_gradient_is_large(const Layer &layer) {
 }
 
 /* Columns that one block of the moments' kernel takes, and numbers that it leaves of each map. */
-constexpr int MOMENTS_COLUMNS = 2048, MOMENTS_NUMBERS = 4;
+constexpr int MOMENTS_COLUMNS = 1024, MOMENTS_NUMBERS = 4;
 
 /* What a product is made of: one of pnn_dtype, or float32 rounded to TF32. */
 constexpr int PRODUCT_TF32 = 100;

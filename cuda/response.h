@@ -8,6 +8,8 @@
 #ifndef PNN_CUDA_RESPONSE_H
 #define PNN_CUDA_RESPONSE_H
 
+#include <type_traits>
+
 #include "activation.h"
 #include "layer.h"
 #include "tile.h"
@@ -53,6 +55,18 @@ PNN_DEVICE PhiloxKeys philox_keys(uint64_t seed) {
 PNN_DEVICE void philox(uint32_t w[4], const PhiloxKeys &keys) {
 #pragma unroll
   for (int round = 0; round < 10; round++) philox_round(w, keys.of[round][0], keys.of[round][1]);
+}
+
+/* Two pixels' calls in one: they share the keys, which have no registers of their own. */
+PNN_DEVICE void philox_both(uint32_t words[2][4], uint64_t seed) {
+  uint32_t k0 = keep(static_cast<uint32_t>(seed)), k1 = keep(static_cast<uint32_t>(seed >> 32));
+#pragma unroll
+  for (int round = 0; round < 10; round++) {
+#pragma unroll
+    for (int p = 0; p < 2; p++) philox_round(words[p], k0, k1);
+    k0 += 0x9E3779B9u;
+    k1 += 0xBB67AE85u;
+  }
 }
 
 /* (2u - 255) / 256 for a byte, exactly: 256 + (2u + 1) / 256 by its bits, of which u is the second byte, then one
@@ -359,7 +373,7 @@ bool is_plain(const Layer &layer) {
   return sizeof(D) < 8 && layer.noise == PNN_NOISE_UNIFORM && !layer.shared && layer.group_maps % 16 == 0 &&
          layer.columns < INT32_MAX - 128 && layer.outputs * layer.maps < INT32_MAX - 128 &&
          (layer.columns / 64 + 1) * (layer.outputs > layer.maps ? layer.outputs : layer.maps) < INT32_MAX &&
-         layer.activation == PNN_ACTIVATION_RELU && !layer.mean && !layer.input_float && layer.masks_shift >= 0;
+         layer.activation == PNN_ACTIVATION_RELU && !layer.input_float && layer.masks_shift >= 0;
 }
 template <class D>
 Way way_of(const Layer &layer) {
@@ -370,6 +384,21 @@ Way way_of(const Layer &layer) {
 }
 
 constexpr int SIXTEEN = 16; /* maps of a pixel that a thread of a plain layer makes at a time: a Philox call's */
+
+/* f(a constant with the masks of a channel), of as many as share sixteen maps; with CHANNELS eight at most. */
+template <bool CHANNELS, class F>
+PNN_DEVICE void with_masks(int shift, F f) {
+  if (shift == 0)
+    f(std::integral_constant<int, 1>());
+  else if (shift == 1)
+    f(std::integral_constant<int, 2>());
+  else if (shift == 2)
+    f(std::integral_constant<int, 4>());
+  else if (CHANNELS || shift == 3)
+    f(std::integral_constant<int, 8>());
+  else if constexpr (!CHANNELS)
+    f(std::integral_constant<int, 16>());
+}
 
 /* x of sixteen maps with MASKS to a channel, from shared memory; channels are `step` bytes apart, side by side with
  * VECTOR. */
@@ -415,14 +444,34 @@ PNN_DEVICE void plain_perturbed(const Layer &layer, const PhiloxKeys &keys, uint
   for (int e = 0; e < SIXTEEN; e++) u[e] = u[e] + layer.level_float * lattice_in(words[e / 4], e % 4);
 }
 
+/* Of numbers that each map has one of, in device memory: those of four maps, of which the first is a fourth one. */
+struct Four {
+  float of[4];
+};
+PNN_DEVICE Four four_from(const void *numbers, uint32_t map) {
+  const words4 w = load_global(reinterpret_cast<const words4 *>(static_cast<const float *>(numbers) + map));
+  return {{float_of(w.w[0]), float_of(w.w[1]), float_of(w.w[2]), float_of(w.w[3])}};
+}
+
 /* Their response to shared memory as D; x is there too, its channels STEP bytes apart. */
 template <class D, int STEP>
 PNN_DEVICE void plain_response(const Layer &layer, const PhiloxKeys &keys, uint32_t block, uint32_t row,
                                uint32_t column, const char *x, D *to) {
   float u[SIXTEEN];
   plain_perturbed<D, STEP == static_cast<int>(sizeof(D))>(layer, keys, block, row, column, x, STEP, u);
-  store_run_relu(to, u);
-  store_run_relu(to + RUN, u + RUN);
+  if (!layer.mean) {
+    store_run_relu(to, u);
+    store_run_relu(to + RUN, u + RUN);
+    return;
+  }
+#pragma unroll
+  for (int i = 0; i < SIXTEEN; i += 4) {
+    const Four mean = four_from(layer.mean, block * SIXTEEN + static_cast<uint32_t>(i));
+#pragma unroll
+    for (int e = 0; e < 4; e++) u[i + e] = (u[i + e] < 0 ? 0.0f : u[i + e]) - mean.of[e];
+  }
+  store_run(to, u);
+  store_run(to + RUN, u + RUN);
 }
 
 PNN_DEVICE uint64_t seed_read(const Layer &layer) { return layer.seed ? static_cast<uint64_t>(*layer.seed) : 0; }

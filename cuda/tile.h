@@ -437,15 +437,13 @@ PNN_DEVICE void store_zeros(D *to) {
 PNN_DEVICE void store_run(bfloat16 *to, const float v[8]) {
   words4 w;
 #pragma unroll
-  for (int i = 0; i < 4; i++)
-    w.w[i] = static_cast<uint32_t>(round_to(bfloat16{}, v[2 * i + 1]).bits) << 16 | round_to(bfloat16{}, v[2 * i]).bits;
+  for (int i = 0; i < 4; i++) w.w[i] = round_pair(bfloat16{}, v[2 * i], v[2 * i + 1]);
   store_shared(reinterpret_cast<words4 *>(to), w);
 }
 PNN_DEVICE void store_run(float16 *to, const float v[8]) {
   words4 w;
 #pragma unroll
-  for (int i = 0; i < 4; i++)
-    w.w[i] = static_cast<uint32_t>(round_to(float16{}, v[2 * i + 1]).bits) << 16 | round_to(float16{}, v[2 * i]).bits;
+  for (int i = 0; i < 4; i++) w.w[i] = round_pair(float16{}, v[2 * i], v[2 * i + 1]);
   store_shared(reinterpret_cast<words4 *>(to), w);
 }
 PNN_DEVICE void store_run(float *to, const float v[8]) {

@@ -588,7 +588,7 @@ void list(Visit visit, const std::string &name) {
 }  // namespace
 
 bool weight_gradient_wgmma_may_fit(const Layer &layer, int product) {
-  return (product == PNN_BFLOAT16 || product == PNN_FLOAT16) && is_plain<bfloat16>(layer) &&
+  return (product == PNN_BFLOAT16 || product == PNN_FLOAT16) && is_plain<bfloat16>(layer) && !layer.mean &&
          layer.group_outputs > Shape<Narrow>::outputs / 2 && layer.columns > 0;
 }
 

@@ -43,7 +43,7 @@ from pathlib import Path
 
 TABLE = Path(__file__).with_name("kernels.txt")
 WIDTH = 48  # of a kernel's name in the tables
-TILED = ("forward", "input_gradient", "weight_gradient", "moments", "channels_last")
+TILED = ("forward", "input_gradient", "weight_gradient", "moments", "moments_plain", "channels_last")
 DOUBLE = re.compile(r"^D(FMA|ADD|MUL|SETP|MNMX|MMA)$")
 COUNTED = (
     ("all", None),
@@ -287,7 +287,7 @@ def check(
         doubles = sorted(op for op in operations if DOUBLE.match(op))
         if "double" not in words and doubles:
             failures.append(f"{where}: {', '.join(doubles)}, double precision")
-        needed = set() if words[0] in ("moments", "channels_last") else {"LDGSTS"}
+        needed = set() if words[0] in ("moments", "moments_plain", "channels_last") else {"LDGSTS"}
         if words[0].endswith("_wgmma"):
             needed |= {"HGMMA"}
             if 2 * operations["WAIT_ALL"] > operations["HGMMA"]:

@@ -418,6 +418,39 @@ void expect_close(const Tensor &tensor, const Sums<long double> &want, double te
   if (wrong > 3) ADD_FAILURE() << name << ": " << wrong << " of " << tensor.count() << " are out of bounds";
 }
 
+/* All results against plain loops in long double; the statistics in training, too. */
+void check_bounded(const Case &c, double *worst) {
+  SCOPED_TRACE(c.describe());
+  Problem p(c);
+  ASSERT_EQ(p.forward(), PNN_OK) << p.error.message;
+  const ReferenceInput in = p.reference_input();
+  ASSERT_EQ(p.backward(), PNN_OK) << p.error.message;
+  Reference<long double> reference(in);
+  ReferenceOutput<long double> out;
+  reference.forward(out, &in.mean, &in.variance);
+  reference.backward(out, in.mean, in.variance);
+  const double u = unit_of(c.statistics_type()), n = static_cast<double>(c.samples());
+  double slack = is_exact(c.activation) ? 0 : 24 * u;
+  if (is_half(c.weight_type) && (c.norm || !is_exact(c.activation))) slack += 4 * unit_of(c.weight_type);
+  /* Two operands, each rounded to 11 bits; where there is normalisation, of sums that were made so too. */
+  const double products = c.tf32 ? 0x1p-10 + 0x1p-22 : 0, again = c.norm ? 2 * products : products;
+  const double terms = static_cast<double>(c.columns()), more = c.norm ? n + 16 : 0;
+  if (c.training)
+    for (int64_t k = 0; k < c.K(); k++) {
+      const size_t s = static_cast<size_t>(k);
+      EXPECT_LE(std::fabs(p.mean.value(k) - out.mean.value[s]), (16 * u + slack) * out.mean.magnitude[s]);
+      EXPECT_LE(std::fabs(p.variance.value(k) - out.variance.value[s]),
+                (64 * u + 8 * slack) * (out.variance.value[s] + out.mean.magnitude[s] * out.mean.magnitude[s]));
+    }
+  expect_close(p.output, out.output, terms + 8, slack + products, c, "output", worst);
+  expect_close(p.grad_input, out.grad_input, static_cast<double>(c.T) + 8 + more, 2 * slack + more * u + again, c,
+               "grad_input", worst);
+  expect_close(p.grad_weight, out.grad_weight, n + 8, slack + more * u + products, c, "grad_weight", worst);
+  expect_close(p.grad_bias, out.grad_bias, n, 0, c, "grad_bias", worst);
+  expect_close(p.grad_mask, out.grad_mask, static_cast<double>(c.T) + 8 + more, 2 * slack + more * u + again, c,
+               "grad_mask", worst);
+}
+
 TEST_P(CudaTypes, BoundedErrors) {
   uint64_t seed = 2000;
   double worst = 0;
@@ -428,37 +461,34 @@ TEST_P(CudaTypes, BoundedErrors) {
         c.B = 2, c.C = 9, c.T = 7, c.H = 5, c.W = 8, c.M = 2, c.fill = fill, c.activation = f, c.seed = seed++;
         c.noise = norm ? PNN_NOISE_TENSOR : PNN_NOISE_NORMAL, c.level = 0.25;
         c.norm = norm, c.training = norm && fill == Fill::kRandom, c.eps = 1e-5;
-        SCOPED_TRACE(c.describe());
         set_schedule(static_cast<int>(seed));
-        Problem p(c);
-        ASSERT_EQ(p.forward(), PNN_OK) << p.error.message;
-        const ReferenceInput in = p.reference_input();
-        ASSERT_EQ(p.backward(), PNN_OK) << p.error.message;
-        Reference<long double> reference(in);
-        ReferenceOutput<long double> out;
-        reference.forward(out, &in.mean, &in.variance);
-        reference.backward(out, in.mean, in.variance);
-        const double u = unit_of(c.statistics_type()), n = static_cast<double>(c.samples());
-        double slack = is_exact(f) ? 0 : 24 * u;
-        if (is_half(c.weight_type) && (norm || !is_exact(f))) slack += 4 * unit_of(c.weight_type);
-        /* Two operands, each rounded to 11 bits; where there is normalisation, of sums that were made so too. */
-        const double products = c.tf32 ? 0x1p-10 + 0x1p-22 : 0, again = norm ? 2 * products : products;
-        const double terms = static_cast<double>(c.columns()), more = norm ? n + 16 : 0;
-        if (c.training)
-          for (int64_t k = 0; k < c.K(); k++) {
-            const size_t s = static_cast<size_t>(k);
-            EXPECT_LE(std::fabs(p.mean.value(k) - out.mean.value[s]), (16 * u + slack) * out.mean.magnitude[s]);
-            EXPECT_LE(std::fabs(p.variance.value(k) - out.variance.value[s]),
-                      (64 * u + 8 * slack) * (out.variance.value[s] + out.mean.magnitude[s] * out.mean.magnitude[s]));
-          }
-        expect_close(p.output, out.output, terms + 8, slack + products, c, "output", &worst);
-        expect_close(p.grad_input, out.grad_input, static_cast<double>(c.T) + 8 + more, 2 * slack + more * u + again, c,
-                     "grad_input", &worst);
-        expect_close(p.grad_weight, out.grad_weight, n + 8, slack + more * u + products, c, "grad_weight", &worst);
-        expect_close(p.grad_bias, out.grad_bias, n, 0, c, "grad_bias", &worst);
-        expect_close(p.grad_mask, out.grad_mask, static_cast<double>(c.T) + 8 + more, 2 * slack + more * u + again, c,
-                     "grad_mask", &worst);
+        check_bounded(c, &worst);
       }
+  std::printf("worst error beyond the last rounding: %.3g u sum|terms|\n", worst);
+  host::options = {};
+}
+
+TEST_P(CudaTypes, NormalisedPlainLayers) {
+  /* Without statistics of its own the layer is exact; in training it has them of chunks of 1024 pixels, of which the
+   * last may be short. Pixels in pairs, in channels, one by one. */
+  uint64_t seed = 160;
+  double worst = 0;
+  for (LayoutKind kind : {LayoutKind::kContiguous, LayoutKind::kChannelsLast})
+    for (int64_t M : {1, 2, 4, 8, 16, 32}) {
+      Case c = base();
+      c.placement = Placement::kHeap;
+      set_layouts(c, kind);
+      c.norm = true, c.affine = M != 2, c.bias = M != 4, c.groups = M == 2 ? 2 : 1;
+      c.B = 2, c.C = M > 8 ? 8 : 48, c.T = 40, c.H = 5, c.W = M == 8 ? 7 : 8, c.M = M, c.seed = seed++;
+      check(c);
+      c.training = true, c.fill = Fill::kRandom, c.eps = 1e-5, c.level = 0.25;
+      set_schedule(static_cast<int>(seed));
+      check_bounded(c, &worst);
+      if (M != 1 && M != 4) continue;
+      c.B = 3, c.C = c.T = 16, c.M = 1, c.H = 20, c.W = M == 1 ? 20 : 21, c.seed = seed++; /* two chunks */
+      set_schedule(static_cast<int>(seed));
+      check_bounded(c, &worst);
+    }
   std::printf("worst error beyond the last rounding: %.3g u sum|terms|\n", worst);
   host::options = {};
 }
