@@ -175,7 +175,7 @@ Plan plan_make(const pnn_problem &p, pnn_pass pass, pnn_arena *arena) {
     w.norm.scale = static_cast<double *>(pnn_arena_take(arena, p.maps, 8));
     w.norm.inverse = static_cast<double *>(pnn_arena_take(arena, p.maps, 8));
     w.norm.beta = static_cast<double *>(pnn_arena_take(arena, p.maps, 8));
-    w.norm.mean = pnn_arena_take(arena, p.maps, p.real_size);
+    w.norm.mean = pnn_arena_take(arena, p.maps + NO_MAPS, p.real_size);
   }
   const Matrix weight = matrix_of(params.weight);
   plan.direct = !p.norm && reinterpret_cast<uintptr_t>(params.weight.data) % 16 == 0 &&
@@ -203,7 +203,7 @@ Plan plan_make(const pnn_problem &p, pnn_pass pass, pnn_arena *arena) {
   if (plan.want_totals) {
     bool wgmma = false;
 #if defined(PNN_CUDA_WGMMA)
-    wgmma = params.allow_wgmma && plan.want_products && !p.norm && weight_gradient_wgmma_may_fit(l, plan.product);
+    wgmma = params.allow_wgmma && plan.want_products && weight_gradient_wgmma_may_fit(l, plan.product);
 #endif
     split(l, plan.want_products, p.product_type == PNN_FLOAT64, wgmma);
     w.totals = pnn_arena_take(arena, l.splits * p.outputs, p.real_size);
@@ -263,17 +263,17 @@ Status forward(const pnn_problem &p, Plan &plan, Stream stream) {
     PNN_STOP_IF(run_moments_finish(l, is_double, w.parts, vector_of(params.mean), vector_of(params.variance), stream));
   }
   const Matrix weight = matrix_of(params.weight);
-#if defined(PNN_CUDA_WGMMA)
-  if (params.allow_wgmma && forward_wgmma_fits(l, plan.product))
-    return run_forward_wgmma(l, plan.product, weight, w.weight, stream);
-#endif
-  PNN_STOP_IF(copy_channels_last(plan, stream));
   if (p.norm) {
     PNN_STOP_IF(run_norm(l, is_double, vector_of(params.mean), vector_of(params.variance),
                          vector_of(params.norm_weight), vector_of(params.norm_bias), p.eps, w.norm, stream));
     PNN_STOP_IF(run_start(l, is_double, weight, vector_of(params.bias), w.norm.beta, w.start, stream));
   }
-  if (!plan.direct) PNN_STOP_IF(run_weight(l, weight, p.norm ? w.norm.scale : nullptr, w.weight, stream));
+#if defined(PNN_CUDA_WGMMA)
+  if (params.allow_wgmma && forward_wgmma_fits(l, plan.product))
+    return run_forward_wgmma(l, plan.product, weight, w.norm.scale, w.weight, stream);
+#endif
+  PNN_STOP_IF(copy_channels_last(plan, stream));
+  if (!plan.direct) PNN_STOP_IF(run_weight(l, weight, w.norm.scale, w.weight, stream));
   return run_forward(l, plan.product, stream);
 }
 
@@ -293,7 +293,7 @@ Status backward(const pnn_problem &p, Plan &plan, Stream stream) {
     l.products = plan.want_products ? w.products : nullptr;
     bool done = false;
 #if defined(PNN_CUDA_WGMMA)
-    done = params.allow_wgmma && !p.norm && weight_gradient_wgmma_fits(l, plan.product);
+    done = params.allow_wgmma && weight_gradient_wgmma_fits(l, plan.product);
     if (done) PNN_STOP_IF(run_weight_gradient_wgmma(l, plan.product, stream));
 #endif
     if (!done) PNN_STOP_IF(run_weight_gradient(l, plan.product, stream));
@@ -313,16 +313,16 @@ Status backward(const pnn_problem &p, Plan &plan, Stream stream) {
     if (params.grad_mask.data) PNN_STOP_IF(run_clear(params.grad_mask, pnn_dtype_size(params.grad_mask.dtype), stream));
   }
   if (l.columns == 0) return STATUS_OK;
+  l.offset = w.offset;
+  l.slope = w.slope;
 #if defined(PNN_CUDA_WGMMA)
   if (params.grad_input.data && params.allow_wgmma && input_gradient_wgmma_fits(l, plan.product)) /* no mask tensor */
-    return run_input_gradient_wgmma(l, plan.product, weight, w.weight, stream);
+    return run_input_gradient_wgmma(l, plan.product, weight, w.norm.scale, w.weight, stream);
 #endif
   /* Unless x and dx both lie along the channels, a warp of mma.sync's kernels reads x along the pixels. */
   if (w.input.channels && l.grad_input_staging != STAGE_CHANNELS)
     l.input = w.input.from, l.input_staging = STAGE_ELEMENTS;
-  if (!plan.direct) PNN_STOP_IF(run_weight(l, weight, p.norm ? w.norm.scale : nullptr, w.weight, stream));
-  l.offset = w.offset;
-  l.slope = w.slope;
+  if (!plan.direct) PNN_STOP_IF(run_weight(l, weight, w.norm.scale, w.weight, stream));
   if (params.grad_input.data) PNN_STOP_IF(run_input_gradient(l, plan.product, false, stream));
   if (params.grad_mask.data) {
     l.mask_parts = w.mask_parts;

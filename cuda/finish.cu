@@ -25,16 +25,6 @@ PNN_DEVICE double get(const void *data, int dtype, int64_t at) {
   }
 }
 
-/* x as a float from which a further rounding to 16 bits gives what one rounding would: inexact results become odd
- * (Boldo, Melquiond, "When double rounding is odd", 2005). */
-PNN_DEVICE float float_to_odd(double x) {
-  const float f = static_cast<float>(x);
-  if (static_cast<double>(f) == x || x != x || magnitude(f) == float_of(0x7f800000u)) return f;
-  uint32_t bits = bits_of(f);
-  if (magnitude(static_cast<double>(f)) > magnitude(x)) bits--; /* toward zero first */
-  return float_of(bits | 1);
-}
-
 PNN_DEVICE void put(void *data, int dtype, int64_t at, double x) {
   switch (dtype) {
     case PNN_FLOAT32: static_cast<float *>(data)[at] = static_cast<float>(x); break;
@@ -210,7 +200,11 @@ __global__ void moments_finish_kernel(const __grid_constant__ Layer layer, bool 
 
 __global__ void norm_kernel(int64_t maps, bool is_double, Vector mean, Vector variance, Vector gamma, Vector beta,
                             double eps, Norm norm) {
-  for (int64_t k = first_index(); k < maps; k += index_step()) {
+  for (int64_t k = first_index(); k < maps + NO_MAPS; k += index_step()) {
+    if (k >= maps) {
+      put_real(norm.mean, is_double, k, 0);
+      continue;
+    }
     const double r = 1 / sqrt(get(variance.data, variance.dtype, k * variance.step) + eps);
     norm.inverse[k] = r;
     norm.scale[k] = (gamma.data ? get(gamma.data, gamma.dtype, k * gamma.step) : 1) * r;
@@ -408,8 +402,8 @@ Status run_moments_finish(const Layer &layer, bool is_double, const void *parts,
 Status run_norm(const Layer &layer, bool is_double, Vector mean, Vector variance, Vector gamma, Vector beta, double eps,
                 Norm norm, Stream stream) {
   Status status;
-  PNN_LAUNCH(status, norm_kernel, blocks_for(layer.maps), THREADS, 0, stream, layer.maps, is_double, mean, variance,
-             gamma, beta, eps, norm);
+  PNN_LAUNCH(status, norm_kernel, blocks_for(layer.maps + NO_MAPS), THREADS, 0, stream, layer.maps, is_double, mean,
+             variance, gamma, beta, eps, norm);
   return status;
 }
 

@@ -58,7 +58,7 @@ struct Pair {
 };
 
 /* d += A * B over all maps of the group; `ring` has room for STAGES steps of V, which starts at `weight`. */
-template <class D, class S, Reading READING, int MASKS>
+template <class D, class S, Reading READING, bool CENTRED, int MASKS>
 PNN_DEVICE void add_products(const Layer &layer, int64_t group, const Pair &pair, const char *weight, char *ring,
                              float (&d)[S::outputs / 2]) {
   using H = Shape<S>;
@@ -74,12 +74,14 @@ PNN_DEVICE void add_products(const Layer &layer, int64_t group, const Pair &pair
         copy_async16(to + (i + thread) * 16, from + (i + thread) * 16, 16);
   };
 
-  const PhiloxKeys keys = philox_keys(seed_read(layer));
+  /* As many keys as there are registers for. */
+  const PairKeys<CENTRED && S::outputs == Narrow::outputs ? 2 : 1> keys(seed_read(layer));
   uint32_t block = static_cast<uint32_t>(group * layer.group_maps / 16) + static_cast<uint32_t>(quad);
   constexpr bool ONE_POINTER = READING == READ_PIXELS;
   const int64_t channel = (READING == READ_CHANNELS ? 1 : layer.input.channel) * 2; /* bytes */
   const char *from[2] = {pair.input[0], pair.input[1]};
   int k = quad * 16;
+  uint32_t first_map = 0; /* of this step, as the means are numbered */
   InputsOf<D, READING, MASKS> x;
   const auto move_to = [&](int k_) { /* beyond the maps to the first one, which is not used */
                                      const int64_t c = (k_ < maps ? k_ : 0) >> layer.masks_shift;
@@ -103,19 +105,21 @@ PNN_DEVICE void add_products(const Layer &layer, int64_t group, const Pair &pair
     if (step + STAGES - 2 < steps) stage(step + STAGES - 2);
     copy_commit();
     float level = layer.level_float;
+    if (CENTRED) first_map = k < maps ? block * 16 : static_cast<uint32_t>(layer.maps); /* zeros */
     if (k >= maps) level = 0, x.clear(); /* as V is: no infinity may meet its zeros */
     uint32_t words[2][4];
 #pragma unroll
-    for (int p = 0; p < 2; p++) {
+    for (int p = 0; p < 2; p++)
       words[p][0] = pair.column[p], words[p][1] = pair.row[p], words[p][2] = block, words[p][3] = 0;
-      philox(words[p], keys);
-    }
+    keys.philox(words);
     block += STEP / 16;
     k += STEP;
     move_to(k);
     const char *const v = ring + step % STAGES * H::stage_bytes;
 #pragma unroll
     for (int product = 0; product < PRODUCTS; product++) {
+      Four center = {};
+      if constexpr (CENTRED) center = four_from(layer.mean, first_map + static_cast<uint32_t>(product * 4));
       products_wait<PRODUCTS - 1>(); /* the one that read a[product] is done */
 #pragma unroll
       for (int i = 0; i < 4; i++) {
@@ -123,7 +127,13 @@ PNN_DEVICE void add_products(const Layer &layer, int64_t group, const Pair &pair
         float u[2];
 #pragma unroll
         for (int e = 0; e < 2; e++) u[e] = x.value(p, map + e) + level * lattice_in(words[p][product], i / 2 * 2 + e);
-        a[product][i] = round_pair_relu(D{}, u[0], u[1]);
+        if constexpr (CENTRED) {
+#pragma unroll
+          for (int e = 0; e < 2; e++) u[e] = relu_any_zero(u[e]) - center.of[i / 2 * 2 + e];
+          a[product][i] = round_pair(D{}, u[0], u[1]);
+        } else {
+          a[product][i] = round_pair_relu(D{}, u[0], u[1]);
+        }
       }
       products_operand(a[product]);
       products_add(D{}, d, a[product], matrix_descriptor(v + product * 2 * S::outputs * 16, S::outputs * 16, 128));
@@ -140,7 +150,7 @@ constexpr int blocks_of() {
   return READING == READ_ELEMENTS && S::blocks > 1 ? S::blocks - 1 : S::blocks;
 }
 
-template <class D, class S, Reading READING>
+template <class D, class S, Reading READING, bool CENTRED>
 __global__ void __launch_bounds__(Shape<S>::threads, blocks_of<S, READING>())
     forward_wgmma_kernel(const __grid_constant__ Layer layer, int64_t first_tile,
                          const __grid_constant__ Divider by_rows, const __grid_constant__ Divider by_columns) {
@@ -159,10 +169,15 @@ __global__ void __launch_bounds__(Shape<S>::threads, blocks_of<S, READING>())
       layer.group_outputs - t0 < S::outputs ? static_cast<int>(layer.group_outputs - t0) : static_cast<int>(S::outputs);
   const int64_t output_first = group * layer.group_outputs + t0;
 
-  for (int i = thread; i < S::outputs; i += H::threads)
-    start[i] = layer.bias && i < rows
-                   ? widen(reinterpret_cast<const D *>(layer.bias)[(output_first + i) * layer.bias_step])
-                   : 0.0f;
+  const D *const bias = reinterpret_cast<const D *>(layer.bias);
+  for (int i = thread; i < S::outputs; i += H::threads) {
+    start[i] = 0;
+    if (i >= rows) continue;
+    if (CENTRED)
+      start[i] = static_cast<const float *>(layer.start)[output_first + i];
+    else if (bias)
+      start[i] = widen(bias[(output_first + i) * layer.bias_step]);
+  }
   /* Threads without a pixel make one's operand again, and write nothing. */
   const int first = thread / 32 * 16 + thread % 32 / 4 * 2;
   Pair pair;
@@ -192,15 +207,15 @@ __global__ void __launch_bounds__(Shape<S>::threads, blocks_of<S, READING>())
   const char *const weight =
       layer.weight + (group * static_cast<int64_t>(by_rows.divisor) + row_tile) * steps * H::stage_bytes;
   if (layer.masks_shift == 0)
-    add_products<D, S, READING, 1>(layer, group, pair, weight, ring, d);
+    add_products<D, S, READING, CENTRED, 1>(layer, group, pair, weight, ring, d);
   else if (layer.masks_shift == 1)
-    add_products<D, S, READING, 2>(layer, group, pair, weight, ring, d);
+    add_products<D, S, READING, CENTRED, 2>(layer, group, pair, weight, ring, d);
   else if (layer.masks_shift == 2)
-    add_products<D, S, READING, 4>(layer, group, pair, weight, ring, d);
+    add_products<D, S, READING, CENTRED, 4>(layer, group, pair, weight, ring, d);
   else if (layer.masks_shift == 3)
-    add_products<D, S, READING, 8>(layer, group, pair, weight, ring, d);
+    add_products<D, S, READING, CENTRED, 8>(layer, group, pair, weight, ring, d);
   else
-    add_products<D, S, READING, 16>(layer, group, pair, weight, ring, d);
+    add_products<D, S, READING, CENTRED, 16>(layer, group, pair, weight, ring, d);
 
   if (along_pixels(layer.output_staging)) { /* in pairs */
     if (first >= columns) return;
@@ -252,7 +267,7 @@ bool is_chosen(const Layer &layer) {
              wanted_blocks();
 }
 
-template <class D, class S, Reading READING>
+template <class D, class S, Reading READING, bool CENTRED>
 Status launch(const Layer &layer, Stream stream) {
   using H = Shape<S>;
   const int64_t rows = ceil_div(layer.group_outputs, S::outputs), columns = ceil_div(layer.columns, H::columns);
@@ -260,48 +275,56 @@ Status launch(const Layer &layer, Stream stream) {
   Status status = STATUS_OK;
   for (int64_t first = 0; first < tiles && status == STATUS_OK; first += GRID_MOST) {
     const int64_t blocks = tiles - first < GRID_MOST ? tiles - first : GRID_MOST;
-    const auto kernel = forward_wgmma_kernel<D, S, READING>;
+    const auto kernel = forward_wgmma_kernel<D, S, READING, CENTRED>;
     PNN_LAUNCH(status, kernel, blocks, H::threads, H::bytes, stream, layer, first, divider_make(rows),
                divider_make(columns));
   }
   return status;
 }
 
+template <class D, class S, bool CENTRED>
+Status choose_reading(const Layer &layer, Stream stream) {
+  switch (reading_of<D>(layer.input_staging, layer.group_channels)) {
+    case READ_PIXELS: return launch<D, S, READ_PIXELS, CENTRED>(layer, stream);
+    case READ_CHANNELS: return launch<D, S, READ_CHANNELS, CENTRED>(layer, stream);
+    default: return launch<D, S, READ_ELEMENTS, CENTRED>(layer, stream);
+  }
+}
+
 template <class D, class S>
-Status run(const Layer &layer, Matrix weight, void *copy, Stream stream) {
-  const WeightOrder order = {layer.groups,     layer.group_outputs,
-                             layer.group_maps, layer.group_outputs * weight.step[0],
-                             weight.step[0],   weight.step[1]};
+Status run(const Layer &layer, Matrix weight, const double *scale, void *copy, Stream stream) {
+  const WeightOrder order = {layer.groups,
+                             layer.group_outputs,
+                             layer.group_maps,
+                             layer.group_outputs * weight.step[0],
+                             weight.step[0],
+                             weight.step[1],
+                             scale};
   const Status status = run_wgmma_weight<D, S::outputs, 32, false>(order, weight.data, copy, stream);
   if (status != STATUS_OK) return status;
   Layer copied = layer;
   copied.weight = static_cast<const char *>(copy);
-  switch (reading_of<D>(layer.input_staging, layer.group_channels)) {
-    case READ_PIXELS: return launch<D, S, READ_PIXELS>(copied, stream);
-    case READ_CHANNELS: return launch<D, S, READ_CHANNELS>(copied, stream);
-    default: return launch<D, S, READ_ELEMENTS>(copied, stream);
-  }
+  return layer.mean ? choose_reading<D, S, true>(copied, stream) : choose_reading<D, S, false>(copied, stream);
 }
 
 template <class D>
-Status choose(const Layer &layer, Matrix weight, void *copy, Stream stream) {
-  if (is_chosen<Wide>(layer)) return run<D, Wide>(layer, weight, copy, stream);
-  if (is_chosen<Middle>(layer)) return run<D, Middle>(layer, weight, copy, stream);
-  return run<D, Narrow>(layer, weight, copy, stream);
+Status choose(const Layer &layer, Matrix weight, const double *scale, void *copy, Stream stream) {
+  if (is_chosen<Wide>(layer)) return run<D, Wide>(layer, weight, scale, copy, stream);
+  if (is_chosen<Middle>(layer)) return run<D, Middle>(layer, weight, scale, copy, stream);
+  return run<D, Narrow>(layer, weight, scale, copy, stream);
 }
 
 template <class S>
 void list(Visit visit, const std::string &name) {
   for (const char *way : {" pixels", " channels", " elements"})
-    visit((name + way).c_str(), Shape<S>::threads, Shape<S>::bytes);
+    for (const char *kind : {"", " centred"}) visit((name + way + kind).c_str(), Shape<S>::threads, Shape<S>::bytes);
 }
 
 }  // namespace
 
 bool forward_wgmma_fits(const Layer &layer, int product) {
   if (product != PNN_BFLOAT16 && product != PNN_FLOAT16) return false;
-  return is_plain<bfloat16>(layer) && !layer.mean && layer.group_outputs > Narrow::outputs / 2 && layer.columns > 0 &&
-         has_wgmma();
+  return is_plain<bfloat16>(layer) && layer.group_outputs > Narrow::outputs / 2 && layer.columns > 0 && has_wgmma();
 }
 
 int64_t wgmma_weight_elements(int64_t groups, int64_t columns, int64_t depth) {
@@ -319,9 +342,10 @@ void list_forward_wgmma(Visit visit) {
   }
 }
 
-Status run_forward_wgmma(const Layer &layer, int product, Matrix weight, void *copy, Stream stream) {
-  if (product == PNN_BFLOAT16) return choose<bfloat16>(layer, weight, copy, stream);
-  return choose<float16>(layer, weight, copy, stream);
+Status run_forward_wgmma(const Layer &layer, int product, Matrix weight, const double *scale, void *copy,
+                         Stream stream) {
+  if (product == PNN_BFLOAT16) return choose<bfloat16>(layer, weight, scale, copy, stream);
+  return choose<float16>(layer, weight, scale, copy, stream);
 }
 
 }  // namespace pnn_cuda

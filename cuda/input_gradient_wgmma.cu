@@ -32,21 +32,24 @@ namespace {
 constexpr uint32_t PIXELS = 64; /* of a warpgroup's tile */
 
 /* Tiles: as many maps as registers hold sums of, and warpgroups that use a multiprocessor's registers: one block to
- * each. */
+ * each. In training (AFFINE below) a thread needs more of them, and there are fewer warpgroups, or no such tile. */
 struct Wide {
-  static constexpr int maps = 256, warpgroups = 2;
+  static constexpr int maps = 256, warpgroups[] = {2, 0};
 };
 struct Middle {
-  static constexpr int maps = 128, warpgroups = 3;
+  static constexpr int maps = 128, warpgroups[] = {3, 2};
 };
 struct Narrow {
-  static constexpr int maps = 64, warpgroups = 4;
+  static constexpr int maps = 64, warpgroups[] = {4, 3};
 };
-constexpr int64_t MOST_BYTES = 224 * 1024; /* of shared memory that V may take: a Hopper block has 227 KiB */
-
+/* Of shared memory that V may take: a Hopper block has 227 KiB, of which three numbers of each map may take 3. */
+constexpr int64_t MOST_BYTES = 224 * 1024;
 template <class S>
+constexpr int64_t affine_bytes = S::maps * 3 * 4;
+
+template <class S, bool AFFINE>
 struct Shape {
-  static constexpr int threads = 128 * S::warpgroups;
+  static constexpr int warpgroups = S::warpgroups[AFFINE], threads = 128 * warpgroups;
   static constexpr int step_bytes = STEP * S::maps * 2;
 };
 
@@ -167,11 +170,12 @@ PNN_DEVICE void store_channels(const Layer &layer, const Grid &grid, char *const
   }
 }
 
-/* All of a block: its map tile's V is on its way to `weight`. */
-template <class D, class S, Fastest G, Way WAY, int MASKS>
+/* All of a block: its map tile's V is on its way to `memory`. In training, AFFINE, the maps' means, slopes and offsets
+ * stand before it. */
+template <class D, class S, Fastest G, Way WAY, bool AFFINE, int MASKS>
 PNN_DEVICE void run_block(const Layer &layer, const Grid &grid, int64_t group, int64_t map_first, int tile, int last,
-                          const char *weight) {
-  using H = Shape<S>;
+                          char *memory) {
+  using H = Shape<S, AFFINE>;
   constexpr bool ALONG = WAY == PLAIN_PIXELS;
   constexpr int COUNT = SIXTEEN / MASKS, BLOCKS = S::maps / 64;
   constexpr int STORED = MASKS == 1 ? 8 : COUNT; /* channels whose sums wait in registers for the others */
@@ -184,6 +188,17 @@ PNN_DEVICE void run_block(const Layer &layer, const Grid &grid, int64_t group, i
   const int outputs = static_cast<int>(layer.group_outputs) - quad * 16; /* from this thread's first one on */
   const uint64_t seed = seed_read(layer);
 
+  /* A mean and a slope for each map, then the offsets, from which the sums start. */
+  float *const affine = reinterpret_cast<float *>(memory), *const offsets = affine + 2 * S::maps;
+  const char *const weight = memory + (AFFINE ? affine_bytes<S> : 0);
+  if (AFFINE)
+    for (int i = thread_index(); i < S::maps; i += H::threads) {
+      const int64_t map = group * layer.group_maps + map_first + i;
+      affine[2 * i] = i < in_tile ? static_cast<const float *>(layer.mean)[map] : 0.0f;
+      affine[2 * i + 1] = i < in_tile ? static_cast<const float *>(layer.slope)[map] : 0.0f;
+      offsets[i] = i < in_tile ? static_cast<const float *>(layer.offset)[map] : 0.0f;
+    }
+
   Place place[2];
   bool there[2];
   Operand<G> g, next;
@@ -193,7 +208,7 @@ PNN_DEVICE void run_block(const Layer &layer, const Grid &grid, int64_t group, i
   for (int product = 0; product < PRODUCTS; product++) g.load(grid, product);
   copy_wait<0>();
   shared_to_products();
-  __syncthreads(); /* all threads' parts of V are there */
+  __syncthreads(); /* all threads' parts of V, and of what stands before it, are there */
 
   /* blockIdx.y is 0: with it the assembler keeps the constant in a register, not the four selectors of its bytes. */
   const uint32_t lattice = LATTICE + blockIdx.y;
@@ -201,9 +216,9 @@ PNN_DEVICE void run_block(const Layer &layer, const Grid &grid, int64_t group, i
   uint32_t a[PRODUCTS][4];
   float d[S::maps / 2];
 #pragma unroll 1
-  for (; tile < last; tile += S::warpgroups) {
-    place_pixels(layer, tile + S::warpgroups, place, there);
-    next.move_to(layer, grid, group, place, tile + S::warpgroups < last);
+  for (; tile < last; tile += H::warpgroups) {
+    place_pixels(layer, tile + H::warpgroups, place, there);
+    next.move_to(layer, grid, group, place, tile + H::warpgroups < last);
     place_pixels(layer, tile, place, there);
     uint32_t row[2], column[2];
     const char *from[2];
@@ -223,7 +238,13 @@ PNN_DEVICE void run_block(const Layer &layer, const Grid &grid, int64_t group, i
     x.load(0, from, grid.input);
     x.load(1, from, grid.input);
 #pragma unroll
-    for (int i = 0; i < S::maps / 2; i++) d[i] = 0;
+    for (int i = 0; i < S::maps / 2; i += 4) {
+      words2 start = {{0, 0}};
+      if constexpr (AFFINE)
+        start = load_shared(reinterpret_cast<const words2 *>(offsets + i / 32 * 64 + quad * 16 + i / 4 % 8 * 2));
+      d[i] = d[i + 2] = float_of(start.w[0]);
+      d[i + 1] = d[i + 3] = float_of(start.w[1]);
+    }
     products_start(d);
 #pragma unroll 1
     for (int step = 0; step < steps; step++) {
@@ -267,14 +288,26 @@ PNN_DEVICE void run_block(const Layer &layer, const Grid &grid, int64_t group, i
 #pragma unroll
       for (int half = 0; half < 2; half++) {
 #pragma unroll
-        for (int p = 0; p < 2; p++)
-#pragma unroll
-          for (int e = half * 8; e < half * 8 + 8; e++) {
-            const float u = x.value(p, e) + layer.level_float * lattice_in(words[p][e / 4], e % 4, lattice);
-            const float da = d[block * 32 + e / 2 * 4 + p * 2 + e % 2], t = u <= 0 ? 0.0f : da;
-            float &s = sum[p][e / MASKS % STORED];
-            s = e % MASKS == 0 ? t : s + t;
+        for (int two = half * 8; two < half * 8 + 8; two += 2) {
+          float mean[2] = {}, slope[2] = {};
+          if constexpr (AFFINE) {
+            const words4 w = load_shared(reinterpret_cast<const words4 *>(affine + (block * 64 + quad * 16 + two) * 2));
+            mean[0] = float_of(w.w[0]), slope[0] = float_of(w.w[1]);
+            mean[1] = float_of(w.w[2]), slope[1] = float_of(w.w[3]);
           }
+#pragma unroll
+          for (int p = 0; p < 2; p++)
+#pragma unroll
+            for (int e = two; e < two + 2; e++) {
+              const float u = x.value(p, e) + layer.level_float * lattice_in(words[p][e / 4], e % 4, lattice);
+              float da = d[block * 32 + e / 2 * 4 + p * 2 + e % 2];
+              if constexpr (AFFINE) /* where u is not above 0, da means nothing */
+                da = fma_(slope[e % 2], widen(round_to(D{}, u - mean[e % 2])), da);
+              const float t = u <= 0 ? 0.0f : da;
+              float &s = sum[p][e / MASKS % STORED];
+              s = e % MASKS == 0 ? t : s + t;
+            }
+        }
         if (block + 1 < BLOCKS) x.load(half, from, grid.input);
         if (half == 0 && STORED == COUNT) continue;
         bool wanted = k < maps;
@@ -297,10 +330,10 @@ PNN_DEVICE void run_block(const Layer &layer, const Grid &grid, int64_t group, i
   }
 }
 
-template <class D, class S, Fastest G, Way WAY>
-__global__ void __launch_bounds__(Shape<S>::threads, 1)
+template <class D, class S, Fastest G, Way WAY, bool AFFINE>
+__global__ void __launch_bounds__(Shape<S, AFFINE>::threads, 1)
     input_gradient_wgmma_kernel(const __grid_constant__ Layer layer, const __grid_constant__ Grid grid) {
-  using H = Shape<S>;
+  using H = Shape<S, AFFINE>;
   PNN_SHARED_MEMORY(memory);
   const int thread = thread_index();
   int64_t row, map_tile;
@@ -309,20 +342,21 @@ __global__ void __launch_bounds__(Shape<S>::threads, 1)
   const int bytes = static_cast<int>((layer.group_outputs + STEP - 1) / STEP) * H::step_bytes;
   const char *const weight = layer.weight + row * bytes;
 #pragma unroll 4
-  for (int i = thread * 16; i < bytes; i += H::threads * 16) copy_async16(memory + i, weight + i, 16);
+  for (int i = thread * 16; i < bytes; i += H::threads * 16)
+    copy_async16(memory + (AFFINE ? affine_bytes<S> : 0) + i, weight + i, 16);
   copy_commit();
   const int begin = piece * grid.tiles + (piece < grid.more ? piece : grid.more);
   const int last = begin + grid.tiles + (piece < grid.more), tile = begin + thread / 128;
   if (layer.masks_shift == 0)
-    run_block<D, S, G, WAY, 1>(layer, grid, group, map_first, tile, last, memory);
+    run_block<D, S, G, WAY, AFFINE, 1>(layer, grid, group, map_first, tile, last, memory);
   else if (layer.masks_shift == 1)
-    run_block<D, S, G, WAY, 2>(layer, grid, group, map_first, tile, last, memory);
+    run_block<D, S, G, WAY, AFFINE, 2>(layer, grid, group, map_first, tile, last, memory);
   else if (layer.masks_shift == 2)
-    run_block<D, S, G, WAY, 4>(layer, grid, group, map_first, tile, last, memory);
+    run_block<D, S, G, WAY, AFFINE, 4>(layer, grid, group, map_first, tile, last, memory);
   else if (layer.masks_shift == 3)
-    run_block<D, S, G, WAY, 8>(layer, grid, group, map_first, tile, last, memory);
+    run_block<D, S, G, WAY, AFFINE, 8>(layer, grid, group, map_first, tile, last, memory);
   else
-    run_block<D, S, G, WAY, 16>(layer, grid, group, map_first, tile, last, memory);
+    run_block<D, S, G, WAY, AFFINE, 16>(layer, grid, group, map_first, tile, last, memory);
 }
 
 /* ---- the host's side ---- */
@@ -357,13 +391,13 @@ int64_t weight_bytes(const Layer &layer, int64_t maps) { return ceil_div(layer.g
  * Results do not depend on it. */
 template <class S>
 bool is_chosen(const Layer &layer) {
-  return layer.group_maps > S::maps / 2 && weight_bytes(layer, S::maps) <= MOST_BYTES &&
-         ceil_div(layer.group_maps, S::maps) * ceil_div(layer.columns, S::warpgroups * int64_t{PIXELS}) *
-                 layer.groups >=
+  const int64_t warpgroups = S::warpgroups[layer.slope != nullptr];
+  return warpgroups > 0 && layer.group_maps > S::maps / 2 && weight_bytes(layer, S::maps) <= MOST_BYTES &&
+         ceil_div(layer.group_maps, S::maps) * ceil_div(layer.columns, warpgroups * int64_t{PIXELS}) * layer.groups >=
              wanted_blocks();
 }
 
-template <class D, class S, Fastest G, Way WAY>
+template <class D, class S, Fastest G, Way WAY, bool AFFINE>
 Status launch(const Layer &layer, Stream stream) {
   const int64_t map_tiles = ceil_div(layer.group_maps, S::maps), rows = map_tiles * layer.groups;
   const int64_t tiles = ceil_div(layer.columns, PIXELS), pieces = pieces_of(rows, tiles);
@@ -374,24 +408,35 @@ Status launch(const Layer &layer, Stream stream) {
                      layer.input.channel * 2,
                      layer.grad_output.channel * 2,
                      layer.grad_input.channel * 2};
-  const auto kernel = input_gradient_wgmma_kernel<D, S, G, WAY>;
+  const auto kernel = input_gradient_wgmma_kernel<D, S, G, WAY, AFFINE>;
+  const size_t shared = static_cast<size_t>(weight_bytes(layer, S::maps) + (AFFINE ? affine_bytes<S> : 0));
   Status status;
-  PNN_LAUNCH(status, kernel, rows * pieces, Shape<S>::threads, static_cast<size_t>(weight_bytes(layer, S::maps)),
-             stream, layer, grid);
+  PNN_LAUNCH(status, kernel, rows * pieces, (Shape<S, AFFINE>::threads), shared, stream, layer, grid);
   return status;
+}
+
+template <class D, class S, Fastest G, Way WAY>
+Status choose_kind(const Layer &layer, Stream stream) {
+  if constexpr (S::warpgroups[true] > 0)
+    if (layer.slope) return launch<D, S, G, WAY, true>(layer, stream);
+  return launch<D, S, G, WAY, false>(layer, stream);
 }
 
 template <class D, class S, Fastest G>
 Status choose_way(const Layer &layer, Stream stream) {
-  return way_of<D>(layer) == PLAIN_PIXELS ? launch<D, S, G, PLAIN_PIXELS>(layer, stream)
-                                          : launch<D, S, G, PLAIN_CHANNELS>(layer, stream);
+  return way_of<D>(layer) == PLAIN_PIXELS ? choose_kind<D, S, G, PLAIN_PIXELS>(layer, stream)
+                                          : choose_kind<D, S, G, PLAIN_CHANNELS>(layer, stream);
 }
 
 template <class D, class S>
-Status run(const Layer &layer, Matrix weight, void *copy, Stream stream) {
-  const WeightOrder order = {layer.groups,        layer.group_maps,
-                             layer.group_outputs, layer.group_outputs * weight.step[0],
-                             weight.step[1],      weight.step[0]};
+Status run(const Layer &layer, Matrix weight, const double *scale, void *copy, Stream stream) {
+  const WeightOrder order = {layer.groups,
+                             layer.group_maps,
+                             layer.group_outputs,
+                             layer.group_outputs * weight.step[0],
+                             weight.step[1],
+                             weight.step[0],
+                             scale};
   const Status status = run_wgmma_weight<D, S::maps, 64, true>(order, weight.data, copy, stream);
   if (status != STATUS_OK) return status;
   Layer copied = layer;
@@ -401,16 +446,20 @@ Status run(const Layer &layer, Matrix weight, void *copy, Stream stream) {
 }
 
 template <class D>
-Status choose(const Layer &layer, Matrix weight, void *copy, Stream stream) {
-  if (is_chosen<Wide>(layer)) return run<D, Wide>(layer, weight, copy, stream);
-  if (is_chosen<Middle>(layer)) return run<D, Middle>(layer, weight, copy, stream);
-  return run<D, Narrow>(layer, weight, copy, stream);
+Status choose(const Layer &layer, Matrix weight, const double *scale, void *copy, Stream stream) {
+  if (is_chosen<Wide>(layer)) return run<D, Wide>(layer, weight, scale, copy, stream);
+  if (is_chosen<Middle>(layer)) return run<D, Middle>(layer, weight, scale, copy, stream);
+  return run<D, Narrow>(layer, weight, scale, copy, stream);
 }
 
 template <class S>
 void list(Visit visit, const std::string &name) {
   for (const char *order : {" depth", " rows"})
-    for (const char *way : {" pixels", " channels"}) visit((name + order + way).c_str(), Shape<S>::threads, MOST_BYTES);
+    for (const char *way : {" pixels", " channels"}) {
+      visit((name + order + way).c_str(), Shape<S, false>::threads, MOST_BYTES);
+      if constexpr (S::warpgroups[true] > 0)
+        visit((name + order + way + " affine").c_str(), Shape<S, true>::threads, MOST_BYTES + affine_bytes<S>);
+    }
 }
 
 }  // namespace
@@ -419,9 +468,8 @@ bool input_gradient_wgmma_fits(const Layer &layer, int product) {
   if (product != PNN_BFLOAT16 && product != PNN_FLOAT16) return false;
   const bool whole = layer.grad_output_staging == STAGE_PIXELS ||
                      (layer.grad_output_staging == STAGE_CHANNELS && layer.group_outputs % 8 == 0);
-  return way_of<bfloat16>(layer) != ANY_WAY && !layer.mean && whole && layer.masks <= 64 &&
-         layer.group_maps > Narrow::maps / 2 && weight_bytes(layer, Narrow::maps) <= MOST_BYTES && layer.columns > 0 &&
-         has_wgmma();
+  return way_of<bfloat16>(layer) != ANY_WAY && whole && layer.masks <= 64 && layer.group_maps > Narrow::maps / 2 &&
+         weight_bytes(layer, Narrow::maps) <= MOST_BYTES && layer.columns > 0 && has_wgmma();
 }
 
 void list_input_gradient_wgmma(Visit visit) {
@@ -432,9 +480,10 @@ void list_input_gradient_wgmma(Visit visit) {
   }
 }
 
-Status run_input_gradient_wgmma(const Layer &layer, int product, Matrix weight, void *copy, Stream stream) {
-  if (product == PNN_BFLOAT16) return choose<bfloat16>(layer, weight, copy, stream);
-  return choose<float16>(layer, weight, copy, stream);
+Status run_input_gradient_wgmma(const Layer &layer, int product, Matrix weight, const double *scale, void *copy,
+                                Stream stream) {
+  if (product == PNN_BFLOAT16) return choose<bfloat16>(layer, weight, scale, copy, stream);
+  return choose<float16>(layer, weight, scale, copy, stream);
 }
 
 }  // namespace pnn_cuda

@@ -106,17 +106,19 @@ Status run_channels_last(const Layer &layer, const ChannelsLast &x, const Channe
 Status run_forward(const Layer &layer, int product, Stream stream);
 
 /* The same of plain 16-bit layers on Hopper, where the user has allowed it (forward_wgmma.cu): whether this layer and
- * this device can, and the elements that V's copy takes, which is written first, from `weight` as the user has it. The
- * columns and the depth of forward's products are a group's outputs and maps, those of the input gradient's its maps
- * and outputs. */
+ * this device can, and the elements that V's copy takes, which is written first, from `weight` as the user has it,
+ * times normalisation's `scale` of each map unless that is NULL. The columns and the depth of forward's products are a
+ * group's outputs and maps, those of the input gradient's its maps and outputs. */
 bool forward_wgmma_fits(const Layer &layer, int product);
 int64_t wgmma_weight_elements(int64_t groups, int64_t columns, int64_t depth);
-Status run_forward_wgmma(const Layer &layer, int product, Matrix weight, void *copy, Stream stream);
+Status run_forward_wgmma(const Layer &layer, int product, Matrix weight, const double *scale, void *copy,
+                         Stream stream);
 
 Status run_input_gradient(const Layer &layer, int product, bool masks, Stream stream);
 /* dx of plain 16-bit layers on Hopper, as run_forward_wgmma (input_gradient_wgmma.cu). */
 bool input_gradient_wgmma_fits(const Layer &layer, int product);
-Status run_input_gradient_wgmma(const Layer &layer, int product, Matrix weight, void *copy, Stream stream);
+Status run_input_gradient_wgmma(const Layer &layer, int product, Matrix weight, const double *scale, void *copy,
+                                Stream stream);
 Status run_weight_gradient(const Layer &layer, int product, Stream stream);
 
 /* The same of plain 16-bit layers on Hopper, where the user has allowed it (weight_gradient_wgmma.cu): whether layers
@@ -146,10 +148,13 @@ void list_channels_last(Visit visit);
 
 /* ---- per channel, in double (finish.cu) ---- */
 
+/* Means, zero, that follow those of the maps: of depths that are no maps. */
+constexpr int NO_MAPS = 16;
+
 /* Normalisation's numbers for each map, doubles. */
 struct Norm {
   double *scale, *inverse, *beta; /* gamma * inverse, 1 / sqrt(variance + eps) */
-  void *mean;                     /* reals, as the kernels subtract it */
+  void *mean;                     /* reals, as the kernels subtract it; sixteen zeros behind the last */
 };
 
 Status run_moments_finish(const Layer &layer, bool is_double, const void *parts, Vector mean, Vector variance,

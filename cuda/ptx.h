@@ -593,6 +593,17 @@ PNN_DEVICE float round_to(float, float x) { return x; }
 PNN_DEVICE tf32 round_to(tf32, float x) { return {x}; }
 PNN_DEVICE double round_to(double, double x) { return x; }
 
+/* x as a float from which a further rounding to 16 bits gives what one rounding would: inexact results become odd
+ * (Boldo, Melquiond, "When double rounding is odd", 2005). */
+PNN_DEVICE float float_to_odd(double x) {
+  const float f = static_cast<float>(x);
+  uint32_t bits = bits_of(f);
+  if (static_cast<double>(f) == x || x != x || (bits & 0x7fffffffu) == 0x7f800000u) return f;
+  const double size = f < 0 ? -static_cast<double>(f) : static_cast<double>(f), wanted = x < 0 ? -x : x;
+  if (size > wanted) bits--; /* toward zero first */
+  return float_of(bits | 1);
+}
+
 }  // namespace pnn_cuda
 
 #endif

@@ -69,6 +69,29 @@ PNN_DEVICE void philox_both(uint32_t words[2][4], uint64_t seed) {
   }
 }
 
+/* Philox for two pixels at once, with the keys of every EVERYth round in registers: for the others one addition serves
+ * both pixels. */
+template <int EVERY>
+struct PairKeys {
+  static_assert(10 % EVERY == 0, "whole groups of rounds");
+  uint32_t of[10 / EVERY][2];
+  PNN_DEVICE explicit PairKeys(uint64_t seed) {
+    const PhiloxKeys keys = philox_keys(seed);
+#pragma unroll
+    for (int i = 0; i < 10 / EVERY; i++) of[i][0] = keys.of[i * EVERY][0], of[i][1] = keys.of[i * EVERY][1];
+  }
+  PNN_DEVICE void philox(uint32_t (&words)[2][4]) const {
+    uint32_t key[2] = {};
+#pragma unroll
+    for (int round = 0; round < 10; round++) {
+      key[0] = round % EVERY ? keep(key[0]) + 0x9E3779B9u : of[round / EVERY][0];
+      key[1] = round % EVERY ? keep(key[1]) + 0xBB67AE85u : of[round / EVERY][1];
+#pragma unroll
+      for (int p = 0; p < 2; p++) philox_round(words[p], key[0], key[1]);
+    }
+  }
+};
+
 /* (2u - 255) / 256 for a byte, exactly: 256 + (2u + 1) / 256 by its bits, of which u is the second byte, then one
  * subtraction. */
 PNN_DEVICE float lattice(uint32_t byte) { return float_of(0x43800080u | byte << 8) - 257.0f; }
@@ -468,7 +491,15 @@ PNN_DEVICE void plain_response(const Layer &layer, const PhiloxKeys &keys, uint3
   for (int i = 0; i < SIXTEEN; i += 4) {
     const Four mean = four_from(layer.mean, block * SIXTEEN + static_cast<uint32_t>(i));
 #pragma unroll
-    for (int e = 0; e < 4; e++) u[i + e] = (u[i + e] < 0 ? 0.0f : u[i + e]) - mean.of[e];
+    for (int e = 0; e < 4; e++) {
+      /* As in store_run_relu, which zero it is means something to float32's chains alone. */
+      float &v = u[i + e];
+      if constexpr (std::is_same_v<D, float>)
+        v = v < 0 ? 0.0f : v;
+      else
+        v = relu_any_zero(v);
+      v -= mean.of[e];
+    }
   }
   store_run(to, u);
   store_run(to + RUN, u + RUN);

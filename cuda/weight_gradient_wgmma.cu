@@ -74,30 +74,7 @@ struct Shape {
                        inputs_at = tables_at + TABLES * static_cast<int>(sizeof(Table)),
                        gradients_at = inputs_at + STAGES * input_bytes,
                        totals_at = gradients_at + STAGES * gradient_bytes,
-                       bytes = totals_at + threads * 2 * S::row_blocks * 4;
-};
-
-/* Philox for two pixels at once, with the keys of every EVERYth round in registers: for the others one addition serves
- * both pixels. */
-template <int EVERY>
-struct PairKeys {
-  static_assert(10 % EVERY == 0, "whole groups of rounds");
-  uint32_t of[10 / EVERY][2];
-  PNN_DEVICE explicit PairKeys(uint64_t seed) {
-    const PhiloxKeys keys = philox_keys(seed);
-#pragma unroll
-    for (int i = 0; i < 10 / EVERY; i++) of[i][0] = keys.of[i * EVERY][0], of[i][1] = keys.of[i * EVERY][1];
-  }
-  PNN_DEVICE void philox(uint32_t (&words)[2][4]) const {
-    uint32_t key[2] = {};
-#pragma unroll
-    for (int round = 0; round < 10; round++) {
-      key[0] = round % EVERY ? keep(key[0]) + 0x9E3779B9u : of[round / EVERY][0];
-      key[1] = round % EVERY ? keep(key[1]) + 0xBB67AE85u : of[round / EVERY][1];
-#pragma unroll
-      for (int p = 0; p < 2; p++) philox_round(words[p], key[0], key[1]);
-    }
-  }
+                       means_at = totals_at + threads * 2 * S::row_blocks * 4, bytes = means_at + S::maps * 4;
 };
 
 /* Of the pair of pixels with number `quad` * 4 + `word` in a half (pixels 8 quad + 2 word and the next one). */
@@ -235,7 +212,7 @@ PNN_DEVICE float *totals_in(char *memory) {
 }
 
 /* d = A * B over the block's pixels; h's sums are left in shared memory. */
-template <class D, class S, Fastest G, bool PIXELS, int MASKS>
+template <class D, class S, Fastest G, bool PIXELS, bool CENTRED, int MASKS>
 PNN_DEVICE void add_products(const Layer &layer, const Part &part, char *memory,
                              float (&d)[S::row_blocks][S::maps / 2]) {
   using H = Shape<S>;
@@ -323,6 +300,11 @@ PNN_DEVICE void add_products(const Layer &layer, const Part &part, char *memory,
     }
   };
 
+  float *const means = reinterpret_cast<float *>(memory + H::means_at);
+  if (CENTRED)
+    for (int i = thread; i < S::maps; i += H::threads)
+      means[i] =
+          i < part.maps ? static_cast<const float *>(layer.mean)[part.group * layer.group_maps + part.k0 + i] : 0.0f;
   for (int i = thread; i < 2 * STEP; i += H::threads)
     look_up(i / STEP, i % STEP, i < STEP ? first_pixel(i) : later_pixel(1, i - STEP));
   if (part.summed) {
@@ -361,6 +343,16 @@ PNN_DEVICE void add_products(const Layer &layer, const Part &part, char *memory,
       for (int run = 0; run < 2; run++) {
         if (MASKS == 1 || run == 0) x.template load<true>(run, from, STEP * 2);
         if (MASKS > 1 && run == 0) x.template load<true>(1, from, STEP * 2);
+        float center[RUN] = {};
+        if constexpr (CENTRED) {
+#pragma unroll
+          for (int i = 0; i < RUN; i += 4) {
+            const words4 four =
+                load_shared(reinterpret_cast<const words4 *>(means + sixteen * SIXTEEN + run * RUN + i));
+#pragma unroll
+            for (int e = 0; e < 4; e++) center[i + e] = float_of(four.w[e]);
+          }
+        }
 #pragma unroll
         for (int p = 0; p < 2; p++) {
           words4 v;
@@ -371,8 +363,9 @@ PNN_DEVICE void add_products(const Layer &layer, const Part &part, char *memory,
             for (int e = 0; e < 2; e++) {
               const int map = run * RUN + i * 2 + e;
               u[e] = x.value(p, map) + level * lattice_in(words[p][map / 4], map % 4);
+              if (CENTRED) u[e] = relu_any_zero(u[e]) - center[i * 2 + e];
             }
-            v.w[i] = round_pair_relu(D{}, u[0], u[1]);
+            v.w[i] = CENTRED ? round_pair(D{}, u[0], u[1]) : round_pair_relu(D{}, u[0], u[1]);
           }
           store_shared_whole(
               reinterpret_cast<words4 *>(buffer + to + own * 4 * H::depth_step + run * H::column_step + p * 16), v);
@@ -464,7 +457,7 @@ PNN_DEVICE Part part_make(const Layer &layer, const Grid &grid) {
   return part;
 }
 
-template <class D, class S, Fastest G, Way WAY>
+template <class D, class S, Fastest G, Way WAY, bool CENTRED>
 __global__ void __launch_bounds__(Shape<S>::threads, S::blocks)
     weight_gradient_wgmma_kernel(const __grid_constant__ Layer layer, const __grid_constant__ Grid grid) {
   using H = Shape<S>;
@@ -478,15 +471,15 @@ __global__ void __launch_bounds__(Shape<S>::threads, S::blocks)
     products_start(d[b]);
   }
   if (layer.masks_shift == 0)
-    add_products<D, S, G, WAY == PLAIN_PIXELS, 1>(layer, part_make<S>(layer, grid), memory, d);
+    add_products<D, S, G, WAY == PLAIN_PIXELS, CENTRED, 1>(layer, part_make<S>(layer, grid), memory, d);
   else if (layer.masks_shift == 1)
-    add_products<D, S, G, WAY == PLAIN_PIXELS, 2>(layer, part_make<S>(layer, grid), memory, d);
+    add_products<D, S, G, WAY == PLAIN_PIXELS, CENTRED, 2>(layer, part_make<S>(layer, grid), memory, d);
   else if (layer.masks_shift == 2)
-    add_products<D, S, G, WAY == PLAIN_PIXELS, 4>(layer, part_make<S>(layer, grid), memory, d);
+    add_products<D, S, G, WAY == PLAIN_PIXELS, CENTRED, 4>(layer, part_make<S>(layer, grid), memory, d);
   else if (layer.masks_shift == 3)
-    add_products<D, S, G, WAY == PLAIN_PIXELS, 8>(layer, part_make<S>(layer, grid), memory, d);
+    add_products<D, S, G, WAY == PLAIN_PIXELS, CENTRED, 8>(layer, part_make<S>(layer, grid), memory, d);
   else
-    add_products<D, S, G, WAY == PLAIN_PIXELS, 16>(layer, part_make<S>(layer, grid), memory, d);
+    add_products<D, S, G, WAY == PLAIN_PIXELS, CENTRED, 16>(layer, part_make<S>(layer, grid), memory, d);
 
   /* Made again: kept, it would take registers all the way. */
   const Part part = part_make<S>(layer, grid);
@@ -543,7 +536,7 @@ WgmmaTiles tiles_of(const Layer &layer) {
           multiprocessors() * S::blocks};
 }
 
-template <class D, class S, Fastest G, Way WAY>
+template <class D, class S, Fastest G, Way WAY, bool CENTRED>
 Status launch(const Layer &layer, Stream stream) {
   const int64_t outputs = ceil_div(layer.group_outputs, Shape<S>::outputs), maps = ceil_div(layer.group_maps, S::maps);
   Grid grid;
@@ -555,20 +548,25 @@ Status launch(const Layer &layer, Stream stream) {
   Status status = STATUS_OK;
   for (grid.first_tile = 0; grid.first_tile < tiles && status == STATUS_OK; grid.first_tile += GRID_MOST) {
     const int64_t blocks = tiles - grid.first_tile < GRID_MOST ? tiles - grid.first_tile : GRID_MOST;
-    const auto kernel = weight_gradient_wgmma_kernel<D, S, G, WAY>;
+    const auto kernel = weight_gradient_wgmma_kernel<D, S, G, WAY, CENTRED>;
     PNN_LAUNCH(status, kernel, blocks, Shape<S>::threads, Shape<S>::bytes, stream, layer, grid);
   }
   return status;
+}
+
+template <class D, class S, Fastest G, Way WAY>
+Status choose_kind(const Layer &layer, Stream stream) {
+  return layer.mean ? launch<D, S, G, WAY, true>(layer, stream) : launch<D, S, G, WAY, false>(layer, stream);
 }
 
 template <class D, class S>
 Status run(const Layer &layer, Stream stream) {
   const bool rows = layer.grad_output_staging == STAGE_CHANNELS;
   if (way_of<D>(layer) == PLAIN_PIXELS)
-    return rows ? launch<D, S, ROWS_FASTEST, PLAIN_PIXELS>(layer, stream)
-                : launch<D, S, DEPTH_FASTEST, PLAIN_PIXELS>(layer, stream);
-  return rows ? launch<D, S, ROWS_FASTEST, PLAIN_CHANNELS>(layer, stream)
-              : launch<D, S, DEPTH_FASTEST, PLAIN_CHANNELS>(layer, stream);
+    return rows ? choose_kind<D, S, ROWS_FASTEST, PLAIN_PIXELS>(layer, stream)
+                : choose_kind<D, S, DEPTH_FASTEST, PLAIN_PIXELS>(layer, stream);
+  return rows ? choose_kind<D, S, ROWS_FASTEST, PLAIN_CHANNELS>(layer, stream)
+              : choose_kind<D, S, DEPTH_FASTEST, PLAIN_CHANNELS>(layer, stream);
 }
 
 template <class D>
@@ -582,13 +580,14 @@ template <class S>
 void list(Visit visit, const std::string &name) {
   for (const char *order : {" depth", " rows"})
     for (const char *way : {" pixels", " channels"})
-      visit((name + order + way).c_str(), Shape<S>::threads, Shape<S>::bytes);
+      for (const char *kind : {"", " centred"})
+        visit((name + order + way + kind).c_str(), Shape<S>::threads, Shape<S>::bytes);
 }
 
 }  // namespace
 
 bool weight_gradient_wgmma_may_fit(const Layer &layer, int product) {
-  return (product == PNN_BFLOAT16 || product == PNN_FLOAT16) && is_plain<bfloat16>(layer) && !layer.mean &&
+  return (product == PNN_BFLOAT16 || product == PNN_FLOAT16) && is_plain<bfloat16>(layer) &&
          layer.group_outputs > Shape<Narrow>::outputs / 2 && layer.columns > 0;
 }
 

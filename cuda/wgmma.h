@@ -19,10 +19,12 @@ namespace pnn_cuda {
 constexpr int STEP = 64, PRODUCTS = 4; /* depths of a step, and products that they make */
 constexpr int RUNS = STEP / 8;         /* of 16 bytes that a step's depths take */
 
-/* V as the products' B: of each group `columns` by `depth`, whose elements lie so many apart. */
+/* V as the products' B: of each group `columns` by `depth`, whose elements lie so many apart; and normalisation's scale
+ * of each of the maps, which are the columns with COLUMNS_FIRST below, else the depths; or NULL. */
 struct WeightOrder {
   int64_t groups, columns, depth;
   int64_t group_step, column_step, depth_step;
+  const double *scale;
 };
 
 /* [group][tile of columns][step][product][half of its depth][column][eight depths], zeros beyond: a tile's steps are
@@ -41,12 +43,17 @@ __global__ void wgmma_weight_kernel(const __grid_constant__ WeightOrder order, c
     words4 words = {{0, 0, 0, 0}};
     if (column < order.columns) {
       const D *const first = from + group * order.group_step + column * order.column_step;
+      const double *const scale =
+          order.scale ? order.scale + group * (COLUMNS_FIRST ? order.columns : order.depth) : nullptr;
 #pragma unroll
       for (int quad = 0; quad < 4; quad++)
 #pragma unroll
         for (int e = 0; e < 2; e++) {
           const int64_t k = step * STEP + quad * 16 + product * 4 + half * 2 + e;
-          if (k < order.depth) words.w[quad] |= static_cast<uint32_t>(first[k * order.depth_step].bits) << (16 * e);
+          if (k >= order.depth) continue;
+          D v = first[k * order.depth_step];
+          if (scale) v = round_to(D{}, float_to_odd(widen(v) * scale[COLUMNS_FIRST ? column : k])); /* rounded once */
+          words.w[quad] |= static_cast<uint32_t>(v.bits) << (16 * e);
         }
     }
     store_global(reinterpret_cast<words4 *>(to) + ((tile * steps + step) * RUNS + part) * TILE + place, words);

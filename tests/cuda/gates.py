@@ -43,6 +43,12 @@ from pathlib import Path
 
 TABLE = Path(__file__).with_name("kernels.txt")
 WIDTH = 48  # of a kernel's name in the tables
+# What a kernel of normalised layers is called, told by a flag among its template arguments.
+NORMALISED = {
+    "forward_wgmma": ["centred"],
+    "weight_gradient_wgmma": ["centred"],
+    "input_gradient_wgmma": ["affine"],
+}
 TILED = ("forward", "input_gradient", "weight_gradient", "moments", "moments_plain", "channels_last")
 DOUBLE = re.compile(r"^D(FMA|ADD|MUL|SETP|MNMX|MMA)$")
 COUNTED = (
@@ -102,6 +108,8 @@ def short_name(mangled: str) -> str:
         reading = re.search(r"7ReadingE(\d)E", arguments)
         if reading:
             parts.append(["pixels", "channels", "elements"][int(reading[1])])
+        if "Lb1E" in arguments:
+            parts += NORMALISED.get(parts[0], [])
     return " ".join(parts)
 
 

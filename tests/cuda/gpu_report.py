@@ -6,6 +6,7 @@ python tests/cuda/gpu_report.py runs/gpu-check.json      prints the tables of a 
 from __future__ import annotations
 
 import json
+import re
 import sys
 from collections.abc import Iterable
 from pathlib import Path
@@ -188,7 +189,7 @@ def kernels(rows: list[dict[str, Any]]) -> list[str]:
     for row in rows:
         sums = dict.fromkeys((*PASSES, "rest"), 0.0)
         for name, time in row["kernels_us"].items():
-            own = next((one for one in PASSES if name.startswith((f"{one}_kernel", f"{one}_wgmma_kernel"))), "rest")
+            own = next((one for one in PASSES if re.match(rf"{one}(_wgmma|_plain)?_kernel", name)), "rest")
             sums[own] += time
         norm = "yes" if row["norm"] else "no"
         body.append([case_text(row), row["type"], row["layout"], norm, *(cell(t or None, 1) for t in sums.values())])

@@ -101,12 +101,12 @@ WAVEFRONTS_A_SECOND = MULTIPROCESSORS * CLOCK
 # 256-value lattice from a seed, relu and contiguous tensors. Plain layers (cuda/response.h), (large, small tile):
 # one step of depth, FFMA not counted: copies, the product, and a thread's share of the operand (16-bit types: sixteen
 # maps of a pixel; float32: sixteen in every second step, of which this is the mean);
-FORWARD_STEP = {"float32": (209, 194), "tf32": (294, 233.5), "bfloat16": (301, 270), "float16": (301, 270)}
-WEIGHT_STEP = {"float32": (222.5, 201), "tf32": (326, 252.5), "bfloat16": (304, 259), "float16": (304, 259)}
+FORWARD_STEP = {"float32": (209.5, 194.5), "tf32": (299, 234), "bfloat16": (302, 272), "float16": (302, 272)}
+WEIGHT_STEP = {"float32": (224, 208), "tf32": (328.5, 265.5), "bfloat16": (310, 275), "float16": (308, 275)}
 # how many fewer with sixteen masks or more, where one number of x is read for all sixteen maps (below 0: more);
 FEWER_LOADS = {"float32": -2, "tf32": -2, "bfloat16": 9, "float16": 9}
 # the input gradient's step: copies and the product;
-INPUT_STEP = {"float32": (118, 100), "tf32": (279, 195), "bfloat16": (111, 91), "float16": (111, 91)}
+INPUT_STEP = {"float32": (118, 100), "tf32": (278, 194), "bfloat16": (111, 91), "float16": (111, 91)}
 # what the weight gradient does for a pixel of a step, to look it up, and for an output's share of dbias;
 LOOK_UP, TOTAL = 110, 3
 # what the input gradient does for a map of a pixel once the product is there, and for each number that it stores: with
@@ -118,11 +118,11 @@ TILE, INPUT_TILE = (620, 441), (589, 465)
 # Other layers: one step without the operand, what a thread makes of the operand in it; the last, element by element
 # where no runs of 16 bytes can be had, is estimated.
 ANY_STEP = {"float32": (264, 248), "tf32": (288, 236), "bfloat16": (233, 214), "float16": (233, 214)}
-OPERAND_NORMALISED = {"float32": 300, "tf32": 320, "bfloat16": 516, "float16": 516}
 OPERAND_BY_ELEMENTS = {"float32": 380, "tf32": 400, "bfloat16": 680, "float16": 680}
 ANY_INPUT_STEP, ANY_INPUT_MAP = (176, 160), 30
-# the moments' pass over one map of one pixel.
-MOMENTS = 44
+# Normalisation in plain layers: the moments of a map of a pixel; what centring adds to a response, and to an operand of
+# sixteen by mma.sync; what the input gradient's epilogue has more, in training, for each map of a pixel.
+MOMENTS, CENTRED, CENTRED_OPERAND, AFFINE = 26.0, 2.5, 60, 4.5
 # Hopper's asynchronous products (cuda/*_wgmma.cu). The share of FLOPS that they are taken to reach, which is cuBLAS's;
 WGMMA_REACHED = 0.75
 # forward: outputs and pixels of a tile, blocks on a multiprocessor; a thread's instructions in a step of 64 maps of its
@@ -136,6 +136,7 @@ WGMMA_TILE = {256: 870, 128: 570, 64: 440}
 # the input gradient: maps of a tile, warpgroups of a block; a thread's instructions in a step of 64 outputs
 # (contiguous, channels-last), and for a tile of its two pixels, by maps, with 1, 2, 4, 8 and 16 or more masks;
 WGMMA_INPUT_TILES = ((256, 2), (128, 3), (64, 4))
+WGMMA_AFFINE_TILES = ((128, 2), (64, 3))
 WGMMA_INPUT_STEP = (139, 84)
 WGMMA_INPUT_TILE = {
     256: (2170, 1818, 1646, 1582, 1626),
@@ -256,25 +257,26 @@ def copies(case: Case, dtype: str, layout: str, direction: str) -> list[Kernel]:
     return [Kernel(moved, moved)]
 
 
-def wgmma_kernels(case: Case, dtype: str, direction: str, layout: str) -> list[Kernel]:
-    """A pass by Hopper's asynchronous products, V's copy first; none where the layer can't have them."""
+def wgmma_kernels(case: Case, dtype: str, direction: str, layout: str, *, norm: bool = False) -> list[Kernel]:
+    """A pass by Hopper's asynchronous products, V's copy first; none where the layer can't have them. With `norm` in
+    training."""
     _, channels, height, outputs, masks = case
     enough = {"forward": outputs, "weight_gradient": outputs, "input_gradient": channels * masks}
     if dtype not in WGMMA_STEP or enough.get(direction, 0) <= 32 or channels * masks % 16:
         return []
     elements = by_elements(case, dtype, layout)
     if direction == "forward":
-        return wgmma_forward(case, dtype, elements and height % 2 == 1)
+        return wgmma_forward(case, dtype, elements and height % 2 == 1, norm)
     copied = is_copied(case, dtype, layout)
     if elements and not copied:
         return []
     if direction == "weight_gradient":
-        return [*copies(case, dtype, layout, direction), *wgmma_weight_gradient(case, dtype)]
+        return [*copies(case, dtype, layout, direction), *wgmma_weight_gradient(case, dtype, norm)]
     read = "channels_last" if copied else layout
-    return wgmma_input_gradient(case, dtype, read) if masks <= 64 and outputs <= 448 * 4 else []
+    return wgmma_input_gradient(case, dtype, read, norm) if masks <= 64 and outputs <= 448 * 4 else []
 
 
-def wgmma_forward(case: Case, dtype: str, singly: bool) -> list[Kernel]:
+def wgmma_forward(case: Case, dtype: str, singly: bool, norm: bool) -> list[Kernel]:
     """Forward; `singly`: x comes one number at a time."""
     batch, channels, height, outputs, masks = case
     size, maps, columns = SIZE[dtype], channels * masks, batch * height * height
@@ -291,6 +293,7 @@ def wgmma_forward(case: Case, dtype: str, singly: bool) -> list[Kernel]:
     # A step's V is written by cp.async and read by each warpgroup.
     wavefronts = blocks * steps * 64 * rows * size / 128 * (1 + pixels / 64)
     step = WGMMA_STEP[dtype][rows][min(masks, 16).bit_length() - 1] + (48 // min(masks, 16) if singly else 0)
+    step += 32 * CENTRED * norm
     main = Kernel(
         x + y,
         x * row_tiles + y + copied * column_tiles,
@@ -306,23 +309,23 @@ def wgmma_forward(case: Case, dtype: str, singly: bool) -> list[Kernel]:
     return [Kernel(weight, weight + copied), main]
 
 
-def wgmma_input_gradient(case: Case, dtype: str, layout: str) -> list[Kernel]:
+def wgmma_input_gradient(case: Case, dtype: str, layout: str, norm: bool) -> list[Kernel]:
     """The input gradient: a block to a multiprocessor, V all the time in shared memory."""
     batch, channels, height, outputs, masks = case
     size, maps, columns = SIZE[dtype], channels * masks, batch * height * height
     steps, pixel_tiles = math.ceil(outputs / 64), math.ceil(columns / 64)
     fitting = [
         (tile, groups)
-        for tile, groups in WGMMA_INPUT_TILES
+        for tile, groups in (WGMMA_AFFINE_TILES if norm else WGMMA_INPUT_TILES)
         if maps > tile // 2
         and tile * steps * 128 <= 224 * 1024
         and math.ceil(maps / tile) * math.ceil(pixel_tiles / groups) >= 128
     ]
-    tile, groups = [*fitting, WGMMA_INPUT_TILES[-1]][0]
+    tile, groups = [*fitting, (WGMMA_AFFINE_TILES if norm else WGMMA_INPUT_TILES)[-1]][0]
     map_tiles = math.ceil(maps / tile)
     x, y, weight = channels * columns * size, outputs * columns * size, outputs * maps * size
     copied = map_tiles * tile * steps * 64 * size
-    made = WGMMA_INPUT_TILE[tile][min(masks, 16).bit_length() - 1]
+    made = WGMMA_INPUT_TILE[tile][min(masks, 16).bit_length() - 1] + tile / 2 * AFFINE * norm
     step = WGMMA_INPUT_STEP[layout == "channels_last"]
     main = Kernel(
         y + 2 * x,
@@ -339,7 +342,7 @@ def wgmma_input_gradient(case: Case, dtype: str, layout: str) -> list[Kernel]:
     return [Kernel(weight, weight + copied), main]
 
 
-def wgmma_weight_gradient(case: Case, dtype: str) -> list[Kernel]:
+def wgmma_weight_gradient(case: Case, dtype: str, norm: bool) -> list[Kernel]:
     """The weight gradient and what adds its pieces up."""
     batch, channels, height, outputs, masks = case
     size, maps, columns = SIZE[dtype], channels * masks, batch * height * height
@@ -360,7 +363,9 @@ def wgmma_weight_gradient(case: Case, dtype: str) -> list[Kernel]:
         x + y + parts,
         x * row_tiles + y * map_tiles + parts,
         2.0 * maps * columns * outputs,
-        threads * steps * WGMMA_WEIGHT_STEP[rows][min(masks, 16).bit_length() - 1] + columns * outputs * TOTAL,
+        threads * steps * WGMMA_WEIGHT_STEP[rows][min(masks, 16).bit_length() - 1]
+        + steps * 64 * tile * CENTRED * norm
+        + columns * outputs * TOTAL,
         steps * 64 * tile * size / 128 * (1 + threads / 128),
         row_tiles * map_tiles * splits,
         threads,
@@ -382,15 +387,17 @@ def kernels(
     if direction in parts:
         each = [kernels(case, dtype, part, layout, norm=norm, wgmma=wgmma) for part in parts[direction]]
         return [kernel for part in each for kernel in part]
-    if wgmma and not norm and (found := wgmma_kernels(case, dtype, direction, layout)):
-        return found
     batch, channels, height, outputs, masks = case
     size, maps, columns = SIZE[dtype], channels * masks, batch * height * height
     x, y, weight = channels * columns * size, outputs * columns * size, outputs * maps * size
+    small = [Kernel(2 * weight, 2 * weight)]  # one of those that handle channels, outputs or weights
+    before, after = around(case, dtype, direction) if norm else ([], [])
+    if wgmma and (found := wgmma_kernels(case, dtype, direction, layout, norm=norm)):
+        return [*before, *found, *after]
     elements = by_elements(case, dtype, layout) and not is_copied(case, dtype, layout)
     copied = copies(case, dtype, layout, direction)
-    if elements or norm:
-        make = (OPERAND_BY_ELEMENTS if elements else OPERAND_NORMALISED)[dtype]
+    if elements:
+        make = OPERAND_BY_ELEMENTS[dtype]
         forward_step = weight_step = (ANY_STEP[dtype][0] + make, ANY_STEP[dtype][1] + make)
         input_step, input_map = ANY_INPUT_STEP, float(ANY_INPUT_MAP)
     else:
@@ -398,11 +405,16 @@ def kernels(
         forward_step = (FORWARD_STEP[dtype][0] - fewer, FORWARD_STEP[dtype][1] - fewer)
         weight_step = (WEIGHT_STEP[dtype][0] - fewer, WEIGHT_STEP[dtype][1] - fewer)
         input_step, input_map = INPUT_STEP[dtype], INPUT_MAP[dtype]
+        if norm:  # in float32 a thread makes its operand in every second step
+            more = CENTRED_OPERAND if size == 2 else CENTRED_OPERAND / 2
+            forward_step = (forward_step[0] + more, forward_step[1] + more)
+            weight_step = (weight_step[0] + more, weight_step[1] + more)
+            input_map += AFFINE
+    weights = small if norm else []  # V with the scale in it
     depth = 64 // size
     flops = 2.0 * maps * columns * outputs
     waits = (WAITS_BY_ELEMENTS if elements else WAITS)[dtype]
     reads = depth / 32 / min(masks, 16)  # wavefronts that read x for one line of a step's operand
-    small = [Kernel(2 * weight, 2 * weight)]  # one of those that handle channels, outputs or weights
     if direction == "forward":
         shape = tiles(outputs, columns)
         steps = math.ceil(maps / depth) * shape.blocks
@@ -417,20 +429,7 @@ def kernels(
             RESIDENT[dtype][shape.small],
             waits,
         )
-        if not norm:
-            return [*copied, main]
-        # Two passes over x for every eight maps, the second from the cache; then mean, scale, start, weight.
-        moments = Kernel(
-            x,
-            2 * x * max(1, masks / 8),
-            0,
-            2 * maps * columns * MOMENTS,
-            0,
-            math.ceil(maps / 8) * math.ceil(columns / 2048),
-            256,
-            2,
-        )
-        return [moments, *copied, *small * 4, main]
+        return [*before, *copied, *weights, main]
     if direction == "weight_gradient":
         large = outputs > 64 and maps > 64
         edge = 128 if large else 64
@@ -454,9 +453,8 @@ def kernels(
             RESIDENT[dtype][shape.small],
             waits,
         )
-        # dV from the pieces; with normalisation they are joined first, and its own gradients follow.
         join = Kernel((0 if parts < CACHE_SIZE else parts) + 2 * weight, parts + 2 * weight)
-        return [*small, *copied, main, join, *small * 2] if norm else [*copied, main, join]
+        return [*before, *copied, main, join, *after]
     assert direction == "input_gradient", direction
     shape = tiles(maps, columns)
     steps = math.ceil(outputs / depth) * shape.blocks
@@ -473,7 +471,34 @@ def kernels(
         RESIDENT[dtype][shape.small],
         waits,
     )
-    return [*(small if norm else []), main]
+    return [*weights, main]
+
+
+def around(case: Case, dtype: str, direction: str) -> tuple[list[Kernel], list[Kernel]]:
+    """What normalisation in training launches before and behind a pass's own kernels; V's copy is not among them.
+
+    Forward: the moments, their joining, scales, start values. Backward: the scales; dV is stored when the pieces are
+    joined, and normalisation's own gradients follow.
+    """
+    batch, channels, height, outputs, masks = case
+    size, maps, columns = SIZE[dtype], channels * masks, batch * height * height
+    x, weight = channels * columns * size, outputs * maps * size
+    small = Kernel(2 * weight, 2 * weight)
+    if direction == "weight_gradient":
+        return [small], [small] * 2
+    if direction != "forward":
+        return [], []
+    moments = Kernel(
+        x,
+        x * max(1, masks / 16),
+        0,
+        maps * columns * MOMENTS,
+        maps * columns / 16,  # the joining of both passes' numbers: 64 of each thread's four pixels and sixteen maps
+        math.ceil(maps / 16) * math.ceil(columns / 1024),
+        256,
+        2,
+    )
+    return [moments, small, small, small], []
 
 
 def predict(
@@ -653,7 +678,7 @@ def page() -> str:
                 p.bound,
                 verdict(targets(case, dtype, wgmma=wgmma)[0]),
             )
-        text += f"\n{name}, the other passes (bytes in MB; normalising: what its moments add to forward):\n\n"
+        text += f"\n{name}, the other passes (bytes in MB; normalised: with normalisation, in training):\n\n"
         text += row(
             "case",
             "input gradient: MB",
@@ -662,15 +687,16 @@ def page() -> str:
             "weight gradient: MB",
             "µs",
             "bound by",
-            "normalising",
             "forward+backward",
             "target",
+            "normalised: forward",
+            "forward+backward",
         )
-        text += row(*["---"] * 10)
+        text += row(*["---"] * 11)
         for case in CASES:
-            inputs, weights, both, forward = (
+            inputs, weights, both = (
                 predict(case, dtype, direction, wgmma=wgmma)
-                for direction in ("input_gradient", "weight_gradient", "forward+backward", "forward")
+                for direction in ("input_gradient", "weight_gradient", "forward+backward")
             )
             text += row(
                 ",".join(map(str, case)),
@@ -680,9 +706,9 @@ def page() -> str:
                 weights.bytes / 1e6,
                 weights.time_us,
                 weights.bound,
-                predict(case, dtype, "forward", norm=True).time_us - forward.time_us,
                 f"**{both.time_us:.1f}**",
                 verdict(targets(case, dtype, wgmma=wgmma)[1]),
+                *(predict(case, dtype, d, norm=True, wgmma=wgmma).time_us for d in ("forward", "forward+backward")),
             )
     return text + "\n"
 

@@ -2,7 +2,7 @@
 
     python tests/cuda/steps.py --build build/cuda      prints them beside predictions.py's
 
-A tiled kernel's steps are its innermost loop around all the instructions that multiply. What a thread issues in one is
+A tiled kernel's steps are its innermost loop around the instructions that multiply in one place. What a thread issues in one is
 the shortest way through that loop on which everything is done that a step of a plain layer does (cuda/response.h):
 data copied, the barrier met, the product added, and, in forward and weight gradient, its part of the operand made.
 Threads of float32 and TF32 make theirs in every second step, so there the mean of the ways with and without it counts.
@@ -71,13 +71,13 @@ def target(text: str) -> int | None:
     return int(match[1], 16) if match else None
 
 
-def find_loop(code: Code, multiplies: str) -> tuple[int, int] | None:
-    """First and last address of the innermost loop around every instruction that multiplies."""
+def find_loop(code: Code, multiplies: str, least: int) -> tuple[int, int] | None:
+    """First and last address of the innermost loop around at least so many instructions that multiply."""
     places = [address for address, text in code if re.search(multiplies, text)]
     loops = [
         (to, address)
         for address, text in code
-        if places and (to := target(text)) is not None and to <= places[0] and address >= places[-1]
+        if (to := target(text)) is not None and sum(to <= place <= address for place in places) >= least
     ]
     return min(loops, key=lambda loop: loop[1] - loop[0], default=None)
 
@@ -157,11 +157,12 @@ def count(code: Code, kernel: str, dtype: str) -> float | None:
     """
     multiplies = r"\bFFMA\b" if dtype == "float32" else r"\bHMMA\b"
     uncounted = r"\bFFMA\b" if dtype == "float32" else r"(?!)"
-    loop = find_loop(code, multiplies)
+    least = 400 if dtype == "float32" else 8
+    loop = find_loop(code, multiplies, least)
     if loop is None:
         return None
     blocks = Blocks(code)
-    step = (*STEP, Work(multiplies, 400 if dtype == "float32" else 8))
+    step = (*STEP, Work(multiplies, least))
     without = blocks.shortest(loop, step, uncounted)
     if kernel == "input_gradient" or without is None:
         return without

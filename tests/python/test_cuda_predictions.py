@@ -75,10 +75,14 @@ def test_asynchronous_products_are_predicted_of_layers_that_can_have_them(predic
                 assert both[1].flops == both[0].flops and both[1].launches == launches[direction] + copied
                 assert both[1].time_us >= both[1].flops / predictions.FLOPS[dtype] * 1e6
                 assert both[1].time_us < 1.5 * both[0].time_us
+                # Normalised layers have them too, and more to do before and behind.
+                normed = [
+                    predictions.predict(case, dtype, direction, norm=True, wgmma=wgmma) for wgmma in (False, True)
+                ]
+                assert normed[1].flops == both[1].flops and normed[1].time_us < 1.5 * normed[0].time_us
+                assert normed[1].time_us >= both[1].time_us and normed[1].launches >= both[1].launches
         for direction in launches:
             assert not predictions.wgmma_kernels(case, "float32", direction, "contiguous")
-            plain = predictions.predict(case, "bfloat16", direction, norm=True)
-            assert predictions.predict(case, "bfloat16", direction, norm=True, wgmma=False) == plain
     one = (32, 40, 8, 48, 1)
     assert not predictions.wgmma_kernels((*one[:3], 32, 1), "bfloat16", "forward", "contiguous")  # few outputs
     assert not predictions.wgmma_kernels(one, "bfloat16", "forward", "contiguous")  # maps in no whole sixteens
