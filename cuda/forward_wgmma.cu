@@ -105,6 +105,7 @@ PNN_DEVICE void add_products(const Layer &layer, int64_t group, const Pair &pair
     if (step + STAGES - 2 < steps) stage(step + STAGES - 2);
     copy_commit();
     float level = layer.level_float;
+    static_assert(NO_MAPS >= PRODUCTS * 4, "zeros for a thread's depths of a step");
     if (CENTRED) first_map = k < maps ? block * 16 : static_cast<uint32_t>(layer.maps); /* zeros */
     if (k >= maps) level = 0, x.clear(); /* as V is: no infinity may meet its zeros */
     uint32_t words[2][4];

@@ -10,7 +10,7 @@
 
 namespace pnn_cuda {
 
-/* Half h (of two) of the halves' words, */
+/* The half h, 0 low and 1 high, of a word of two numbers. */
 PNN_DEVICE float half_of(bfloat16, uint32_t word, int h) { return float_of(h ? word & 0xffff0000u : word << 16); }
 PNN_DEVICE float half_of(float16, uint32_t word, int h) {
   return widen(float16{static_cast<uint16_t>(h ? word >> 16 : word)});

@@ -148,13 +148,13 @@ void list_channels_last(Visit visit);
 
 /* ---- per channel, in double (finish.cu) ---- */
 
-/* Means, zero, that follow those of the maps: of depths that are no maps. */
+/* Zeros behind the maps' means, which forward reads for depths that are no maps. */
 constexpr int NO_MAPS = 16;
 
 /* Normalisation's numbers for each map, doubles. */
 struct Norm {
   double *scale, *inverse, *beta; /* gamma * inverse, 1 / sqrt(variance + eps) */
-  void *mean;                     /* reals, as the kernels subtract it; sixteen zeros behind the last */
+  void *mean;                     /* reals, as the kernels subtract it; NO_MAPS zeros behind */
 };
 
 Status run_moments_finish(const Layer &layer, bool is_double, const void *parts, Vector mean, Vector variance,

@@ -90,7 +90,7 @@ struct Layer {
   float level_float;
   const int64_t *seed;
   const uint32_t *waves; /* [maps or masks][4]: frequency down, across, phase, 0 */
-  const void *mean;      /* [K] reals or null */
+  const void *mean;      /* [K] reals, from a multiple of 16 bytes on, NO_MAPS zeros behind them; or null */
 
   /* The product's weights: [groups * group_outputs][weight_step] of the product's type, rows aligned to 16 bytes. */
   const char *weight;
@@ -98,7 +98,7 @@ struct Layer {
   const void *start; /* [T] reals that the sums start from, or null: then the bias */
   const char *bias;  /* [T] of the product's type, or null */
   int64_t bias_step;
-  const void *offset, *slope; /* [K] reals of the input gradient's epilogue, or null */
+  const void *offset, *slope; /* [K] reals each, aligned alike: what training adds to da; or null */
 
   int64_t splits, split_columns; /* of the weight gradient */
   void *products, *totals;       /* [splits][T][K/G], [splits][T] reals, or null */

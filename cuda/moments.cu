@@ -169,7 +169,7 @@ __global__ void __launch_bounds__(THREADS, 2)
   const auto place_of = [&](int j) { return place_make<true>(layer, q0 + (j < count ? j : 0)); };
 
   float u[PAIRS][2][SIXTEEN];
-  /* Float's fill the registers; of 16-bit types all pairs' are on their way at once. */
+  /* All pairs' x is on its way at once where there are registers for it: float's of one pair fill them. */
   constexpr int TOGETHER = sizeof(D) == 2 ? PAIRS : 1;
   const uint64_t seed = seed_read(layer);
 #pragma unroll

@@ -387,8 +387,8 @@ PNN_DEVICE void respond(const Layer &layer, int64_t k, int count, R u[RUN]) {
 }
 
 /* Most layers have the 256-value lattice from a seed, relu, maps in whole sixteens, one mask or a power of two to a
- * channel, and x in runs of 16 bytes: they have kernels of their own, in which operands are made without a branch, a
- * bound or a register that moves. The bits are those of the way above. */
+ * channel, and x in runs of 16 bytes: they have kernels of their own, in which operands are made without a bound or a
+ * register that moves, and with no branch but that of normalisation. The bits are those of the way above. */
 enum Way { ANY_WAY, PLAIN_PIXELS, PLAIN_CHANNELS };
 
 template <class D>
@@ -467,7 +467,7 @@ PNN_DEVICE void plain_perturbed(const Layer &layer, const PhiloxKeys &keys, uint
   for (int e = 0; e < SIXTEEN; e++) u[e] = u[e] + layer.level_float * lattice_in(words[e / 4], e % 4);
 }
 
-/* Of numbers that each map has one of, in device memory: those of four maps, of which the first is a fourth one. */
+/* Of numbers that each map has one of, in device memory: those of four maps from `map` on, a multiple of four. */
 struct Four {
   float of[4];
 };

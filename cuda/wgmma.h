@@ -52,7 +52,8 @@ __global__ void wgmma_weight_kernel(const __grid_constant__ WeightOrder order, c
           const int64_t k = step * STEP + quad * 16 + product * 4 + half * 2 + e;
           if (k >= order.depth) continue;
           D v = first[k * order.depth_step];
-          if (scale) v = round_to(D{}, float_to_odd(widen(v) * scale[COLUMNS_FIRST ? column : k])); /* rounded once */
+          if (scale)
+            v = round_to(D{}, float_to_odd(widen(v) * scale[COLUMNS_FIRST ? column : k])); /* as weight_kernel does */
           words.w[quad] |= static_cast<uint32_t>(v.bits) << (16 * e);
         }
     }

@@ -387,12 +387,12 @@ def reference_phase(work: Work) -> None:
                 try:
                     ratios = normalised_one(work, dtype, layout, training, *sizes)
                 except RuntimeError as error:
-                    failures.append(f"{where}: {str(error)[:300]}")
+                    failures.append(f"{where} {sizes}: {str(error)[:300]}")
                     continue
                 cases += 1
                 worst[where] = max(worst.get(where, 0.0), *ratios.values())
                 failures += [
-                    f"{where}: {what} errs {r:.3g} times its bound" for what, r in ratios.items() if not r <= 1
+                    f"{where} {sizes}: {what} errs {r:.3g} times its bound" for what, r in ratios.items() if not r <= 1
                 ]
     work.found.update(cases=cases, skipped=skipped, worst=worst, failures=failures[:40])
     work.found["passed"] = cases > 0 and skipped == 0 and not failures

@@ -352,12 +352,14 @@ TEST_P(CudaTypes, EveryScheduleGivesTheSameBits) {
   Case c = base();
   c.placement = Placement::kHeap, c.fill = Fill::kRandom;
   c.B = 2, c.C = 40, c.T = 40, c.H = 4, c.W = 16, c.norm = c.training = true, c.eps = 1e-5;
-  for (int variant = 0; variant < 5; variant++) {
+  for (int variant = 0; variant < 7; variant++) {
     set_layouts(c, variant % 2 == 1 ? LayoutKind::kChannelsLast : LayoutKind::kContiguous);
     if (variant == 2) c.M = 3, c.C = 10, c.noise = PNN_NOISE_TENSOR, c.shared = true, c.W = 15;
     if (variant == 3) /* a plain layer's own way */
       c.M = 2, c.C = 40, c.noise = PNN_NOISE_UNIFORM, c.shared = c.norm = c.training = false, c.W = 16;
     if (variant == 4) c.H = 3, c.W = 7; /* by channels-last copies */
+    if (variant > 4)                    /* plain and normalised */
+      c.M = 1, c.C = 48, c.noise = PNN_NOISE_UNIFORM, c.shared = false, c.norm = c.training = true, c.H = 4, c.W = 16;
     std::vector<std::vector<uint64_t>> first;
     for (int i = 0; i < 2 * kSchedules; i++) {
       set_schedule(i);
@@ -447,6 +449,9 @@ void check_bounded(const Case &c, double *worst) {
                "grad_input", worst);
   expect_close(p.grad_weight, out.grad_weight, n + 8, slack + more * u + products, c, "grad_weight", worst);
   expect_close(p.grad_bias, out.grad_bias, n, 0, c, "grad_bias", worst);
+  expect_close(p.grad_norm_weight, out.grad_norm_weight, n + static_cast<double>(c.T), slack + more * u + products, c,
+               "grad_norm_weight", worst);
+  expect_close(p.grad_norm_bias, out.grad_norm_bias, n + static_cast<double>(c.T), 0, c, "grad_norm_bias", worst);
   expect_close(p.grad_mask, out.grad_mask, static_cast<double>(c.T) + 8 + more, 2 * slack + more * u + again, c,
                "grad_mask", worst);
 }
@@ -479,13 +484,13 @@ TEST_P(CudaTypes, NormalisedPlainLayers) {
       c.placement = Placement::kHeap;
       set_layouts(c, kind);
       c.norm = true, c.affine = M != 2, c.bias = M != 4, c.groups = M == 2 ? 2 : 1;
-      c.B = 2, c.C = M > 8 ? 8 : 48, c.T = 40, c.H = 5, c.W = M == 8 ? 7 : 8, c.M = M, c.seed = seed++;
+      c.B = M == 8 ? 3 : 2, c.C = M > 8 ? 8 : 48, c.T = 40, c.H = 5, c.W = M == 8 ? 7 : 8, c.M = M, c.seed = seed++;
       check(c);
       c.training = true, c.fill = Fill::kRandom, c.eps = 1e-5, c.level = 0.25;
       set_schedule(static_cast<int>(seed));
       check_bounded(c, &worst);
       if (M != 1 && M != 4) continue;
-      c.B = 3, c.C = c.T = 16, c.M = 1, c.H = 20, c.W = M == 1 ? 20 : 21, c.seed = seed++; /* two chunks */
+      c.B = 3, c.C = c.T = 16, c.H = 19, c.W = M == 1 ? 20 : 21, c.seed = seed++; /* two chunks */
       set_schedule(static_cast<int>(seed));
       check_bounded(c, &worst);
     }
@@ -638,19 +643,21 @@ TEST_P(CudaWgmma, EveryScheduleGivesTheSameBits) {
 }
 
 TEST_P(CudaWgmma, TheTileDoesNotMatter) {
-  Case c = base();
-  c.fill = Fill::kRandom, c.C = 48, c.M = 4, c.W = 200, c.T = 136;
-  const std::vector<uint64_t> wide = forward_bits(c, 1, true);
-  for (int64_t blocks : {3, 100}) { /* two of 128 pixels by 256 outputs, of 64 by 128, of 64 by 64 */
-    set_schedule(1);
-    host::options.tensor_core = host::TensorCore::HOPPER;
-    host::options.wanted_blocks = blocks;
-    Problem p(c);
-    ASSERT_EQ(p.forward(), PNN_OK) << p.error.message;
-    EXPECT_EQ(host::product_columns, blocks == 3 ? 128 : 64);
-    EXPECT_EQ(p.output.bits(), wide);
+  for (bool norm : {false, true}) {
+    Case c = base();
+    c.fill = Fill::kRandom, c.C = 48, c.M = 4, c.W = 200, c.T = 136, c.norm = c.training = norm, c.eps = 1e-5;
+    const std::vector<uint64_t> wide = forward_bits(c, 1, true);
+    for (int64_t blocks : {3, 100}) { /* two of 128 pixels by 256 outputs, of 64 by 128, of 64 by 64 */
+      set_schedule(1);
+      host::options.tensor_core = host::TensorCore::HOPPER;
+      host::options.wanted_blocks = blocks;
+      Problem p(c);
+      ASSERT_EQ(p.forward(), PNN_OK) << p.error.message;
+      EXPECT_EQ(host::product_columns, blocks == 3 ? 128 : 64);
+      EXPECT_EQ(p.output.bits(), wide);
+    }
+    host::options = {};
   }
-  host::options = {};
 }
 
 TEST_P(CudaWgmma, BoundedErrors) {
@@ -919,6 +926,7 @@ TEST_P(CudaWgmmaGradient, Normalised) {
       c.norm = true, c.affine = M != 4;
       c.B = 2, c.H = 5, c.W = seed % 3 ? 8 : 7, c.M = M, c.level = M % 2 ? 0.5 : -1;
       c.C = M > 8 ? 8 : (kWgmmaMaps[seed % 3] / M + 7) / 8 * 8, c.T = 24, c.seed = seed++;
+      if (M == 1 || M == 8) c.groups = 2, c.C *= 2, c.T = 48;
       check_gradient(c);
       check_normalised(c, &worst);
     }
@@ -928,6 +936,8 @@ TEST_P(CudaWgmmaGradient, Normalised) {
     c.B = 1, c.T = 72, c.M = 2, c.H = 1, c.W = maps > 64 ? 136 : 200, c.C = maps / 2;
     const std::vector<uint64_t> first = gradient_bits(c, 0, true, 2);
     EXPECT_EQ(host::product_columns, maps > 64 ? 128 : 64);
+    EXPECT_EQ(gradient_bits(c, 0, true, 100), first); /* by tiles of 64 */
+    EXPECT_EQ(host::product_columns, 64);
     for (int i = 1; i < kSchedules; i++) EXPECT_EQ(gradient_bits(c, i, true, 2), first) << "schedule " << i;
   }
   std::printf("worst error beyond the last rounding: %.3g u sum|terms|\n", worst);
@@ -1186,6 +1196,7 @@ TEST_P(CudaWgmmaWeights, Normalised) {
     c.B = 1, c.C = 80, c.M = 2, c.H = 1, c.W = 200, c.T = outputs;
     const std::vector<uint64_t> first = weight_bits(c, 0, true);
     for (int i = 1; i < kSchedules; i++) EXPECT_EQ(weight_bits(c, i, true), first) << "schedule " << i;
+    EXPECT_EQ(weight_bits(c, 0, true, 100), first); /* by tiles of 64 outputs */
   }
   std::printf("worst error beyond the last rounding: %.3g u sum|terms|\n", worst);
 }
@@ -1347,26 +1358,31 @@ TEST(CudaChannelsLast, NotForForwardByAsynchronousProducts) {
 
 TEST(CudaMoments, NeitherOverflowNorCancel) {
   /* Values near float's largest, and maps whose spread is a thousandth of their mean. */
-  for (Fill fill : {Fill::kHuge, Fill::kNearConstant, Fill::kTiny}) {
-    Case c;
-    c.B = 3, c.C = 4, c.T = 2, c.H = 31, c.W = 33, c.norm = c.training = true, c.fill = fill, c.noise = PNN_NOISE_NONE;
-    c.activation = PNN_ACTIVATION_IDENTITY;
-    Problem p(c);
-    ASSERT_EQ(p.forward(), PNN_OK);
-    const ReferenceInput in = p.reference_input();
-    Reference<long double> reference(in);
-    ReferenceOutput<long double> out;
-    reference.forward(out, &in.mean, &in.variance);
-    for (int64_t k = 0; k < c.K(); k++) {
-      const size_t s = static_cast<size_t>(k);
-      const long double variance = out.variance.value[s];
-      EXPECT_LE(std::fabs(p.mean.value(k) - out.mean.value[s]), 0x1p-20L * out.mean.magnitude[s]) << name_of(fill);
-      if (variance > 3.4e38L)
-        EXPECT_TRUE(std::isinf(p.variance.value(k)));
-      else
-        EXPECT_LE(std::fabs(p.variance.value(k) - variance), 0x1p-18L * variance + 0x1p-149L) << name_of(fill);
+  for (Fill fill : {Fill::kHuge, Fill::kNearConstant, Fill::kTiny})
+    for (bool plain : {false, true}) {
+      Case c;
+      c.B = 3, c.C = 4, c.T = 2, c.H = 31, c.W = 33, c.norm = c.training = true, c.fill = fill;
+      c.noise = PNN_NOISE_NONE, c.activation = PNN_ACTIVATION_IDENTITY;
+      if (plain) {
+        c.C = 16, c.noise = PNN_NOISE_UNIFORM, c.activation = PNN_ACTIVATION_RELU;
+        c.level = fill == Fill::kTiny ? 1e-38 : 1e-3; /* so that the data are what is hard */
+      }
+      Problem p(c);
+      ASSERT_EQ(p.forward(), PNN_OK);
+      const ReferenceInput in = p.reference_input();
+      Reference<long double> reference(in);
+      ReferenceOutput<long double> out;
+      reference.forward(out, &in.mean, &in.variance);
+      for (int64_t k = 0; k < c.K(); k++) {
+        const size_t s = static_cast<size_t>(k);
+        const long double variance = out.variance.value[s];
+        EXPECT_LE(std::fabs(p.mean.value(k) - out.mean.value[s]), 0x1p-20L * out.mean.magnitude[s]) << c.describe();
+        if (variance > 3.4e38L)
+          EXPECT_TRUE(std::isinf(p.variance.value(k)));
+        else
+          EXPECT_LE(std::fabs(p.variance.value(k) - variance), 0x1p-18L * variance + 0x1p-149L) << c.describe();
+      }
     }
-  }
 }
 
 TEST(CudaMoments, InfiniteAndNanElementsReachTheMeanAndTheVariance) {

@@ -2,8 +2,9 @@
 
     python tests/cuda/steps.py --build build/cuda      prints them beside predictions.py's
 
-A tiled kernel's steps are its innermost loop around the instructions that multiply in one place. What a thread issues in one is
-the shortest way through that loop on which everything is done that a step of a plain layer does (cuda/response.h):
+A tiled kernel's steps are its innermost loop around so many multiplying instructions as a product takes. What a thread
+issues in one is the shortest way through that loop on which everything is done that a step of a plain layer does
+(cuda/response.h, without normalisation):
 data copied, the barrier met, the product added, and, in forward and weight gradient, its part of the operand made.
 Threads of float32 and TF32 make theirs in every second step, so there the mean of the ways with and without it counts.
 FFMA does not count: predictions.py has the time of multiplying beside it.

@@ -115,6 +115,21 @@ def test_each_forbidden_or_missing_instruction_is_seen(old: str, new: str, messa
             "forward_wgmma bfloat16 Wide elements",
         ),
         ("19wgmma_weight_kernelINS_7float16ENS0_6NarrowEEEvNS_5LayerENS_6MatrixEPT_", "wgmma_weight float16 Narrow"),
+        # Those of normalised layers.
+        (
+            "20forward_wgmma_kernelINS_8bfloat16ENS0_4WideELNS_7ReadingE0ELb1EEEvNS_5LayerE",
+            "forward_wgmma bfloat16 Wide pixels centred",
+        ),
+        (
+            "20forward_wgmma_kernelINS_8bfloat16ENS0_4WideELNS_7ReadingE0ELb0EEEvNS_5LayerE",
+            "forward_wgmma bfloat16 Wide pixels",
+        ),
+        (
+            "27input_gradient_wgmma_kernelINS_7float16ENS0_6NarrowELNS_7FastestE1ELNS_3WayE2ELb1EEEvNS_5LayerE",
+            "input_gradient_wgmma float16 Narrow rows channels affine",
+        ),
+        ("20moments_plain_kernelIfLNS_7ReadingE1EEEvNS_5LayerE", "moments_plain float channels"),
+        ("19wgmma_weight_kernelINS_7float16ELi64ELi64ELb1EEEvNS_11WeightOrderE", "wgmma_weight float16"),
     ],
 )
 def test_kernels_are_named_as_they_are_listed(mangled: str, name: str) -> None:
