@@ -13,9 +13,10 @@ convolutions by default. To have the layer do as PyTorch's matrix products do, s
 
 ``backends.cuda.allow_wgmma`` lets bfloat16 and float16 layers on a Hopper GPU (compute capability 9.0) use its
 asynchronous matrix products, where the layer is a plain one: 256-value masks from a seed and ReLU, with normalisation
-inside or without (docs/cuda.md). They take about half the time. It is True until it is set here, in C++ (``torch_pnn::allow_wgmma``) or
-by ``TORCH_PNN_ALLOW_WGMMA=0``; results without them are those of other GPUs' tensor cores. They have the same bits
-where sums are exact; others are rounded in another order, within the same bounds. Elsewhere it changes nothing.
+inside or without (docs/cuda.md). They take about half the time. It is True until it is set here, in C++
+(``torch_pnn::allow_wgmma``) or by ``TORCH_PNN_ALLOW_WGMMA=0``; results without them are those of other GPUs' tensor
+cores. They have the same bits where sums are exact; others are rounded in another order, within the same bounds.
+Elsewhere it changes nothing.
 
 Example:
     >>> import torch_pnn
