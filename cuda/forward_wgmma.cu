@@ -15,7 +15,8 @@
  *     rows     g and g + 8 are neighbouring pixels: one word of x and of y
  *     columns  thread t's, of 32, are the outputs 8 t to 8 t + 7: 16 bytes of y where the channels are contiguous
  *
- * wgmma_weight_kernel copies V into this order.
+ * wgmma_weight_kernel copies V into this order. With normalisation, CENTRED, the operand is the response minus its
+ * mean.
  */
 #include <string>
 

@@ -13,6 +13,8 @@
  * Neither is loaded into registers ahead of its use: a warp has six scoreboards, and what shares one with such a load
  * waits for it.
  *
+ * With normalisation, CENTRED, the response is the one minus its mean.
+ *
  * A step takes 64 pixels, in two halves. A thread of a product owns the depths {2t, 2t+1, 2t+8, 2t+9} (t = lane % 4) of
  * rows i and i + 8 (i = lane / 4). Which pixels and outputs stand there is free, as long as B has the same pixels:
  *
