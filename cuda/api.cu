@@ -186,10 +186,11 @@ Plan plan_make(const pnn_problem &p, pnn_pass pass, pnn_arena *arena) {
     int64_t count;
     if (__builtin_mul_overflow(p.outputs, ceil_div(p.group_maps, run) * run, &count)) count = INT64_MAX;
 #if defined(PNN_CUDA_WGMMA)
-    if (!backward && params.allow_wgmma && element == 2)
-      count = PNN_MAX(count, wgmma_weight_elements(p.groups, p.group_outputs, p.group_maps));
-    if (backward && params.grad_input.data && params.allow_wgmma && element == 2)
-      count = PNN_MAX(count, wgmma_weight_elements(p.groups, p.group_maps, p.group_outputs));
+    if (params.allow_wgmma && (element == 2 || plan.product == PRODUCT_TF32)) {
+      if (!backward) count = PNN_MAX(count, wgmma_weight_elements(p.groups, p.group_outputs, p.group_maps));
+      if (backward && params.grad_input.data)
+        count = PNN_MAX(count, wgmma_weight_elements(p.groups, p.group_maps, p.group_outputs));
+    }
 #endif
     w.weight = pnn_arena_take(arena, count, element);
   }

@@ -1,19 +1,22 @@
 /*
- * forward_wgmma.cu - forward of plain 16-bit layers (response.h) by Hopper's asynchronous products, for sm_90a alone.
+ * forward_wgmma.cu - forward of plain layers (response.h) in 16-bit types and TF32 by Hopper's asynchronous products,
+ * for sm_90a alone.
  *
  * As in forward.cu, y = start + V * response(x), but transposed: D [pixel][output] += A [pixel][map] * B [map][output],
  * 64 pixels to a warpgroup. A is made in the very registers from which the tensor cores read it, so that it never goes
  * to shared memory and nothing waits for it; B, which is V, comes from there by itself. A product runs while the same
  * threads make the operand of the next ones:
  *
- *     x --ld.global, a step ahead--> registers --masks, relu, rounding--> A, four products in turn --> wgmma
- *     V --cp.async, two steps ahead--> shared memory, in wgmma's order -------------------------------^
+ *     x --ld.global, a part ahead--> registers --masks, relu, rounding--> A, four products in turn --> wgmma
+ *     V --cp.async, two parts ahead--> shared memory, in wgmma's order -------------------------------^
+ *
+ * A step's part, four products, is all of it in 16-bit types, half of it in TF32.
  *
  * Depths, rows and columns of a product stand in the order of wgmma.h:
  *
- *     depths   thread t's, of a step's four products together, are the maps 16 t to 16 t + 15: one Philox call's
- *     rows     g and g + 8 are neighbouring pixels: one word of x and of y
- *     columns  thread t's, of 32, are the outputs 8 t to 8 t + 7: 16 bytes of y where the channels are contiguous
+ *     depths   thread t's, of a step's products together, are the maps 16 t to 16 t + 15: one Philox call's
+ *     rows     g and g + 8 are neighbouring pixels: one word of x and of y, two of TF32
+ *     columns  thread t's, of 32, are the outputs 8 t to 8 t + 7: 16 or 32 bytes of y where the channels are contiguous
  *
  * wgmma_weight_kernel copies V into this order. With normalisation, CENTRED, the operand is the response minus its
  * mean.
@@ -28,7 +31,7 @@ namespace pnn_cuda {
 namespace {
 
 constexpr int STAGES =
-    4; /* of V: of the last step, whose products may still run, of this one, and of two on their way */
+    4; /* of V: of the last part, whose products may still run, of this one, and of two on their way */
 
 /* Tiles: as many outputs as registers hold sums of, and so many warpgroups that V travels seldom and that a
  * multiprocessor's registers are used. (`blocks` to it is read by the device's compiler alone.) */
@@ -45,7 +48,7 @@ struct Narrow {
 template <class S>
 struct Shape {
   static constexpr int threads = 128 * S::warpgroups, columns = 64 * S::warpgroups;
-  static constexpr int stage_bytes = STEP * S::outputs * 2;
+  static constexpr int stage_bytes = PART_RUNS * S::outputs * 16;
   static constexpr int start_bytes = S::outputs * static_cast<int>(sizeof(float));
   static constexpr int bytes = start_bytes + STAGES * stage_bytes;
 };
@@ -58,17 +61,35 @@ struct Pair {
   const char *input[2];
 };
 
-/* d += A * B over all maps of the group; `ring` has room for STAGES steps of V, which starts at `weight`. */
+/* A word of A: of two responses of a pixel or, of TF32, one. */
+template <class D>
+PNN_DEVICE uint32_t operand_relu(const float (&u)[NUMBERS<D>]) {
+  if constexpr (NUMBERS<D> == 2)
+    return round_pair_relu(D{}, u[0], u[1]);
+  else
+    return to_tf32_even_relu(u[0]);
+}
+template <class D>
+PNN_DEVICE uint32_t operand(const float (&u)[NUMBERS<D>]) {
+  if constexpr (NUMBERS<D> == 2)
+    return round_pair(D{}, u[0], u[1]);
+  else
+    return to_tf32_even(u[0]);
+}
+
+/* d += A * B over all maps of the group; `ring` has room for STAGES parts of V, which starts at `weight`. */
 template <class D, class S, Reading READING, bool CENTRED, int MASKS>
 PNN_DEVICE void add_products(const Layer &layer, int64_t group, const Pair &pair, const char *weight, char *ring,
                              float (&d)[S::outputs / 2]) {
   using H = Shape<S>;
   constexpr int CHUNKS = H::stage_bytes / 16;
   const int thread = thread_index(), quad = thread % 4;
+  constexpr int MAPS = SIXTEEN / PARTS<D>, EACH = MAPS / PRODUCTS; /* this thread's of a part, of a product */
   const int steps = static_cast<int>((layer.group_maps + STEP - 1) / STEP), maps = static_cast<int>(layer.group_maps);
-  const auto stage = [&](int step) {
-    const char *const from = weight + static_cast<int64_t>(step) * H::stage_bytes;
-    char *const to = ring + step % STAGES * H::stage_bytes;
+  const int parts = steps * PARTS<D>;
+  const auto stage = [&](int part) {
+    const char *const from = weight + static_cast<int64_t>(part) * H::stage_bytes;
+    char *const to = ring + part % STAGES * H::stage_bytes;
 #pragma unroll
     for (int i = 0; i < CHUNKS; i += H::threads)
       if (CHUNKS % H::threads == 0 || i + thread < CHUNKS)
@@ -76,14 +97,16 @@ PNN_DEVICE void add_products(const Layer &layer, int64_t group, const Pair &pair
   };
 
   /* As many keys as there are registers for. */
-  const PairKeys<CENTRED && S::outputs == Narrow::outputs ? 2 : 1> keys(seed_read(layer));
+  constexpr bool NARROW = S::outputs == Narrow::outputs;
+  const PairKeys<sizeof(D) == 2 ? (CENTRED && NARROW ? 2 : 1) : NARROW ? 5 : 2> keys(seed_read(layer));
   uint32_t block = static_cast<uint32_t>(group * layer.group_maps / 16) + static_cast<uint32_t>(quad);
   constexpr bool ONE_POINTER = READING == READ_PIXELS;
-  const int64_t channel = (READING == READ_CHANNELS ? 1 : layer.input.channel) * 2; /* bytes */
+  constexpr int SIZE = static_cast<int>(sizeof(D));
+  const int64_t channel = (READING == READ_CHANNELS ? 1 : layer.input.channel) * SIZE; /* bytes */
   const char *from[2] = {pair.input[0], pair.input[1]};
-  int k = quad * 16;
+  int k = quad * 16;      /* of the part whose x is loaded next */
   uint32_t first_map = 0; /* of this step, as the means are numbered */
-  InputsOf<D, READING, MASKS> x;
+  InputsOf<D, READING, MASKS, MAPS> x;
   const auto move_to = [&](int k_) { /* beyond the maps to the first one, which is not used */
                                      const int64_t c = (k_ < maps ? k_ : 0) >> layer.masks_shift;
                                      from[0] = pair.input[0] + c * channel;
@@ -93,67 +116,76 @@ PNN_DEVICE void add_products(const Layer &layer, int64_t group, const Pair &pair
   x.load(0, from, channel);
   x.load(1, from, channel);
 #pragma unroll 1
-  for (int step = 0; step < STAGES - 2; step++) {
-    if (step < steps) stage(step);
+  for (int part = 0; part < STAGES - 2; part++) {
+    if (part < parts) stage(part);
     copy_commit();
   }
-  uint32_t a[PRODUCTS][4];
+  /* Operands: of as many products as there are registers for. */
+  constexpr int OPERANDS = sizeof(D) == 4 && READING == READ_CHANNELS && !CENTRED ? 2 : PRODUCTS;
+  uint32_t operands[OPERANDS][4];
 #pragma unroll 1
   for (int step = 0; step < steps; step++) {
-    copy_wait<STAGES - 3>(); /* this step's V is there */
-    shared_to_products();
-    __syncthreads(); /* all threads' part of it; and no product of the step before the last one runs */
-    if (step + STAGES - 2 < steps) stage(step + STAGES - 2);
-    copy_commit();
-    float level = layer.level_float;
-    static_assert(NO_MAPS >= PRODUCTS * 4, "zeros for a thread's depths of a step");
-    if (CENTRED) first_map = k < maps ? block * 16 : static_cast<uint32_t>(layer.maps); /* zeros */
-    if (k >= maps) level = 0, x.clear(); /* as V is: no infinity may meet its zeros */
     uint32_t words[2][4];
+    float level = layer.level_float;
 #pragma unroll
-    for (int p = 0; p < 2; p++)
-      words[p][0] = pair.column[p], words[p][1] = pair.row[p], words[p][2] = block, words[p][3] = 0;
-    keys.philox(words);
-    block += STEP / 16;
-    k += STEP;
-    move_to(k);
-    const char *const v = ring + step % STAGES * H::stage_bytes;
+    for (int in_step = 0; in_step < PARTS<D>; in_step++) {
+      const int part = step * PARTS<D> + in_step;
+      copy_wait<STAGES - 3>(); /* this part's V is there */
+      shared_to_products();
+      __syncthreads(); /* all threads' share of it; and no product of the part before the last one runs */
+      if (part + STAGES - 2 < parts) stage(part + STAGES - 2);
+      copy_commit();
+      static_assert(NO_MAPS >= SIXTEEN, "zeros for a thread's depths of a step");
+      if (CENTRED && in_step == 0) first_map = k < maps ? block * 16 : static_cast<uint32_t>(layer.maps); /* zeros */
+      if (k >= maps) level = 0, x.clear(); /* as V is: no infinity may meet its zeros */
+      if (in_step == 0) {
 #pragma unroll
-    for (int product = 0; product < PRODUCTS; product++) {
-      Four center = {};
-      if constexpr (CENTRED) center = four_from(layer.mean, first_map + static_cast<uint32_t>(product * 4));
-      products_wait<PRODUCTS - 1>(); /* the one that read a[product] is done */
-#pragma unroll
-      for (int i = 0; i < 4; i++) {
-        const int p = i % 2, map = product * 4 + i / 2 * 2;
-        float u[2];
-#pragma unroll
-        for (int e = 0; e < 2; e++) u[e] = x.value(p, map + e) + level * lattice_in(words[p][product], i / 2 * 2 + e);
-        if constexpr (CENTRED) {
-#pragma unroll
-          for (int e = 0; e < 2; e++) u[e] = relu_any_zero(u[e]) - center.of[i / 2 * 2 + e];
-          a[product][i] = round_pair(D{}, u[0], u[1]);
-        } else {
-          a[product][i] = round_pair_relu(D{}, u[0], u[1]);
-        }
+        for (int p = 0; p < 2; p++)
+          words[p][0] = pair.column[p], words[p][1] = pair.row[p], words[p][2] = block, words[p][3] = 0;
+        keys.philox(words);
+        block += STEP / 16;
       }
-      products_operand(a[product]);
-      products_add(D{}, d, a[product], matrix_descriptor(v + product * 2 * S::outputs * 16, S::outputs * 16, 128));
-      products_commit();
-      if (product % 2) x.load(product / 2, from, channel);
+      k += in_step + 1 < PARTS<D> ? MAPS : STEP - (SIXTEEN - MAPS);
+      move_to(k);
+      const char *const v = ring + part % STAGES * H::stage_bytes;
+      Four center = {};
+#pragma unroll
+      for (int product = 0; product < PRODUCTS; product++) {
+        const int first = in_step * MAPS + product * EACH; /* of the sixteen maps */
+        if (CENTRED && first % 4 == 0) center = four_from(layer.mean, first_map + static_cast<uint32_t>(first));
+        uint32_t(&a)[4] = operands[product % OPERANDS];
+        products_wait<OPERANDS - 1>(); /* the one that read them is done */
+#pragma unroll
+        for (int i = 0; i < 4; i++) {
+          const int p = i % 2, at = i / 2 * NUMBERS<D>; /* in the product's maps */
+          float u[NUMBERS<D>];
+#pragma unroll
+          for (int e = 0; e < NUMBERS<D>; e++) {
+            const int map = first + at + e;
+            u[e] = x.value(p, product * EACH + at + e) + level * lattice_in(words[p][map / 4], map % 4);
+            if (CENTRED) u[e] = relu_any_zero(u[e]) - center.of[map % 4];
+          }
+          a[i] = CENTRED ? operand<D>(u) : operand_relu<D>(u);
+        }
+        products_operand(a);
+        products_add(D{}, d, a, matrix_descriptor(v + product * 2 * S::outputs * 16, S::outputs * 16, 128));
+        products_commit();
+        if (product % 2) x.load(product / 2, from, channel);
+      }
     }
   }
   products_finish(d);
 }
 
-/* Elements on their way take registers that words share. */
-template <class S, Reading READING>
+/* Elements on their way take registers that words share; of TF32 there is no room for means. */
+template <class D, class S, Reading READING, bool CENTRED>
 constexpr int blocks_of() {
-  return READING == READ_ELEMENTS && S::blocks > 1 ? S::blocks - 1 : S::blocks;
+  const bool fewer = READING == READ_ELEMENTS || (sizeof(D) == 4 && CENTRED);
+  return fewer && S::blocks > 1 ? S::blocks - 1 : S::blocks;
 }
 
 template <class D, class S, Reading READING, bool CENTRED>
-__global__ void __launch_bounds__(Shape<S>::threads, blocks_of<S, READING>())
+__global__ void __launch_bounds__(Shape<S>::threads, (blocks_of<D, S, READING, CENTRED>()))
     forward_wgmma_kernel(const __grid_constant__ Layer layer, int64_t first_tile,
                          const __grid_constant__ Divider by_rows, const __grid_constant__ Divider by_columns) {
   using H = Shape<S>;
@@ -190,7 +222,8 @@ __global__ void __launch_bounds__(Shape<S>::threads, blocks_of<S, READING>())
     const Pixel pixel = pixel_make(layer, place);
     pair.row[p] = pixel.row, pair.column[p] = pixel.column;
     pair.input[p] =
-        layer.input.data + (place_in(layer.input, place) + group * layer.group_channels * layer.input.channel) * 2;
+        layer.input.data + (place_in(layer.input, place) + group * layer.group_channels * layer.input.channel) *
+                               static_cast<int>(sizeof(D));
     output[p] =
         reinterpret_cast<D *>(layer.output.data) + place_in(layer.output, place) + output_first * layer.output.channel;
   }
@@ -205,21 +238,21 @@ __global__ void __launch_bounds__(Shape<S>::threads, blocks_of<S, READING>())
     }
   products_start(d);
 
-  const int64_t steps = (layer.group_maps + STEP - 1) / STEP;
+  const int64_t parts = (layer.group_maps + STEP - 1) / STEP * PARTS<D>;
   const char *const weight =
-      layer.weight + (group * static_cast<int64_t>(by_rows.divisor) + row_tile) * steps * H::stage_bytes;
+      layer.weight + (group * static_cast<int64_t>(by_rows.divisor) + row_tile) * parts * H::stage_bytes;
   if (layer.masks_shift == 0)
     add_products<D, S, READING, CENTRED, 1>(layer, group, pair, weight, ring, d);
   else if (layer.masks_shift == 1)
     add_products<D, S, READING, CENTRED, 2>(layer, group, pair, weight, ring, d);
   else if (layer.masks_shift == 2)
     add_products<D, S, READING, CENTRED, 4>(layer, group, pair, weight, ring, d);
-  else if (layer.masks_shift == 3)
+  else if (layer.masks_shift == 3 || PARTS<D> == 2) /* a part's maps have one channel */
     add_products<D, S, READING, CENTRED, 8>(layer, group, pair, weight, ring, d);
-  else
+  else if constexpr (PARTS<D> == 1)
     add_products<D, S, READING, CENTRED, 16>(layer, group, pair, weight, ring, d);
 
-  if (along_pixels(layer.output_staging)) { /* in pairs */
+  if (in_pairs<D>(layer.output_staging)) {
     if (first >= columns) return;
     const int left = rows - quad * 8;
     D *to = output[0] + quad * 8 * layer.output.channel;
@@ -228,7 +261,7 @@ __global__ void __launch_bounds__(Shape<S>::threads, blocks_of<S, READING>())
 #pragma unroll
       for (int i = 0; i < 8; i++) {
         const float *const sums = d + b * 16 + i / 2 * 4 + i % 2;
-        store_global_if(b * 32 + i < left, reinterpret_cast<uint32_t *>(to), round_pair(D{}, sums[0], sums[2]));
+        store_pair_if<D>(b * 32 + i < left, to, sums[0], sums[2]);
         to += layer.output.channel;
       }
       to += 24 * layer.output.channel;
@@ -241,19 +274,18 @@ __global__ void __launch_bounds__(Shape<S>::threads, blocks_of<S, READING>())
     if (first + p >= columns) return;
 #pragma unroll
     for (int b = 0; b < S::outputs / 32; b++) {
-      words4 words;
+      float sums[8];
 #pragma unroll
-      for (int i = 0; i < 4; i++)
-        words.w[i] = round_pair(D{}, d[b * 16 + i * 4 + 2 * p], d[b * 16 + i * 4 + 2 * p + 1]);
+      for (int i = 0; i < 8; i++) sums[i] = d[b * 16 + i / 2 * 4 + 2 * p + i % 2];
       const int row = b * 32 + quad * 8;
+      D *const to = output[p] + row * layer.output.channel;
       if (vectors) {
-        if (row < rows) store_global(reinterpret_cast<words4 *>(output[p] + row), words);
+        if (row < rows) store_together<D, 8>(reinterpret_cast<char *>(to), sums);
         continue;
       }
-      D *to = output[p] + row * layer.output.channel;
 #pragma unroll
-      for (int i = 0; i < 8; i++, to += layer.output.channel)
-        if (row + i < rows) to->bits = static_cast<uint16_t>(words.w[i / 2] >> (16 * (i % 2)));
+      for (int i = 0; i < 8; i++)
+        if (row + i < rows) to[i * layer.output.channel] = round_to(D{}, sums[i]);
     }
   }
 }
@@ -325,7 +357,7 @@ void list(Visit visit, const std::string &name) {
 }  // namespace
 
 bool forward_wgmma_fits(const Layer &layer, int product) {
-  if (product != PNN_BFLOAT16 && product != PNN_FLOAT16) return false;
+  if (product != PNN_BFLOAT16 && product != PNN_FLOAT16 && product != PRODUCT_TF32) return false;
   return is_plain<bfloat16>(layer) && layer.group_outputs > Narrow::outputs / 2 && layer.columns > 0 && has_wgmma();
 }
 
@@ -337,7 +369,7 @@ int64_t wgmma_weight_elements(int64_t groups, int64_t columns, int64_t depth) {
 }
 
 void list_forward_wgmma(Visit visit) {
-  for (const std::string type : {"bfloat16", "float16"}) {
+  for (const std::string type : {"bfloat16", "float16", "tf32"}) {
     list<Wide>(visit, "forward_wgmma " + type + " Wide");
     list<Middle>(visit, "forward_wgmma " + type + " Middle");
     list<Narrow>(visit, "forward_wgmma " + type + " Narrow");
@@ -347,7 +379,8 @@ void list_forward_wgmma(Visit visit) {
 Status run_forward_wgmma(const Layer &layer, int product, Matrix weight, const double *scale, void *copy,
                          Stream stream) {
   if (product == PNN_BFLOAT16) return choose<bfloat16>(layer, weight, scale, copy, stream);
-  return choose<float16>(layer, weight, scale, copy, stream);
+  if (product == PNN_FLOAT16) return choose<float16>(layer, weight, scale, copy, stream);
+  return choose<tf32>(layer, weight, scale, copy, stream);
 }
 
 }  // namespace pnn_cuda

@@ -1,5 +1,6 @@
 /*
- * input_gradient_wgmma.cu - dx of plain 16-bit layers (response.h) by Hopper's asynchronous products, for sm_90a alone.
+ * input_gradient_wgmma.cu - dx of plain layers (response.h) in 16-bit types and TF32 by Hopper's asynchronous products,
+ * for sm_90a alone.
  *
  * As in input_gradient.cu, da = V'g, then through relu's derivative and summed over a channel's masks, but transposed:
  * D [pixel][map] += A [pixel][output] * B [output][map], 64 pixels to a warpgroup. A is g, in the very registers from
@@ -7,14 +8,15 @@
  * goes through its pixels: after one barrier in the beginning its warpgroups never wait for each other, so that one
  * goes from da to dx while another's products run.
  *
- *     g --ld.global, a step ahead--> registers: A, four products in turn --> wgmma --> D, da
+ *     g --ld.global, a part ahead--> registers: A, four products in turn --> wgmma --> D, da
  *     V --cp.async, once--> shared memory, in wgmma's order -----------------^         |
  *     x --ld.global, before the products or 64 maps ahead--> registers, with masks: u  +--> relu', sums --> dx
  *
- * Depths, rows and columns of a product stand in the order of wgmma.h:
+ * A step's part, four products, is all of it in 16-bit types, half of it in TF32. Depths, rows and columns of a product
+ * stand in the order of wgmma.h:
  *
  *     depths   thread t's, of a step's four products together, are the outputs 16 t to 16 t + 15
- *     rows     g and g + 8 are neighbouring pixels: one word of g, x and dx where the pixels are contiguous
+ *     rows     g and g + 8 are neighbouring pixels: one word (two of TF32) of g, x and dx where they are contiguous
  *     columns  thread t's, of 64, are the maps 16 t to 16 t + 15: one Philox call's
  *
  * d's sum over masks has one order: in a thread map by map, then, of 32 and 64 masks, over the two or four threads.
@@ -32,25 +34,30 @@ namespace {
 constexpr uint32_t PIXELS = 64; /* of a warpgroup's tile */
 
 /* Tiles: as many maps as registers hold sums of, and warpgroups that use a multiprocessor's registers: one block to
- * each. In training (AFFINE below) a thread needs more of them, and there are fewer warpgroups, or no such tile. */
+ * each. In training (AFFINE below) a thread needs more of them: there are fewer warpgroups, the second number, or no
+ * such tile. Of TF32 it does so in evaluation, too, and the second number is that of channels-last g as well. */
 struct Wide {
-  static constexpr int maps = 256, warpgroups[] = {2, 0};
+  static constexpr int maps = 256, warpgroups[] = {2, 0}, warpgroups_tf32[] = {0, 0};
 };
 struct Middle {
-  static constexpr int maps = 128, warpgroups[] = {3, 2};
+  static constexpr int maps = 128, warpgroups[] = {3, 2}, warpgroups_tf32[] = {3, 2};
 };
 struct Narrow {
-  static constexpr int maps = 64, warpgroups[] = {4, 3};
+  static constexpr int maps = 64, warpgroups[] = {4, 3}, warpgroups_tf32[] = {3, 3};
 };
+template <class D, class S>
+constexpr int warpgroups_of(bool affine, Fastest g) {
+  return sizeof(D) == 2 ? S::warpgroups[affine] : S::warpgroups_tf32[affine || g == DEPTH_FASTEST];
+}
 /* Of shared memory that V may take: a Hopper block has 227 KiB, of which three numbers of each map may take 3. */
 constexpr int64_t MOST_BYTES = 224 * 1024;
 template <class S>
 constexpr int64_t affine_bytes = S::maps * 3 * 4;
 
-template <class S, bool AFFINE>
+template <class D, class S, Fastest G, bool AFFINE>
 struct Shape {
-  static constexpr int warpgroups = S::warpgroups[AFFINE], threads = 128 * warpgroups;
-  static constexpr int step_bytes = STEP * S::maps * 2;
+  static constexpr int warpgroups = warpgroups_of<D, S>(AFFINE, G), threads = 128 * warpgroups;
+  static constexpr int part_bytes = PART_RUNS * S::maps * 16, step_bytes = PARTS<D> * part_bytes;
 };
 
 /* What a launch adds to the layer: the blocks of one piece of the pixels follow each other, one for each tile of maps,
@@ -61,13 +68,14 @@ struct Grid {
   int64_t input, grad_output, grad_input; /* bytes from channel to channel */
 };
 
-/* g of a thread's two pixels and sixteen outputs, as it comes from memory. A word has two pixels of an output or, where
- * the channels are contiguous, two outputs of a pixel. Beyond the outputs A is 0: no infinity may meet V's zeros there.
- * (The channels' words are made zeros when A is made, of any number that is there: were they copied to A as they are,
- * that would be done, and waited for, at the load.) */
-template <Fastest G>
+/* g of a thread's two pixels and a part's outputs, sixteen or, of TF32, eight, as it comes from memory. A word has two
+ * pixels of an output or, where the channels are contiguous, two outputs of a pixel; of TF32, one number. Beyond the
+ * outputs A is 0: no infinity may meet V's zeros there. (The channels' words are made zeros when A is made, of any
+ * number that is there: were they copied to A as they are, that would be done, and waited for, at the load.) */
+template <class D, Fastest G>
 struct Operand {
   static constexpr bool ROWS = G == ROWS_FASTEST;
+  static constexpr int SIZE = static_cast<int>(sizeof(D)), OUTPUTS = SIXTEEN / PARTS<D>, EACH = OUTPUTS / PRODUCTS;
   uint32_t words[16];
   const char *from[ROWS ? 1 : 2]; /* the next ones */
   int left;                       /* outputs from the next ones on */
@@ -79,7 +87,7 @@ struct Operand {
     left = wanted ? static_cast<int>(layer.group_outputs) - quad * 16 : 0;
 #pragma unroll
     for (int p = 0; p < (ROWS ? 1 : 2); p++)
-      from[p] = g.data + place_in(g, place[p]) * 2 +
+      from[p] = g.data + place_in(g, place[p]) * SIZE +
                 (group * layer.group_outputs + (left > 0 ? quad * 16 : 0)) * grid.grad_output;
   }
   /* Goes on where `other` is. */
@@ -88,17 +96,24 @@ struct Operand {
 #pragma unroll
     for (int p = 0; p < (ROWS ? 1 : 2); p++) from[p] = wanted ? other.from[p] : from[p];
   }
-  /* What the step's products `product` need, in turn. */
-  PNN_DEVICE void load([[maybe_unused]] const Grid &grid, int product) {
+  /* What the products `product` of a step's part `part` need, in turn. */
+  PNN_DEVICE void load([[maybe_unused]] const Grid &grid, int part, int product) {
+    const int onward = part + 1 < PARTS<D> ? OUTPUTS : STEP - SIXTEEN + OUTPUTS; /* to the next part's outputs */
     if constexpr (ROWS) {
 #pragma unroll
-      for (int i = product * 4; i < product * 4 + 4; i++) {
-        words[i] = load_global_or_zero(i < left, reinterpret_cast<const uint32_t *>(from[0]));
+      for (int i = product * EACH; i < product * EACH + EACH; i++) {
+        if constexpr (SIZE == 2) {
+          words[i] = load_global_or_zero(i < left, reinterpret_cast<const uint32_t *>(from[0]));
+        } else {
+          const words2 v = load_global_or_zero(i < left, reinterpret_cast<const words2 *>(from[0]));
+          words[2 * i] = v.w[0], words[2 * i + 1] = v.w[1];
+        }
         from[0] = keep(from[0] + grid.grad_output); /* or its multiples would wait in registers */
       }
-      if (product == PRODUCTS - 1) from[0] += (STEP - 16) * grid.grad_output;
-    } else if (product % 2) { /* eight outputs, there or not */
-      const int half = product / 2, offset = half && left > 8 ? 16 : 0, step = left > STEP ? STEP * 2 : 0;
+      if (product == PRODUCTS - 1) from[0] += (onward - OUTPUTS) * grid.grad_output;
+    } else if (product % 2) { /* 16 bytes of outputs, there or not */
+      const int half = product / 2, offset = half && left > OUTPUTS / 2 ? 16 : 0;
+      const int step = left > onward ? onward * SIZE : 0;
 #pragma unroll
       for (int p = 0; p < 2; p++) {
         const words4 v = load_global(reinterpret_cast<const words4 *>(from[p] + offset));
@@ -107,17 +122,20 @@ struct Operand {
         if (half) from[p] += step;
       }
     }
-    if (product == PRODUCTS - 1) left -= STEP;
+    if (product == PRODUCTS - 1) left -= onward;
   }
-  /* A of a product; `here` of the outputs are left from this thread's first one on. */
+  /* A of a product; `here` of the outputs are left from this thread's first one of the part on. */
   PNN_DEVICE void make(int product, int here, uint32_t a[4]) const {
 #pragma unroll
     for (int i = 0; i < 4; i++) {
-      const int p = i % 2, k = product * 4 + i / 2 * 2;
-      if constexpr (ROWS)
+      const int p = i % 2, k = product * EACH + i / 2 * NUMBERS<D>;
+      if constexpr (ROWS && SIZE == 2)
         a[i] = permute(words[k], words[k + 1], p ? 0x7632 : 0x5410);
+      else if constexpr (ROWS)
+        a[i] = to_tf32_even(float_of(words[2 * k + p]));
       else
-        a[i] = words[p * 8 + k / 2] & (k / 8 * 8 < here ? 0xffffffffu : 0);
+        a[i] = words[p * 8 + k / NUMBERS<D>] & (k / (OUTPUTS / 2) * (OUTPUTS / 2) < here ? 0xffffffffu : 0);
+      if constexpr (!ROWS && SIZE == 4) a[i] = to_tf32_even(float_of(a[i]));
     }
   }
 };
@@ -138,11 +156,10 @@ PNN_DEVICE void place_pixels(const Layer &layer, int tile, Place place[2], bool 
 template <class D, int COUNT>
 PNN_DEVICE void store_channels(const Layer &layer, const Grid &grid, char *const to[2], const bool there[2],
                                const float sum[2][COUNT]) {
-  if (along_pixels(layer.grad_input_staging)) { /* no image ends inside a pair: both are there or neither */
+  if (in_pairs<D>(layer.grad_input_staging)) { /* no image ends inside a pair: both are there or neither */
     char *at = to[0];
 #pragma unroll
-    for (int c = 0; c < COUNT; c++, at += grid.grad_input)
-      store_global_if(there[0], reinterpret_cast<uint32_t *>(at), round_pair(D{}, sum[0][c], sum[1][c]));
+    for (int c = 0; c < COUNT; c++, at += grid.grad_input) store_pair_if<D>(there[0], at, sum[0][c], sum[1][c]);
     return;
   }
 #pragma unroll
@@ -153,19 +170,7 @@ PNN_DEVICE void store_channels(const Layer &layer, const Grid &grid, char *const
 #pragma unroll
       for (int c = 0; c < COUNT; c++, at += grid.grad_input) *reinterpret_cast<D *>(at) = round_to(D{}, sum[p][c]);
     } else if constexpr (COUNT > 1) {
-      uint32_t words[COUNT / 2];
-#pragma unroll
-      for (int i = 0; i < COUNT / 2; i++) words[i] = round_pair(D{}, sum[p][2 * i], sum[p][2 * i + 1]);
-      if constexpr (COUNT >= 8) {
-#pragma unroll
-        for (int i = 0; i < COUNT / 8; i++)
-          store_global(reinterpret_cast<words4 *>(to[p]) + i,
-                       words4{{words[4 * i], words[4 * i + 1], words[4 * i + 2], words[4 * i + 3]}});
-      } else if constexpr (COUNT == 4) {
-        *reinterpret_cast<uint64_t *>(to[p]) = static_cast<uint64_t>(words[1]) << 32 | words[0];
-      } else {
-        *reinterpret_cast<uint32_t *>(to[p]) = words[0];
-      }
+      store_together<D, COUNT>(to[p], sum[p]);
     }
   }
 }
@@ -175,8 +180,8 @@ PNN_DEVICE void store_channels(const Layer &layer, const Grid &grid, char *const
 template <class D, class S, Fastest G, Way WAY, bool AFFINE, int MASKS>
 PNN_DEVICE void run_block(const Layer &layer, const Grid &grid, int64_t group, int64_t map_first, int tile, int last,
                           char *memory) {
-  using H = Shape<S, AFFINE>;
-  constexpr bool ALONG = WAY == PLAIN_PIXELS;
+  using H = Shape<D, S, G, AFFINE>;
+  constexpr int SIZE = static_cast<int>(sizeof(D));
   constexpr int COUNT = SIXTEEN / MASKS, BLOCKS = S::maps / 64;
   constexpr int STORED = MASKS == 1 ? 8 : COUNT; /* channels whose sums wait in registers for the others */
   const int quad = thread_index() % 4, shift = layer.masks_shift;
@@ -201,11 +206,11 @@ PNN_DEVICE void run_block(const Layer &layer, const Grid &grid, int64_t group, i
 
   Place place[2];
   bool there[2];
-  Operand<G> g, next;
+  Operand<D, G> g, next;
   place_pixels(layer, tile, place, there);
   g.move_to(layer, grid, group, place, tile < last);
 #pragma unroll
-  for (int product = 0; product < PRODUCTS; product++) g.load(grid, product);
+  for (int product = 0; product < PRODUCTS; product++) g.load(grid, 0, product);
   copy_wait<0>();
   shared_to_products();
   __syncthreads(); /* all threads' parts of V, and of what stands before it, are there */
@@ -213,7 +218,9 @@ PNN_DEVICE void run_block(const Layer &layer, const Grid &grid, int64_t group, i
   /* blockIdx.y is 0: with it the assembler keeps the constant in a register, not the four selectors of its bytes. */
   const uint32_t lattice = LATTICE + blockIdx.y;
 
-  uint32_t a[PRODUCTS][4];
+  /* A of as many products as there are registers for. */
+  constexpr int OPERANDS = SIZE == 4 && G == DEPTH_FASTEST && S::maps == Narrow::maps ? 2 : PRODUCTS;
+  uint32_t operands[OPERANDS][4];
   float d[S::maps / 2];
 #pragma unroll 1
   for (; tile < last; tile += H::warpgroups) {
@@ -229,12 +236,12 @@ PNN_DEVICE void run_block(const Layer &layer, const Grid &grid, int64_t group, i
     for (int p = 0; p < 2; p++) {
       const Pixel pixel = pixel_make(layer, place[p]);
       row[p] = pixel.row, column[p] = pixel.column;
-      from[p] = layer.input.data + place_in(layer.input, place[p]) * 2 +
+      from[p] = layer.input.data + place_in(layer.input, place[p]) * SIZE +
                 (channels + ((own < maps ? own : 0) >> shift)) * grid.input;
-      to[p] = layer.grad_input.data + place_in(layer.grad_input, place[p]) * 2 +
+      to[p] = layer.grad_input.data + place_in(layer.grad_input, place[p]) * SIZE +
               (channels + (own >> shift)) * grid.grad_input;
     }
-    Inputs<D, ALONG, MASKS> x;
+    InputsOf<D, WAY == PLAIN_PIXELS ? READ_PIXELS : READ_CHANNELS, MASKS> x;
     x.load(0, from, grid.input);
     x.load(1, from, grid.input);
 #pragma unroll
@@ -248,16 +255,21 @@ PNN_DEVICE void run_block(const Layer &layer, const Grid &grid, int64_t group, i
     products_start(d);
 #pragma unroll 1
     for (int step = 0; step < steps; step++) {
-      const char *const v = weight + step * H::step_bytes;
-      g.follow_if(step + 1 == steps, next); /* what is loaded in the last step is the next tile's */
 #pragma unroll
-      for (int product = 0; product < PRODUCTS; product++) {
-        products_wait<PRODUCTS - 1>(); /* the one that read a[product] is done */
-        g.make(product, outputs - step * STEP, a[product]);
-        products_operand(a[product]);
-        products_add(D{}, d, a[product], matrix_descriptor(v + product * 2 * S::maps * 16, S::maps * 16, 128));
-        products_commit();
-        g.load(grid, product);
+      for (int part = 0; part < PARTS<D>; part++) {
+        const char *const v = weight + step * H::step_bytes + part * H::part_bytes;
+        const bool ends = part + 1 == PARTS<D>;
+        if (ends) g.follow_if(step + 1 == steps, next); /* what is loaded in the last part is the next tile's */
+#pragma unroll
+        for (int product = 0; product < PRODUCTS; product++) {
+          uint32_t(&a)[4] = operands[product % OPERANDS];
+          products_wait<OPERANDS - 1>(); /* the one that read it is done */
+          g.make(product, outputs - step * STEP - part * Operand<D, G>::OUTPUTS, a);
+          products_operand(a);
+          products_add(D{}, d, a, matrix_descriptor(v + product * 2 * S::maps * 16, S::maps * 16, 128));
+          products_commit();
+          g.load(grid, ends ? 0 : part + 1, product);
+        }
       }
     }
     /* What could be made of these before the products would wait in registers until here. */
@@ -331,9 +343,9 @@ PNN_DEVICE void run_block(const Layer &layer, const Grid &grid, int64_t group, i
 }
 
 template <class D, class S, Fastest G, Way WAY, bool AFFINE>
-__global__ void __launch_bounds__(Shape<S, AFFINE>::threads, 1)
+__global__ void __launch_bounds__((Shape<D, S, G, AFFINE>::threads), 1)
     input_gradient_wgmma_kernel(const __grid_constant__ Layer layer, const __grid_constant__ Grid grid) {
-  using H = Shape<S, AFFINE>;
+  using H = Shape<D, S, G, AFFINE>;
   PNN_SHARED_MEMORY(memory);
   const int thread = thread_index();
   int64_t row, map_tile;
@@ -385,39 +397,44 @@ int64_t pieces_of(int64_t rows, int64_t tiles) {
   return best < tiles ? best : tiles;
 }
 
-int64_t weight_bytes(const Layer &layer, int64_t maps) { return ceil_div(layer.group_outputs, STEP) * STEP * maps * 2; }
+template <class D>
+int64_t weight_bytes(const Layer &layer, int64_t maps) {
+  return ceil_div(layer.group_outputs, STEP) * STEP * maps * static_cast<int64_t>(sizeof(D));
+}
 
 /* The widest tile that the maps fill by more than half, that gives a large GPU enough blocks, and whose V has room.
  * Results do not depend on it. */
-template <class S>
+template <class D, class S>
 bool is_chosen(const Layer &layer) {
-  const int64_t warpgroups = S::warpgroups[layer.slope != nullptr];
-  return warpgroups > 0 && layer.group_maps > S::maps / 2 && weight_bytes(layer, S::maps) <= MOST_BYTES &&
+  const Fastest g = layer.grad_output_staging == STAGE_PIXELS ? ROWS_FASTEST : DEPTH_FASTEST;
+  const int64_t warpgroups = warpgroups_of<D, S>(layer.slope != nullptr, g);
+  return warpgroups > 0 && layer.group_maps > S::maps / 2 && weight_bytes<D>(layer, S::maps) <= MOST_BYTES &&
          ceil_div(layer.group_maps, S::maps) * ceil_div(layer.columns, warpgroups * int64_t{PIXELS}) * layer.groups >=
              wanted_blocks();
 }
 
 template <class D, class S, Fastest G, Way WAY, bool AFFINE>
 Status launch(const Layer &layer, Stream stream) {
+  constexpr int SIZE = static_cast<int>(sizeof(D));
   const int64_t map_tiles = ceil_div(layer.group_maps, S::maps), rows = map_tiles * layer.groups;
   const int64_t tiles = ceil_div(layer.columns, PIXELS), pieces = pieces_of(rows, tiles);
   const Grid grid = {divider_make(rows),
                      divider_make(map_tiles),
                      static_cast<int>(tiles / pieces),
                      static_cast<int>(tiles % pieces),
-                     layer.input.channel * 2,
-                     layer.grad_output.channel * 2,
-                     layer.grad_input.channel * 2};
+                     layer.input.channel * SIZE,
+                     layer.grad_output.channel * SIZE,
+                     layer.grad_input.channel * SIZE};
   const auto kernel = input_gradient_wgmma_kernel<D, S, G, WAY, AFFINE>;
-  const size_t shared = static_cast<size_t>(weight_bytes(layer, S::maps) + (AFFINE ? affine_bytes<S> : 0));
+  const size_t shared = static_cast<size_t>(weight_bytes<D>(layer, S::maps) + (AFFINE ? affine_bytes<S> : 0));
   Status status;
-  PNN_LAUNCH(status, kernel, rows * pieces, (Shape<S, AFFINE>::threads), shared, stream, layer, grid);
+  PNN_LAUNCH(status, kernel, rows * pieces, (Shape<D, S, G, AFFINE>::threads), shared, stream, layer, grid);
   return status;
 }
 
 template <class D, class S, Fastest G, Way WAY>
 Status choose_kind(const Layer &layer, Stream stream) {
-  if constexpr (S::warpgroups[true] > 0)
+  if constexpr (warpgroups_of<D, S>(true, G) > 0)
     if (layer.slope) return launch<D, S, G, WAY, true>(layer, stream);
   return launch<D, S, G, WAY, false>(layer, stream);
 }
@@ -447,43 +464,58 @@ Status run(const Layer &layer, Matrix weight, const double *scale, void *copy, S
 
 template <class D>
 Status choose(const Layer &layer, Matrix weight, const double *scale, void *copy, Stream stream) {
-  if (is_chosen<Wide>(layer)) return run<D, Wide>(layer, weight, scale, copy, stream);
-  if (is_chosen<Middle>(layer)) return run<D, Middle>(layer, weight, scale, copy, stream);
+  if constexpr (warpgroups_of<D, Wide>(false, ROWS_FASTEST) > 0)
+    if (is_chosen<D, Wide>(layer)) return run<D, Wide>(layer, weight, scale, copy, stream);
+  if (is_chosen<D, Middle>(layer)) return run<D, Middle>(layer, weight, scale, copy, stream);
   return run<D, Narrow>(layer, weight, scale, copy, stream);
 }
 
-template <class S>
+template <class D, class S, Fastest G>
 void list(Visit visit, const std::string &name) {
-  for (const char *order : {" depth", " rows"})
-    for (const char *way : {" pixels", " channels"}) {
-      visit((name + order + way).c_str(), Shape<S, false>::threads, MOST_BYTES);
-      if constexpr (S::warpgroups[true] > 0)
-        visit((name + order + way + " affine").c_str(), Shape<S, true>::threads, MOST_BYTES + affine_bytes<S>);
-    }
+  for (const char *way : {" pixels", " channels"}) {
+    visit((name + way).c_str(), Shape<D, S, G, false>::threads, MOST_BYTES);
+    if constexpr (warpgroups_of<D, S>(true, G) > 0)
+      visit((name + way + " affine").c_str(), Shape<D, S, G, true>::threads, MOST_BYTES + affine_bytes<S>);
+  }
+}
+template <class D, class S>
+void list(Visit visit, const std::string &name) {
+  list<D, S, DEPTH_FASTEST>(visit, name + " depth");
+  list<D, S, ROWS_FASTEST>(visit, name + " rows");
+}
+
+template <class D>
+bool fits(const Layer &layer) {
+  const bool whole = layer.grad_output_staging == STAGE_PIXELS ||
+                     (layer.grad_output_staging == STAGE_CHANNELS && layer.group_outputs % Depth<D>::vector == 0);
+  return way_of<D>(layer) != ANY_WAY && whole && layer.masks <= 64 && layer.group_maps > Narrow::maps / 2 &&
+         weight_bytes<D>(layer, Narrow::maps) <= MOST_BYTES && layer.columns > 0 && has_wgmma();
 }
 
 }  // namespace
 
 bool input_gradient_wgmma_fits(const Layer &layer, int product) {
-  if (product != PNN_BFLOAT16 && product != PNN_FLOAT16) return false;
-  const bool whole = layer.grad_output_staging == STAGE_PIXELS ||
-                     (layer.grad_output_staging == STAGE_CHANNELS && layer.group_outputs % 8 == 0);
-  return way_of<bfloat16>(layer) != ANY_WAY && whole && layer.masks <= 64 && layer.group_maps > Narrow::maps / 2 &&
-         weight_bytes(layer, Narrow::maps) <= MOST_BYTES && layer.columns > 0 && has_wgmma();
+  if (product == PNN_BFLOAT16 || product == PNN_FLOAT16) return fits<bfloat16>(layer);
+  return product == PRODUCT_TF32 && fits<tf32>(layer);
 }
 
 void list_input_gradient_wgmma(Visit visit) {
-  for (const std::string type : {"bfloat16", "float16"}) {
-    list<Wide>(visit, "input_gradient_wgmma " + type + " Wide");
-    list<Middle>(visit, "input_gradient_wgmma " + type + " Middle");
-    list<Narrow>(visit, "input_gradient_wgmma " + type + " Narrow");
-  }
+  const std::string name = "input_gradient_wgmma ";
+  list<bfloat16, Wide>(visit, name + "bfloat16 Wide");
+  list<bfloat16, Middle>(visit, name + "bfloat16 Middle");
+  list<bfloat16, Narrow>(visit, name + "bfloat16 Narrow");
+  list<float16, Wide>(visit, name + "float16 Wide");
+  list<float16, Middle>(visit, name + "float16 Middle");
+  list<float16, Narrow>(visit, name + "float16 Narrow");
+  list<tf32, Middle>(visit, name + "tf32 Middle");
+  list<tf32, Narrow>(visit, name + "tf32 Narrow");
 }
 
 Status run_input_gradient_wgmma(const Layer &layer, int product, Matrix weight, const double *scale, void *copy,
                                 Stream stream) {
   if (product == PNN_BFLOAT16) return choose<bfloat16>(layer, weight, scale, copy, stream);
-  return choose<float16>(layer, weight, scale, copy, stream);
+  if (product == PNN_FLOAT16) return choose<float16>(layer, weight, scale, copy, stream);
+  return choose<tf32>(layer, weight, scale, copy, stream);
 }
 
 }  // namespace pnn_cuda

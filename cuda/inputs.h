@@ -1,5 +1,5 @@
 /*
- * inputs.h - x of a thread's two pixels and sixteen maps of a plain layer (response.h), as it comes from memory.
+ * inputs.h - x of a thread's pixels and sixteen or eight maps of a plain layer (response.h), as it comes from memory.
  */
 #ifndef PNN_CUDA_INPUTS_H
 #define PNN_CUDA_INPUTS_H
@@ -16,8 +16,8 @@ PNN_DEVICE float half_of(float16, uint32_t word, int h) {
   return widen(float16{static_cast<uint16_t>(h ? word >> 16 : word)});
 }
 
-/* x of a thread's two pixels and sixteen maps, MASKS to a channel (16 stands for more, too), as it comes from memory: a
- * word has two pixels of a channel or, where the channels are contiguous, two channels of a pixel. */
+/* x of two pixels and sixteen maps in 16-bit numbers, MASKS to a channel (16 stands for more, too): a word has two
+ * pixels of a channel or, where the channels are contiguous, two channels of a pixel. */
 template <class D, bool PIXELS, int MASKS>
 struct Inputs {
   static constexpr int CHANNELS = SIXTEEN / MASKS, WORDS = PIXELS ? CHANNELS : (CHANNELS + 1) / 2;
@@ -78,10 +78,13 @@ struct Inputs {
   }
 };
 
-/* The same of float: a word has one number. */
-template <bool PIXELS, int MASKS>
-struct Inputs<float, PIXELS, MASKS> {
-  static constexpr int CHANNELS = SIXTEEN / MASKS, COUNT = PIXELS ? 1 : 2;
+/* Channels of `maps` maps, `masks` to a channel; one where they are no more than a channel's. */
+constexpr int channels_of(int maps, int masks) { return masks < maps ? maps / masks : 1; }
+
+/* The same of float, of MAPS maps: a word has one number. */
+template <bool PIXELS, int MASKS, int MAPS>
+struct FloatInputs {
+  static constexpr int CHANNELS = channels_of(MAPS, MASKS), COUNT = PIXELS ? 1 : 2;
   uint32_t words[2][CHANNELS];
 
   PNN_DEVICE float value(int pixel, int map) const { return float_of(words[pixel][map / MASKS]); }
@@ -116,12 +119,51 @@ struct Inputs<float, PIXELS, MASKS> {
       }
     }
   }
+  PNN_DEVICE void clear() {
+#pragma unroll
+    for (int p = 0; p < 2; p++)
+#pragma unroll
+      for (int c = 0; c < CHANNELS; c++) words[p][c] = 0;
+  }
+};
+
+/* The same of float, of one pixel and SIXTEEN maps in shared memory. */
+template <bool PIXELS, int MASKS>
+struct SharedFloats {
+  static constexpr int CHANNELS = SIXTEEN / MASKS;
+  uint32_t words[CHANNELS];
+
+  PNN_DEVICE float value(int, int map) const { return float_of(words[map / MASKS]); }
+  /* All of four channels or fewer come with the second half. */
+  template <bool>
+  PNN_DEVICE void load(int second, const char *const from[1], int64_t step) {
+    constexpr int SHARE = CHANNELS > 4 ? CHANNELS / 2 : CHANNELS;
+    if (CHANNELS <= 4 && !second) return;
+    const int first = CHANNELS <= 4 ? 0 : second * SHARE;
+    if constexpr (PIXELS) {
+#pragma unroll
+      for (int c = first; c < first + SHARE; c++)
+        words[c] = load_shared(reinterpret_cast<const uint32_t *>(from[0] + c * step));
+    } else if constexpr (SHARE >= 4) {
+#pragma unroll
+      for (int c = first; c < first + SHARE; c += 4) {
+        const words4 v = load_shared(reinterpret_cast<const words4 *>(from[0] + c * 4));
+#pragma unroll
+        for (int i = 0; i < 4; i++) words[c + i] = v.w[i];
+      }
+    } else if constexpr (SHARE == 2) {
+      const words2 v = load_shared(reinterpret_cast<const words2 *>(from[0]));
+      words[0] = v.w[0], words[1] = v.w[1];
+    } else {
+      words[0] = load_shared(reinterpret_cast<const uint32_t *>(from[0]));
+    }
+  }
 };
 
 /* The same of any layout, element by element: a word has one. */
-template <class D, int MASKS>
+template <class D, int MASKS, int MAPS>
 struct ElementInputs {
-  static constexpr int CHANNELS = SIXTEEN / MASKS, COUNT = 2;
+  static constexpr int CHANNELS = channels_of(MAPS, MASKS), COUNT = 2;
   uint32_t words[COUNT][CHANNELS];
 
   PNN_DEVICE float value(int pixel, int map) const {
@@ -150,11 +192,16 @@ struct ElementInputs {
   }
 };
 
-/* Which of them x is read by. */
+/* Which of them x is read by; fewer than sixteen maps are for elements of four bytes. */
 enum Reading { READ_PIXELS, READ_CHANNELS, READ_ELEMENTS };
-template <class D, Reading READING, int MASKS>
-using InputsOf =
-    std::conditional_t<READING == READ_ELEMENTS, ElementInputs<D, MASKS>, Inputs<D, READING == READ_PIXELS, MASKS>>;
+template <class D, Reading READING, int MASKS, int MAPS = SIXTEEN>
+using InputsOf = std::conditional_t<READING == READ_ELEMENTS, ElementInputs<D, MASKS, MAPS>,
+                                    std::conditional_t<sizeof(D) == 4, FloatInputs<READING == READ_PIXELS, MASKS, MAPS>,
+                                                       Inputs<D, READING == READ_PIXELS, MASKS>>>;
+
+/* x of a word's pixels from shared memory: of two or, of float, of one. */
+template <class D, bool PIXELS, int MASKS>
+using StagedInputs = std::conditional_t<sizeof(D) == 4, SharedFloats<PIXELS, MASKS>, Inputs<D, PIXELS, MASKS>>;
 
 /* In tensors whose pixels lie in aligned pairs, which no image ends inside, a thread takes both at once; where channels
  * lie in runs of 16 bytes it takes those. `channels` are a group's. */

@@ -105,25 +105,25 @@ Status run_channels_last(const Layer &layer, const ChannelsLast &x, const Channe
 
 Status run_forward(const Layer &layer, int product, Stream stream);
 
-/* The same of plain 16-bit layers on Hopper, where the user has allowed it (forward_wgmma.cu): whether this layer and
- * this device can, and the elements that V's copy takes, which is written first, from `weight` as the user has it,
- * times normalisation's `scale` of each map unless that is NULL. The columns and the depth of forward's products are a
- * group's outputs and maps, those of the input gradient's its maps and outputs. */
+/* The same of plain layers in 16-bit types and TF32 on Hopper, where the user has allowed it (forward_wgmma.cu):
+ * whether this layer and this device can, and the elements that V's copy takes, which is written first, from `weight`
+ * as the user has it, times normalisation's `scale` of each map unless that is NULL. The columns and the depth of
+ * forward's products are a group's outputs and maps, those of the input gradient's its maps and outputs. */
 bool forward_wgmma_fits(const Layer &layer, int product);
 int64_t wgmma_weight_elements(int64_t groups, int64_t columns, int64_t depth);
 Status run_forward_wgmma(const Layer &layer, int product, Matrix weight, const double *scale, void *copy,
                          Stream stream);
 
 Status run_input_gradient(const Layer &layer, int product, bool masks, Stream stream);
-/* dx of plain 16-bit layers on Hopper, as run_forward_wgmma (input_gradient_wgmma.cu). */
+/* dx of plain layers in 16-bit types and TF32 on Hopper, as run_forward_wgmma (input_gradient_wgmma.cu). */
 bool input_gradient_wgmma_fits(const Layer &layer, int product);
 Status run_input_gradient_wgmma(const Layer &layer, int product, Matrix weight, const double *scale, void *copy,
                                 Stream stream);
 Status run_weight_gradient(const Layer &layer, int product, Stream stream);
 
-/* The same of plain 16-bit layers on Hopper, where the user has allowed it (weight_gradient_wgmma.cu): whether layers
- * of such sizes may be done so, the tiles of one piece and how many blocks run at a time on a large GPU, and whether
- * this layer and this device can. */
+/* The same of plain layers in 16-bit types and TF32 on Hopper, where the user has allowed it
+ * (weight_gradient_wgmma.cu): whether layers of such sizes may be done so, the tiles of one piece and how many blocks
+ * run at a time on a large GPU, and whether this layer and this device can. */
 struct WgmmaTiles {
   int64_t tiles, blocks;
 };

@@ -119,6 +119,18 @@ PNN_DEVICE uint32_t to_tf32(float x) {
   asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(r) : "f"(x));
   return r;
 }
+/* The same with ties to even, in the one instruction that Hopper has for it where the other takes three, and of
+ * max(x, 0): for sm_90 and newer. */
+PNN_DEVICE uint32_t to_tf32_even(float x) {
+  uint32_t r;
+  asm("cvt.rn.tf32.f32 %0, %1;" : "=r"(r) : "f"(x));
+  return r;
+}
+PNN_DEVICE uint32_t to_tf32_even_relu(float x) {
+  uint32_t r;
+  asm("cvt.rn.relu.tf32.f32 %0, %1;" : "=r"(r) : "f"(x));
+  return r;
+}
 
 /* max(x, 0), NaN for NaN; of the two zeros either. One instruction, where `x < 0 ? 0 : x` is two. */
 PNN_DEVICE float relu_any_zero(float x) {
@@ -199,6 +211,7 @@ PNN_DEVICE float load_shared(const float *p) { return *p; }
 PNN_DEVICE uint32_t load_shared(const uint32_t *p) { return *p; }
 PNN_DEVICE words2 load_shared(const words2 *p) { return *p; }
 PNN_DEVICE void store_shared(words4 *p, words4 v) { *p = v; }
+PNN_DEVICE void store_shared(uint32_t *p, uint32_t v) { *p = v; }
 /* 16 bytes in one instruction; the compiler may take a plain assignment apart. */
 PNN_DEVICE void store_shared_whole(words4 *p, words4 v) {
   asm volatile("st.shared.v4.u32 [%0], {%1, %2, %3, %4};" ::"r"(shared_address(p)), "r"(v.w[0]), "r"(v.w[1]),
@@ -219,6 +232,12 @@ PNN_DEVICE void store_global_if(bool wanted, uint32_t *p, uint32_t v) {
   asm volatile("{ .reg .pred wanted; setp.ne.u32 wanted, %0, 0; @wanted st.global.u32 [%1], %2; }" ::"r"(
                    static_cast<uint32_t>(wanted)),
                "l"(__cvta_generic_to_global(p)), "r"(v)
+               : "memory");
+}
+PNN_DEVICE void store_global_if(bool wanted, words2 *p, words2 v) {
+  asm volatile("{ .reg .pred wanted; setp.ne.u32 wanted, %0, 0; @wanted st.global.v2.u32 [%1], {%2, %3}; }" ::"r"(
+                   static_cast<uint32_t>(wanted)),
+               "l"(__cvta_generic_to_global(p)), "r"(v.w[0]), "r"(v.w[1])
                : "memory");
 }
 PNN_DEVICE words4 load_global(const words4 *p) {
@@ -246,6 +265,14 @@ PNN_DEVICE uint32_t load_global_or_zero(bool there, const uint32_t *p) {
       : "l"(__cvta_generic_to_global(p)), "r"(static_cast<uint32_t>(there)));
   return v;
 }
+PNN_DEVICE words2 load_global_or_zero(bool there, const words2 *p) {
+  words2 v;
+  asm("{ .reg .pred there; setp.ne.u32 there, %3, 0; mov.u32 %0, 0; mov.u32 %1, 0; "
+      "@there ld.global.v2.u32 {%0, %1}, [%2]; }"
+      : "=&r"(v.w[0]), "=&r"(v.w[1])
+      : "l"(__cvta_generic_to_global(p)), "r"(static_cast<uint32_t>(there)));
+  return v;
+}
 /* A hint: what is around p will be read soon. */
 PNN_DEVICE void prefetch_global(const char *p) {
   asm volatile("prefetch.global.L2 [%0];" ::"l"(__cvta_generic_to_global(p)));
@@ -255,12 +282,12 @@ PNN_DEVICE void note_store(void *, int) {}
 
 /* ---- Hopper's asynchronous products (wgmma): of sm_90a alone ---- */
 
-/* A warpgroup's (128 threads') product D[64][N] += A[64][16] * B[16][N] reads A and D in the threads' registers and B
- * in shared memory, and runs on while the threads do other things:
+/* A warpgroup's (128 threads') product D[64][N] += A[64][16] * B[16][N], of depth 8 with TF32, reads A and D in the
+ * threads' registers and B in shared memory, and runs on while the threads do other things:
  *
  *     products_start(d)            before the first one: d has its first values
  *     products_operand(a)          a has been written
- *     products_add(type, d, a, b)  enqueues one; products_add_transposed one whose B lies the other way
+ *     products_add(type, d, a, b)  enqueues one; products_add_transposed one whose B lies the other way (16-bit types)
  *     products_commit()            those since the last commit are a group
  *     products_wait<PENDING>()     of the groups, at most PENDING still run: the others' a may be written again
  *     products_finish(d)           none runs, and d may be read
@@ -283,22 +310,24 @@ PNN_DEVICE void note_store(void *, int) {}
 #define PNN_SUMS_128 PNN_SUMS_64, PNN_SUMS_16(64), PNN_SUMS_16(80), PNN_SUMS_16(96), PNN_SUMS_16(112)
 
 /* The registers stand among the operands so that no write to them moves behind the fence, no read before the wait. */
-#define PNN_PRODUCTS(n, sums, a0, a1, a2, a3, b, one)                                        \
-  PNN_DEVICE void products_start(float(&d)[sums]) {                                          \
-    asm volatile("wgmma.fence.sync.aligned;" : PNN_SUMS_##sums : : "memory");                \
-  }                                                                                          \
-  PNN_DEVICE void products_finish(float(&d)[sums]) {                                         \
-    asm volatile("wgmma.wait_group.sync.aligned 0;" : PNN_SUMS_##sums : : "memory");         \
-  }                                                                                          \
-  PNN_PRODUCT(products_add, 0, bfloat16, "bf16", n, sums, a0, a1, a2, a3, b, one)            \
-  PNN_PRODUCT(products_add, 0, float16, "f16", n, sums, a0, a1, a2, a3, b, one)              \
-  PNN_PRODUCT(products_add_transposed, 1, bfloat16, "bf16", n, sums, a0, a1, a2, a3, b, one) \
-  PNN_PRODUCT(products_add_transposed, 1, float16, "f16", n, sums, a0, a1, a2, a3, b, one)
-#define PNN_PRODUCT(function, transposed, type, name, n, sums, a0, a1, a2, a3, b, one)                             \
+#define PNN_PRODUCTS(n, sums, a0, a1, a2, a3, b, one)                                                         \
+  PNN_DEVICE void products_start(float(&d)[sums]) {                                                           \
+    asm volatile("wgmma.fence.sync.aligned;" : PNN_SUMS_##sums : : "memory");                                 \
+  }                                                                                                           \
+  PNN_DEVICE void products_finish(float(&d)[sums]) {                                                          \
+    asm volatile("wgmma.wait_group.sync.aligned 0;" : PNN_SUMS_##sums : : "memory");                          \
+  }                                                                                                           \
+  PNN_PRODUCT(products_add, bfloat16, "k16.f32.bf16.bf16", ", 0", n, sums, a0, a1, a2, a3, b, one)            \
+  PNN_PRODUCT(products_add, float16, "k16.f32.f16.f16", ", 0", n, sums, a0, a1, a2, a3, b, one)               \
+  PNN_PRODUCT(products_add, tf32, "k8.f32.tf32.tf32", "", n, sums, a0, a1, a2, a3, b, one)                    \
+  PNN_PRODUCT(products_add_transposed, bfloat16, "k16.f32.bf16.bf16", ", 1", n, sums, a0, a1, a2, a3, b, one) \
+  PNN_PRODUCT(products_add_transposed, float16, "k16.f32.f16.f16", ", 1", n, sums, a0, a1, a2, a3, b, one)
+/* `transposed` is the instruction's last operand, which TF32 does not have. */
+#define PNN_PRODUCT(function, type, kind, transposed, n, sums, a0, a1, a2, a3, b, one)                             \
   PNN_DEVICE void function(type, float(&d)[sums], const uint32_t(&a)[4], uint64_t b_) {                            \
-    asm volatile("{ .reg .pred add; setp.ne.u32 add, %" #one ", 0; wgmma.mma_async.sync.aligned.m64n" #n           \
-                 "k16.f32." name "." name " {" PNN_TEXT_##sums "}, {%" #a0 ", %" #a1 ", %" #a2 ", %" #a3 "}, %" #b \
-                                                               ", add, 1, 1, " #transposed "; }"                   \
+    asm volatile("{ .reg .pred add; setp.ne.u32 add, %" #one ", 0; wgmma.mma_async.sync.aligned.m64n" #n kind      \
+                 " {" PNN_TEXT_##sums "}, {%" #a0 ", %" #a1 ", %" #a2 ", %" #a3 "}, %" #b ", add, 1, 1" transposed \
+                                      "; }"                                                                        \
                  : PNN_SUMS_##sums                                                                                 \
                  : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b_), "n"(1)                                     \
                  : "memory");                                                                                      \
@@ -405,6 +434,12 @@ inline uint32_t to_tf32(float x) {
   if (x != x) return 0x7fffffffu;
   return (bits & 0x7f800000u) == 0x7f800000u ? bits : (bits + 0x1000u) & 0xffffe000u;
 }
+inline uint32_t to_tf32_even(float x) {
+  const uint32_t bits = bits_of(x);
+  if (x != x) return 0x7fffffffu;
+  return (bits + 0xfffu + (bits >> 13 & 1)) & 0xffffe000u; /* infinity stays what it is */
+}
+inline uint32_t to_tf32_even_relu(float x) { return to_tf32_even(x < 0 ? 0.0f : x); }
 
 inline float relu_any_zero(float x) { return x < 0 ? 0.0f : x; }
 template <class T>
@@ -432,7 +467,10 @@ inline float element_of(bfloat16, uint32_t word, int half) { return float_of(hal
 inline float element_of(float16, uint32_t word, int half) {
   return widen(float16{static_cast<uint16_t>(half ? word >> 16 : word)});
 }
+/* The hardware reads the upper 19 bits. */
+inline float element_of(tf32, uint32_t word, int) { return float_of(word & 0xffffe000u); }
 constexpr int smallest_exponent(bfloat16) { return -126; }
+constexpr int smallest_exponent(tf32) { return -126; }
 constexpr int smallest_exponent(float16) { return -14; }
 
 /* Lane i holds, of a: rows i / 4 (+ 8), columns 2 * (i % 4) + {0, 1} (+ 8); of b: rows 2 * (i % 4) + {0, 1} (+ 8),
@@ -461,29 +499,39 @@ inline void multiply_tf32(float c[4], const uint32_t a[4], const uint32_t b[2]) 
     const int row = lane / 4 + e / 2 * 8, column = lane % 4 * 2 + e % 2;
     float x[8], y[8];
     for (int k = 0; k < 8; k++) {
-      /* The hardware reads the upper 19 bits. */
-      x[k] = float_of(all[row % 8 * 4 + k % 4][row / 8 + k / 4 * 2] & 0xffffe000u);
-      y[k] = float_of(all[column * 4 + k % 4][4 + k / 4] & 0xffffe000u);
+      x[k] = element_of(tf32{}, all[row % 8 * 4 + k % 4][row / 8 + k / 4 * 2], 0);
+      y[k] = element_of(tf32{}, all[column * 4 + k % 4][4 + k / 4], 0);
     }
-    c[e] = cuda_on_host::tensor_core(c[e], x, y, 8, -126);
+    c[e] = cuda_on_host::tensor_core(c[e], x, y, 8, smallest_exponent(tf32{}));
   }
 }
 
 inline uint32_t shared_address(const void *p) { return cuda_on_host::shared_address(p); }
+/* Element k, of a product's depth, of a thread's row in A: four threads have a row's, as in mma.sync. */
+template <class T>
+float product_element(T, const cuda_on_host::Product &product, int row, int k) {
+  return element_of(T{}, product.values[k % 8 / 2][row + k / 8 * 2], k % 2);
+}
+inline float product_element(tf32, const cuda_on_host::Product &product, int row, int k) {
+  return element_of(tf32{}, product.values[k % 4][row + k / 4 * 2], 0);
+}
 /* The operand's rows and d are spread as mma.sync's are; d[4 n + ...] are columns 8 n + .... */
 template <class T, bool TRANSPOSED>
 void product_add_twin(const cuda_on_host::Product &product, float *d) {
+  constexpr int SIZE = static_cast<int>(sizeof(T)), DEPTH = 32 / SIZE;
   const int lane = cuda_on_host::fiber->index % 32;
-  float x[2][16];
+  float x[2][DEPTH];
   for (int row = 0; row < 2; row++)
-    for (int k = 0; k < 16; k++) x[row][k] = element_of(T{}, product.values[k % 8 / 2][row + k / 8 * 2], k % 2);
+    for (int k = 0; k < DEPTH; k++) x[row][k] = product_element(T{}, product, row, k);
   for (int i = 0; i < product.count; i += 4)
     for (int e = 0; e < 2; e++) {
-      float y[16];
-      for (int k = 0; k < 16; k++)
-        y[k] = element_of(T{}, cuda_on_host::matrix_element(product.b, k, i * 2 + lane % 4 * 2 + e, TRANSPOSED), 0);
+      float y[DEPTH];
+      for (int k = 0; k < DEPTH; k++) {
+        const int column = i * 2 + lane % 4 * 2 + e;
+        y[k] = element_of(T{}, cuda_on_host::matrix_element(product.b, SIZE, k, column, TRANSPOSED), 0);
+      }
       for (int row = 0; row < 2; row++)
-        d[i + row * 2 + e] = cuda_on_host::tensor_core(d[i + row * 2 + e], x[row], y, 16, smallest_exponent(T{}));
+        d[i + row * 2 + e] = cuda_on_host::tensor_core(d[i + row * 2 + e], x[row], y, DEPTH, smallest_exponent(T{}));
     }
 }
 template <class T, int SUMS>
@@ -539,6 +587,12 @@ inline void store_shared(words4 *p, words4 v) {
   cuda_on_host::note_written(p, 16);
   *p = v;
 }
+inline void store_shared(uint32_t *p, uint32_t v) {
+  check_shared_alignment(p, 4);
+  cuda_on_host::count_access(cuda_on_host::STORE, p, 4);
+  cuda_on_host::note_written(p, 4);
+  *p = v;
+}
 inline void store_shared_whole(words4 *p, words4 v) { store_shared(p, v); }
 inline void store_global(words4 *p, words4 v) {
   if (reinterpret_cast<uintptr_t>(p) % 16) cuda_on_host::fail("a misaligned store to device memory");
@@ -553,6 +607,9 @@ inline void store_global_if(bool wanted, uint32_t *p, uint32_t v) {
   if (reinterpret_cast<uintptr_t>(p) % 4) cuda_on_host::fail("a misaligned store to device memory");
   *p = v;
 }
+inline void store_global_if(bool wanted, words2 *p, words2 v) {
+  if (wanted) store_global(p, v);
+}
 inline uint32_t load_global(const uint32_t *p) {
   if (reinterpret_cast<uintptr_t>(p) % 4) cuda_on_host::fail("a misaligned load from device memory");
   return *p;
@@ -566,15 +623,16 @@ inline words4 load_global(const words4 *p) {
   return *p;
 }
 inline uint32_t load_global_or_zero(bool there, const uint32_t *p) { return there ? load_global(p) : 0; }
+inline words2 load_global_or_zero(bool there, const words2 *p) { return there ? load_global(p) : words2{{0, 0}}; }
 inline void prefetch_global(const char *p) { static_cast<void>(*static_cast<const volatile char *>(p)); }
 inline void note_load(const void *p, int bytes) { cuda_on_host::count_access(cuda_on_host::LOAD, p, bytes); }
 inline void note_store(void *p, int bytes) { cuda_on_host::count_access(cuda_on_host::STORE, p, bytes); }
 
 #endif
 
-/* How products_add finds B in shared memory: as "core matrices" of 8 columns of D by 8 of depth, 128 contiguous bytes
- * each, a column's eight 16-bit numbers in a row; the next 8 of depth lie `depth_step` bytes further, the next 8
- * columns `column_step`. (PTX ISA, "Matrix descriptor": no swizzling, K-major; all addresses are multiples of 16.) */
+/* How products_add finds B in shared memory: as "core matrices" of 8 columns of D by 8 of depth (4 with TF32), 128
+ * contiguous bytes each, a column's 16 bytes in a row; the next ones in depth lie `depth_step` bytes further, the next
+ * 8 columns `column_step`. (PTX ISA, "Matrix descriptor": no swizzling, K-major; all addresses are multiples of 16.) */
 PNN_DEVICE uint64_t matrix_descriptor(const void *p, int depth_step, int column_step) {
   return static_cast<uint64_t>((shared_address(p) & 0x3ffffu) >> 4) | static_cast<uint64_t>(depth_step >> 4) << 16 |
          static_cast<uint64_t>(column_step >> 4) << 32;

@@ -69,8 +69,8 @@ PNN_DEVICE void philox_both(uint32_t words[2][4], uint64_t seed) {
   }
 }
 
-/* Philox for two pixels at once, with the keys of every EVERYth round in registers: for the others one addition serves
- * both pixels. */
+/* Philox for COUNT pixels, or sixteens of maps, at once, with the keys of every EVERYth round in registers: for the
+ * others one addition serves all. */
 template <int EVERY>
 struct PairKeys {
   static_assert(10 % EVERY == 0, "whole groups of rounds");
@@ -80,6 +80,7 @@ struct PairKeys {
 #pragma unroll
     for (int i = 0; i < 10 / EVERY; i++) of[i][0] = keys.of[i * EVERY][0], of[i][1] = keys.of[i * EVERY][1];
   }
+  template <int COUNT = 2>
   PNN_DEVICE void philox(uint32_t (&words)[2][4]) const {
     uint32_t key[2] = {};
 #pragma unroll
@@ -87,7 +88,7 @@ struct PairKeys {
       key[0] = round % EVERY ? keep(key[0]) + 0x9E3779B9u : of[round / EVERY][0];
       key[1] = round % EVERY ? keep(key[1]) + 0xBB67AE85u : of[round / EVERY][1];
 #pragma unroll
-      for (int p = 0; p < 2; p++) philox_round(words[p], key[0], key[1]);
+      for (int p = 0; p < COUNT; p++) philox_round(words[p], key[0], key[1]);
     }
   }
 };

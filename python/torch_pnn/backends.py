@@ -11,12 +11,13 @@ convolutions by default. To have the layer do as PyTorch's matrix products do, s
 
     torch_pnn.backends.cuda.allow_tf32 = torch.backends.cuda.matmul.allow_tf32
 
-``backends.cuda.allow_wgmma`` lets bfloat16 and float16 layers on a Hopper GPU (compute capability 9.0) use its
-asynchronous matrix products, where the layer is a plain one: 256-value masks from a seed and ReLU, with normalisation
-inside or without (docs/cuda.md). They take about half the time. It is True until it is set here, in C++
-(``torch_pnn::allow_wgmma``) or by ``TORCH_PNN_ALLOW_WGMMA=0``; results without them are those of other GPUs' tensor
-cores. They have the same bits where sums are exact; others are rounded in another order, within the same bounds.
-Elsewhere it changes nothing.
+``backends.cuda.allow_wgmma`` lets bfloat16 and float16 layers, and float32 ones with ``allow_tf32``, on a Hopper GPU
+(compute capability 9.0) use its asynchronous matrix products, where the layer is a plain one: 256-value masks from a
+seed and ReLU, with normalisation inside or without (docs/cuda.md). In 16-bit types they take about half the
+time. It is True until it is set here, in C++ (``torch_pnn::allow_wgmma``) or by ``TORCH_PNN_ALLOW_WGMMA=0``; results
+without them are those of other GPUs' tensor cores. They have the same bits where sums are exact and, of TF32, operands
+fit its 11 bits (else halves are rounded to even here, away from zero there); others are rounded in another order,
+within the same bounds. Elsewhere it changes nothing.
 
 Example:
     >>> import torch_pnn
@@ -57,7 +58,7 @@ class _Cuda:
 
     @property
     def allow_wgmma(self) -> bool:
-        """Whether 16-bit layers on a Hopper GPU may use its asynchronous products.
+        """Whether 16-bit and TF32 layers on a Hopper GPU may use its asynchronous products.
 
         Raises:
             TypeError: where it is set to something that is not a bool.

@@ -157,9 +157,9 @@ inline void allow_tf32(bool allowed) {
   detail::find_operator<bool(std::optional<bool>)>("torch_pnn::_allow_tf32").call(allowed);
 }
 
-// Whether bfloat16 and float16 layers on a Hopper GPU may use its asynchronous products: for the whole process, true
-// until it is set here, in Python (torch_pnn.backends.cuda.allow_wgmma) or by TORCH_PNN_ALLOW_WGMMA=0 in the
-// environment.
+// Whether bfloat16 and float16 layers, and float32 ones where TF32 is allowed, may use a Hopper GPU's asynchronous
+// products: for the whole process, true until it is set here, in Python (torch_pnn.backends.cuda.allow_wgmma) or by
+// TORCH_PNN_ALLOW_WGMMA=0 in the environment.
 inline bool wgmma_allowed() {
   return detail::find_operator<bool(std::optional<bool>)>("torch_pnn::_allow_wgmma").call(std::nullopt);
 }
