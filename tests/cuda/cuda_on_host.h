@@ -547,22 +547,23 @@ inline void shared_to_products() {
   fiber->written.clear();
 }
 
-/* Sixteen bits of B, whose columns are D's. */
-inline uint16_t matrix_element(uint64_t descriptor, int depth, int column, bool transposed) {
+/* An element of B, of `size` bytes, whose columns are D's. */
+inline uint32_t matrix_element(uint64_t descriptor, int size, int depth, int column, bool transposed) {
   if (descriptor & ~UINT64_C(0x3fff3fff3fff)) fail("a matrix descriptor that is swizzled, or no descriptor");
   const auto field = [&](int bit) { return static_cast<uint32_t>(descriptor >> bit & 0x3fff) * 16; };
   const uint32_t depth_step = field(16), column_step = field(32);
-  const uint32_t address = field(0) + static_cast<uint32_t>(depth / 8) * depth_step +
+  const int run = 16 / size; /* elements of a row of a core matrix */
+  const uint32_t address = field(0) + static_cast<uint32_t>(depth / run) * depth_step +
                            static_cast<uint32_t>(column / 8) * column_step +
-                           static_cast<uint32_t>((transposed ? depth : column) % 8) * 16 +
-                           static_cast<uint32_t>((transposed ? column : depth) % 8) * 2;
-  if (address < SHARED_BASE || address + 2 > SHARED_BASE + block->shared_bytes)
+                           static_cast<uint32_t>(transposed ? depth % run : column % 8) * 16 +
+                           static_cast<uint32_t>((transposed ? column : depth) % run * size);
+  if (address < SHARED_BASE || address + static_cast<uint32_t>(size) > SHARED_BASE + block->shared_bytes)
     fail("wgmma reads outside of the block's shared memory");
   const size_t at = address - SHARED_BASE;
   if (block->stale[at / 16])
     fail("wgmma reads shared memory that no fence.proxy.async has handed over since its write");
-  uint16_t value;
-  std::memcpy(&value, block->shared + at, 2);
+  uint32_t value = 0;
+  std::memcpy(&value, block->shared + at, static_cast<size_t>(size));
   return value;
 }
 

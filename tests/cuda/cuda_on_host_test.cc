@@ -314,6 +314,15 @@ TEST(TensorCore, Tf32) {
   EXPECT_EQ(float_of(to_tf32(1 + 0x1p-11f)), 1 + 0x1p-10f); /* ties go away from zero */
   EXPECT_EQ(float_of(to_tf32(1 + 0x1.fp-12f)), 1.0f);
   EXPECT_TRUE(std::isinf(float_of(to_tf32(HUGE_VALF))));
+  EXPECT_EQ(float_of(to_tf32_even(1 + 0x1p-11f)), 1.0f); /* ... or to the even one */
+  EXPECT_EQ(float_of(to_tf32_even(1 + 0x3p-11f)), 1 + 0x1p-9f);
+  EXPECT_EQ(float_of(to_tf32_even(-1 - 0x1.08p-11f)), -1 - 0x1p-10f);
+  EXPECT_EQ(float_of(to_tf32_even(0x1.fffffep-126f)), 0x1p-125f);
+  EXPECT_TRUE(std::isinf(float_of(to_tf32_even(0x1.fffffep127f))));
+  EXPECT_TRUE(std::isinf(float_of(to_tf32_even(-HUGE_VALF))));
+  EXPECT_TRUE(std::isnan(float_of(to_tf32_even_relu(NAN))));
+  EXPECT_EQ(float_of(to_tf32_even_relu(-2)), 0.0f);
+  EXPECT_EQ(float_of(to_tf32_even_relu(1 + 0x1p-11f)), 1.0f);
 }
 
 /* ---- wgmma ---- */
@@ -443,6 +452,28 @@ std::vector<float> run_transposed_products(bool start_both, bool swapped) {
   return d;
 }
 
+/* d[64][64] = a[64][8] * b[8][64] of TF32: core matrices of eight columns by four depths, `depth_step` apart in depth.
+ */
+__global__ void tf32_products(const float *a, const float *b, float *d, int depth_step) {
+  PNN_SHARED_MEMORY(memory);
+  const int thread = thread_index(), lane = thread % 32, row = thread / 32 * 16 + lane / 4;
+  const int half = thread / 64, column = thread % 64;
+  words4 v;
+  for (int k = 0; k < 4; k++) v.w[k] = bits_of(b[(half * 4 + k) * 64 + column]);
+  store_shared(reinterpret_cast<words4 *>(memory + half * depth_step + column * 16), v);
+  shared_to_products();
+  __syncthreads();
+  float sums[32] = {};
+  products_start(sums);
+  uint32_t x[4];
+  for (int i = 0; i < 4; i++) x[i] = bits_of(a[(row + i % 2 * 8) * 8 + lane % 4 + i / 2 * 4]);
+  products_operand(x);
+  products_add(tf32{}, sums, x, matrix_descriptor(memory, depth_step, 128));
+  products_commit();
+  products_finish(sums);
+  for (int i = 0; i < 32; i++) d[(row + i / 2 % 2 * 8) * 64 + i / 4 * 8 + lane % 4 * 2 + i % 2] = sums[i];
+}
+
 template <class Function>
 std::vector<std::vector<float>> under_all_products(Function function) {
   std::vector<std::vector<float>> results;
@@ -490,6 +521,25 @@ TEST(AsynchronousProducts, TransposedOnesOfTwoSetsOfSums) {
         ASSERT_EQ(results[0][static_cast<size_t>(set * 4096 + i * 64 + j)], static_cast<float>(sum)) << i << ", " << j;
       }
   EXPECT_NE(run_transposed_products(true, true), results[0]);
+}
+
+TEST(AsynchronousProducts, Tf32ReadsTheUpperBits) {
+  std::vector<float> a(64 * 8), b(8 * 64);
+  for (size_t i = 0; i < a.size(); i++) a[i] = (static_cast<float>(i * 7 % 23) - 11) * (1 + 0x1p-11f);
+  for (size_t i = 0; i < b.size(); i++) b[i] = (static_cast<float>(i * 5 % 19) - 9) / 8;
+  const auto results = under_all_products([&] {
+    std::vector<float> d(64 * 64);
+    host::launch(tf32_products, dim3(1), dim3(128), 2 * 1040, a.data(), b.data(), d.data(), 1040);
+    return d;
+  });
+  EXPECT_EQ(disagreements(results), 0);
+  for (int i = 0; i < 64; i++)
+    for (int j = 0; j < 64; j++) {
+      float sum = 0;
+      for (int k = 0; k < 8; k++)
+        sum += float_of(bits_of(a[static_cast<size_t>(i * 8 + k)]) & 0xffffe000u) * b[static_cast<size_t>(k * 64 + j)];
+      ASSERT_EQ(results[0][static_cast<size_t>(i * 64 + j)], sum) << i << ", " << j;
+    }
 }
 
 TEST(AsynchronousProductsDeathTest, EachSetOfSumsIsFencedByItself) {

@@ -186,9 +186,10 @@ def compare_one(
 ) -> dict[str, float]:
     """Forward and backward of one layer against float64; for each result, its worst error over its bound.
 
-    With unit roundoffs u (of the 16-bit type, to which the response maps are rounded once; 0 else), s (of the sums) and
-    o (of the result): |error| <= (u + (n + 8) s + e) * sum |terms| + o |result|, where n is the number of terms and e
-    the activations' own error. No operand of the input's gradient is rounded: there u is 0.
+    With unit roundoffs s (of the sums) and o (of the result): |error| <= (u + (n + 8) s + e) * sum |terms| +
+    o |result|, where n is the number of terms, e the activations' own error, and u that of the operands: of 16-bit
+    types the unit roundoff in the output and in the weight's gradient, since the response maps are rounded once; of
+    TF32 twice its own in every pass; else 0.
     """
     import torch_pnn
     from torch_pnn import reference
@@ -242,6 +243,9 @@ def compare_one(
         size["grad_weight"] = torch.autograd.grad(y, v, g.double().abs())[0]
 
     operand = UNIT[weight_dtype] if weight_dtype in (torch.bfloat16, torch.float16) else 0.0
+    # Both operands of each product, to 11 bits; the tensor cores' sums are those of 16-bit types.
+    tf32 = weight_dtype == torch.float32 and torch_pnn.backends.cuda.allow_tf32
+    sums = SUMS[torch.bfloat16 if tf32 else weight_dtype]
     plain = options.get("activation", "relu") in ("relu", "identity", "leaky_relu", "hardtanh")
     curved = 0.0 if plain else 32 * max(UNIT[torch.float32] if dtype != torch.float64 else 0.0, UNIT[torch.float64])
     terms = {
@@ -256,8 +260,8 @@ def compare_one(
         kind = kinds.get(name, torch.float64 if dtype == torch.float64 else torch.float32)
         if value.shape != want[name].shape:
             raise AssertionError(f"{name} is {list(value.shape)}, it should be {list(want[name].shape)}")
-        once = 1.01 * operand if name in ("output", "grad_weight") else 0.0
-        bound = (once + (terms[name] + 8) * SUMS[weight_dtype] + curved) * size[name]
+        once = 2.02 * UNIT[torch.float16] if tf32 else 1.01 * operand if name in ("output", "grad_weight") else 0.0
+        bound = (once + (terms[name] + 8) * sums + curved) * size[name]
         bound = bound + UNIT[kind] * want[name].abs() * 1.01 + (terms[name] + 4) * SMALLEST[kind]
         # Not a number never passes; what curves may have terms that cancel in `size`.
         slack = 0.0 if plain else curved * float(size[name].max())
@@ -312,6 +316,8 @@ def normalised_one(
         run(reference.perturb_norm_conv2d, "cpu", True),
     )
     limit = {torch.float32: 1e-5, torch.float64: 1e-12, torch.bfloat16: 3e-2, torch.float16: 5e-3}[dtype]
+    if dtype == torch.float32 and torch_pnn.backends.cuda.allow_tf32:
+        limit = 5e-3
     return {
         name: float(((got[name] - want[name]).norm() / want[name].norm() / limit).nan_to_num(nan=math.inf))
         for name in got
@@ -353,6 +359,13 @@ def reference_phase(work: Work) -> None:
             todo.append((dtype, dtype, (3, 32, 14, 14, 136, 2), layout, "uniform", relu))
             todo.append((dtype, dtype, (5, 64, 7, 7, 72, 1), layout, "uniform", relu))
             todo.append((dtype, dtype, (4, 80, 64, 64, 136, 1), layout, "uniform", relu | {"kind": MMA_SYNC}))
+    for layout in LAYOUTS:
+        for masks in (1, 2, 4, 8, 16, 64):
+            sizes = (3, 80 if masks < 8 else 24, 8, 8, (40, 72, 136)[masks % 3], masks)
+            for kind in ("tf32", TF32_MMA_SYNC):
+                todo.append((torch.float32, torch.float32, sizes, layout, "uniform", relu | {"kind": kind}))
+        for sizes in ((4, 80, 80, 80, 72, 1), (4, 80, 64, 64, 136, 1), (3, 32, 14, 14, 136, 2), (5, 64, 7, 7, 72, 1)):
+            todo.append((torch.float32, torch.float32, sizes, layout, "uniform", relu | {"kind": "tf32"}))
     if work.rehearse:
         todo = todo[:: len(todo) // 40]
     for one in todo:
@@ -361,6 +374,8 @@ def reference_phase(work: Work) -> None:
             continue
         dtype, weight_dtype, sizes, layout, noise, options = one
         name = f"{str(dtype)[6:]}/{str(weight_dtype)[6:]}"
+        if options.get("kind", "").startswith("tf32"):
+            name = "tf32"
         where = f"{name} {layout} {noise} {sizes} {options}"
         try:
             with arithmetic(options.get("kind", "float32")):
@@ -379,21 +394,22 @@ def reference_phase(work: Work) -> None:
         if cases % 20 == 0:
             work.found.update(cases=cases, worst=worst, failures=failures[:40])
             work.write()
-    for dtype in UNIT:
-        for layout in LAYOUTS:
-            # Any layer, and plain ones: by mma.sync, by asynchronous products.
-            for training, sizes in itertools.product((True, False), ((12, 20), (40, 24), (40, 136))):
-                where = f"{str(dtype)[6:]} {layout} normalised, {'training' if training else 'evaluation'}"
-                try:
+    for name, layout in itertools.product([*(str(dtype)[6:] for dtype in UNIT), "tf32"], LAYOUTS):
+        dtype = torch.float32 if name == "tf32" else getattr(torch, name)
+        # Any layer, and plain ones: by mma.sync, by asynchronous products.
+        for training, sizes in itertools.product((True, False), ((12, 20), (40, 24), (40, 136))):
+            where = f"{name} {layout} normalised, {'training' if training else 'evaluation'}"
+            try:
+                with arithmetic("tf32" if name == "tf32" else "float32"):
                     ratios = normalised_one(work, dtype, layout, training, *sizes)
-                except RuntimeError as error:
-                    failures.append(f"{where} {sizes}: {str(error)[:300]}")
-                    continue
-                cases += 1
-                worst[where] = max(worst.get(where, 0.0), *ratios.values())
-                failures += [
-                    f"{where} {sizes}: {what} errs {r:.3g} times its bound" for what, r in ratios.items() if not r <= 1
-                ]
+            except RuntimeError as error:
+                failures.append(f"{where} {sizes}: {str(error)[:300]}")
+                continue
+            cases += 1
+            worst[where] = max(worst.get(where, 0.0), *ratios.values())
+            failures += [
+                f"{where} {sizes}: {what} errs {r:.3g} times its bound" for what, r in ratios.items() if not r <= 1
+            ]
     work.found.update(cases=cases, skipped=skipped, worst=worst, failures=failures[:40])
     work.found["passed"] = cases > 0 and skipped == 0 and not failures
     work.write()
@@ -721,11 +737,11 @@ def arithmetic(kind: str) -> Iterator[None]:
     """What products may be: PyTorch's libraries and our layer follow the row's type."""
     import torch_pnn
 
-    allowed = kind == "tf32"
+    allowed = kind.startswith("tf32")
     torch.backends.cudnn.allow_tf32 = allowed
     torch.backends.cuda.matmul.allow_tf32 = allowed
     torch_pnn.backends.cuda.allow_tf32 = allowed
-    torch_pnn.backends.cuda.allow_wgmma = kind != MMA_SYNC
+    torch_pnn.backends.cuda.allow_wgmma = not kind.endswith(" mma.sync")
     try:
         yield
     finally:
@@ -734,8 +750,8 @@ def arithmetic(kind: str) -> Iterator[None]:
 
 KINDS = ("bfloat16", "float32", "tf32")
 """The rows' types, the most telling first."""
-MMA_SYNC = "bfloat16 mma.sync"
-"""bfloat16 without Hopper's asynchronous products."""
+MMA_SYNC, TF32_MMA_SYNC = "bfloat16 mma.sync", "tf32 mma.sync"
+"""The same without Hopper's asynchronous products."""
 
 
 def cases(work: Work) -> list[tuple[int, int, int, int, int]]:

@@ -392,8 +392,11 @@ TEST_P(CudaTypes, ForwardDoesNotDependOnTheBatch) {
   }
 }
 
-/* One result against plain loops: |error| <= (terms + slack) * u * sum|terms| + u_out * |result|. A tensor core cuts
- * each term below the 24th bit of the largest, so its unit is 2^-23 and its error one for each term. */
+/* What the operands' rounding to TF32, of 11 bits each, adds to a product's error. */
+double rounded_operands(const Case &c) { return c.tf32 ? 0x1p-10 + 0x1p-22 : 0; }
+
+/* One result against plain loops: |error| <= ((terms + 2) * u + slack) * sum|terms| + u_out * |result|. A tensor core
+ * cuts each term below the 24th bit of the largest, so its unit is 2^-23 and its error one for each term. */
 void expect_close(const Tensor &tensor, const Sums<long double> &want, double terms, double slack, const Case &c,
                   const char *name, double *worst) {
   if (!tensor.present()) return;
@@ -434,8 +437,8 @@ void check_bounded(const Case &c, double *worst) {
   const double u = unit_of(c.statistics_type()), n = static_cast<double>(c.samples());
   double slack = is_exact(c.activation) ? 0 : 24 * u;
   if (is_half(c.weight_type) && (c.norm || !is_exact(c.activation))) slack += 4 * unit_of(c.weight_type);
-  /* Two operands, each rounded to 11 bits; where there is normalisation, of sums that were made so too. */
-  const double products = c.tf32 ? 0x1p-10 + 0x1p-22 : 0, again = c.norm ? 2 * products : products;
+  /* Where there is normalisation, of sums that were made so too. */
+  const double products = rounded_operands(c), again = c.norm ? 2 * products : products;
   const double terms = static_cast<double>(c.columns()), more = c.norm ? n + 16 : 0;
   if (c.training)
     for (int64_t k = 0; k < c.K(); k++) {
@@ -514,7 +517,10 @@ class CudaWgmma : public testing::TestWithParam<int> {
     return c;
   }
 };
-INSTANTIATE_TEST_SUITE_P(Cuda, CudaWgmma, testing::Values(2, 3), type_name);
+INSTANTIATE_TEST_SUITE_P(Cuda, CudaWgmma, testing::Values(2, 3, kTf32), type_name);
+/* The costlier tests: bfloat16 differs from float16 in how it is rounded and widened alone. */
+class CudaWgmmaTwoTypes : public CudaWgmma {};
+INSTANTIATE_TEST_SUITE_P(Cuda, CudaWgmmaTwoTypes, testing::Values(3, kTf32), type_name);
 
 /* The output's bits; `wgmma` tells whether the products must be asynchronous ones. */
 std::vector<uint64_t> forward_bits(const Case &c, int schedule, bool wgmma) {
@@ -608,7 +614,7 @@ TEST_P(CudaWgmma, MixedLayouts) {
   check_wgmma(c);
 }
 
-TEST_P(CudaWgmma, PairsAndSinglePixels) {
+TEST_P(CudaWgmmaTwoTypes, PairsAndSinglePixels) {
   /* x and y by words of two pixels where no more lie in a row, by elements where an image ends inside a pair. */
   uint64_t seed = 3250;
   for (auto [height, width] : {std::pair<int, int>{3, 14}, {7, 7}, {1, 1}, {9, 15}})
@@ -624,12 +630,12 @@ TEST_P(CudaWgmma, PairsAndSinglePixels) {
     c.input_layout = input, c.output_layout = LayoutKind::kChannelsLast;
     c.B = 2, c.C = 32, c.H = 4, c.W = 7, c.T = 44, c.seed = seed++;
     check_wgmma(c);
-    c.input_layout = LayoutKind::kChannelsLast, c.groups = 2, c.C = 32 + 8, c.M = 4, c.T = 80; /* x's do */
+    c.input_layout = LayoutKind::kChannelsLast, c.groups = 2, c.C = 32 + 8, c.M = 4, c.T = 80; /* x's do, in 16 bits */
     check_wgmma(c);
   }
 }
 
-TEST_P(CudaWgmma, EveryScheduleGivesTheSameBits) {
+TEST_P(CudaWgmmaTwoTypes, EveryScheduleGivesTheSameBits) {
   for (int64_t outputs : kWgmmaOutputs)
     for (LayoutKind kind : {LayoutKind::kContiguous, LayoutKind::kChannelsLast}) {
       Case c = base();
@@ -642,7 +648,7 @@ TEST_P(CudaWgmma, EveryScheduleGivesTheSameBits) {
     }
 }
 
-TEST_P(CudaWgmma, TheTileDoesNotMatter) {
+TEST_P(CudaWgmmaTwoTypes, TheTileDoesNotMatter) {
   for (bool norm : {false, true}) {
     Case c = base();
     c.fill = Fill::kRandom, c.C = 48, c.M = 4, c.W = 200, c.T = 136, c.norm = c.training = norm, c.eps = 1e-5;
@@ -683,7 +689,8 @@ TEST_P(CudaWgmma, BoundedErrors) {
         Reference<long double> reference(in);
         ReferenceOutput<long double> out;
         reference.forward(out);
-        expect_close(p.output, out.output, static_cast<double>(c.columns()) + 8, 0, c, "output", &worst);
+        expect_close(p.output, out.output, static_cast<double>(c.columns()) + 8, rounded_operands(c), c, "output",
+                     &worst);
       }
   std::printf("worst error beyond the last rounding: %.3g u sum|terms|\n", worst);
   host::options = {};
@@ -706,7 +713,7 @@ void check_normalised(const Case &one, double *worst) {
   host::options = {};
 }
 
-TEST_P(CudaWgmma, Normalised) {
+TEST_P(CudaWgmmaTwoTypes, Normalised) {
   /* Maps that end inside a step of 64; pixels in pairs, in channels, one by one. */
   uint64_t seed = 3350;
   double worst = 0;
@@ -729,7 +736,7 @@ TEST_P(CudaWgmma, Normalised) {
   std::printf("worst error beyond the last rounding: %.3g u sum|terms|\n", worst);
 }
 
-TEST_P(CudaWgmma, AnInfiniteMeanStaysInItsGroup) {
+TEST_P(CudaWgmmaTwoTypes, AnInfiniteMeanStaysInItsGroup) {
   /* A group's 48 maps end inside a step of 64; behind them stand the next group's, one of which has an infinite mean.
    */
   Case c = in_training(base());
@@ -756,6 +763,7 @@ TEST_P(CudaWgmma, OtherLayersAreLeftAlone) {
   cases[4].noise = PNN_NOISE_TENSOR;
   set_types(cases[5], {PNN_FLOAT32, cases[5].weight_type});
   set_types(cases[6], {PNN_FLOAT32, PNN_FLOAT32});
+  cases[5].tf32 = cases[6].tf32 = false;
   for (const Case &c : cases) forward_bits(c, 0, false);
 }
 
@@ -772,7 +780,12 @@ class CudaWgmmaGradient : public CudaWgmma {
     return c;
   }
 };
-INSTANTIATE_TEST_SUITE_P(Cuda, CudaWgmmaGradient, testing::Values(2, 3), type_name);
+INSTANTIATE_TEST_SUITE_P(Cuda, CudaWgmmaGradient, testing::Values(2, 3, kTf32), type_name);
+class CudaWgmmaGradientTwoTypes : public CudaWgmmaGradient {};
+INSTANTIATE_TEST_SUITE_P(Cuda, CudaWgmmaGradientTwoTypes, testing::Values(3, kTf32), type_name);
+
+/* TF32 has no tile of 256 maps. */
+int map_columns_of(const Case &c) { return std::min(columns_of(c.K() / c.groups), c.tf32 ? 128 : 256); }
 
 /* dx's bits; `wgmma` tells whether the products must be asynchronous ones. */
 std::vector<uint64_t> gradient_bits(const Case &c, int schedule, bool wgmma, int64_t blocks = 1) {
@@ -788,7 +801,7 @@ std::vector<uint64_t> gradient_bits(const Case &c, int schedule, bool wgmma, int
   EXPECT_EQ(host::products > 0, wgmma) << c.describe();
   EXPECT_TRUE(p.grad_input.intact_outside()) << c.describe();
   if (wgmma && blocks == 1) {
-    EXPECT_EQ(host::product_columns, columns_of(c.K() / c.groups)) << c.describe();
+    EXPECT_EQ(host::product_columns, map_columns_of(c)) << c.describe();
   }
   host::options = {};
   return p.grad_input.bits();
@@ -823,14 +836,25 @@ TEST_P(CudaWgmmaGradient, Sizes) {
     c.W = pixels - 3, c.C = kWgmmaMaps[seed % 3], c.seed = seed++;
     check_gradient(c);
   }
-  for (int64_t outputs : {1, 7, 16, 33, 63, 64, 65, 129, 200}) { /* contiguous, they end anywhere */
+  for (int64_t outputs : {1, 7, 12, 16, 33, 63, 64, 65, 76, 129, 200, 292}) { /* contiguous, they end anywhere */
     Case c = base();
     c.T = outputs, c.W = 8, c.C = kWgmmaMaps[seed % 3], c.seed = seed++;
     check_gradient(c);
-    if (outputs % 8) continue;
+    if (outputs % (c.tf32 ? 4 : 8)) continue;
     set_layouts(c, LayoutKind::kChannelsLast);
     check_gradient(c);
   }
+  if (base().tf32) /* up to what shared memory has room for: of 128 maps and, in a narrower tile, of 64 */
+    for (int64_t outputs : {448, 449, 896}) {
+      Case c = base();
+      c.T = outputs, c.W = 8, c.C = 80, c.seed = seed++;
+      host::options.wanted_blocks = 1;
+      Problem p(c);
+      ASSERT_EQ(p.backward(), PNN_OK) << p.error.message;
+      EXPECT_EQ(host::product_columns, outputs > 448 ? 64 : 128);
+      check_exact(c, 0);
+      host::options = {};
+    }
   for (int64_t maps : {48, 64, 80, 128, 144, 256, 272, 400}) {
     Case c = base();
     c.T = 16, c.W = 8, c.C = maps, c.seed = seed++;
@@ -858,7 +882,7 @@ TEST_P(CudaWgmmaGradient, MixedLayouts) {
   check_gradient(c);
 }
 
-TEST_P(CudaWgmmaGradient, AnyLayouts) {
+TEST_P(CudaWgmmaGradientTwoTypes, AnyLayouts) {
   /* x and g by their channels-last copies; dx by words of two pixels or, where an image ends inside one, by elements.
    */
   uint64_t seed = 3650;
@@ -882,7 +906,7 @@ TEST_P(CudaWgmmaGradient, AnyLayouts) {
   check_gradient(c);
 }
 
-TEST_P(CudaWgmmaGradient, EveryScheduleGivesTheSameBits) {
+TEST_P(CudaWgmmaGradientTwoTypes, EveryScheduleGivesTheSameBits) {
   for (int64_t maps : kWgmmaMaps)
     for (LayoutKind kind : {LayoutKind::kContiguous, LayoutKind::kChannelsLast}) {
       Case c = base();
@@ -895,14 +919,14 @@ TEST_P(CudaWgmmaGradient, EveryScheduleGivesTheSameBits) {
     }
 }
 
-TEST_P(CudaWgmmaGradient, TheTileDoesNotMatter) {
+TEST_P(CudaWgmmaGradientTwoTypes, TheTileDoesNotMatter) {
   for (int64_t M : {1, 4, 64}) {
     Case c = base();
     c.fill = Fill::kRandom, c.C = 192 / M, c.M = M, c.W = 456, c.T = 72;
     const std::vector<uint64_t> wide = gradient_bits(c, 1, true);
     for (int64_t blocks : {4, 5, 9, 100}) { /* 4 of 128 pixels by 256 maps, 6 of 192 by 128; then of 64 */
       EXPECT_EQ(gradient_bits(c, 1, true, blocks), wide);
-      EXPECT_EQ(host::product_columns, blocks == 4 ? 256 : blocks == 5 ? 128 : 64);
+      EXPECT_EQ(host::product_columns, blocks == 4 && !c.tf32 ? 256 : blocks <= 5 ? 128 : 64);
     }
   }
 }
@@ -931,13 +955,14 @@ TEST_P(CudaWgmmaGradient, BoundedErrors) {
         ReferenceOutput<long double> out;
         reference.forward(out);
         reference.backward(out, in.mean, in.variance);
-        expect_close(p.grad_input, out.grad_input, static_cast<double>(c.T + M) + 8, 0, c, "grad_input", &worst);
+        expect_close(p.grad_input, out.grad_input, static_cast<double>(c.T + M) + 8, rounded_operands(c), c,
+                     "grad_input", &worst);
       }
   std::printf("worst error beyond the last rounding: %.3g u sum|terms|\n", worst);
   host::options = {};
 }
 
-TEST_P(CudaWgmmaGradient, Normalised) {
+TEST_P(CudaWgmmaGradientTwoTypes, Normalised) {
   /* Without statistics of its own a layer's V has the scale in it, and that is all. */
   uint64_t seed = 3750;
   double worst = 0;
@@ -970,15 +995,17 @@ TEST_P(CudaWgmmaGradient, OtherLayersAreLeftAlone) {
   cases[0].C = 32;
   cases[1].activation = PNN_ACTIVATION_IDENTITY;
   cases[2].M = 3;
-  cases[3].W = 7, cases[3].C = 20, cases[3].M = 4; /* nor do the channels of x's copy lie in runs of 16 bytes, */
+  cases[3].H = 3, cases[3].W = 7, cases[3].C = 18,
+  cases[3].M = 8; /* nor do the channels of x's copy lie in runs of 16 bytes, */
   cases[4].C = 40;
   cases[5].noise = PNN_NOISE_TENSOR;
   set_types(cases[6], {PNN_FLOAT32, cases[6].weight_type});
   set_types(cases[7], {PNN_FLOAT32, PNN_FLOAT32});
-  cases[8].grad_output_layout = LayoutKind::kChannelsLast, cases[8].T = 44; /* g's channels end inside 16 bytes */
-  cases[9].W = 7, cases[9].T = 44;                                          /* nor of g's */
+  cases[6].tf32 = cases[7].tf32 = false;
+  cases[8].grad_output_layout = LayoutKind::kChannelsLast, cases[8].T = 42; /* g's channels end inside 16 bytes */
+  cases[9].H = 3, cases[9].W = 7, cases[9].T = 42;                          /* nor of g's */
   cases[10].C = 1, cases[10].M = 128;
-  cases[11].T = 1793, cases[11].W = 16; /* more outputs than shared memory has room for */
+  cases[11].T = cases[11].tf32 ? 897 : 1793, cases[11].W = 16; /* more outputs than shared memory has room for */
   for (const Case &c : cases) gradient_bits(c, 0, false);
   Case c = base(); /* without products, and with x's */
   c.B = 2, c.C = 48, c.H = 4, c.W = 8, c.T = 40, c.gradients = kGradBias;
@@ -1002,7 +1029,9 @@ class CudaWgmmaWeights : public testing::TestWithParam<int> {
     return c;
   }
 };
-INSTANTIATE_TEST_SUITE_P(Cuda, CudaWgmmaWeights, testing::Values(2, 3), type_name);
+INSTANTIATE_TEST_SUITE_P(Cuda, CudaWgmmaWeights, testing::Values(2, 3, kTf32), type_name);
+class CudaWgmmaWeightsTwoTypes : public CudaWgmmaWeights {};
+INSTANTIATE_TEST_SUITE_P(Cuda, CudaWgmmaWeightsTwoTypes, testing::Values(3, kTf32), type_name);
 
 /* The gradients' bits; `wgmma` tells whether the products must be asynchronous ones. Of tiles of 64 outputs by 64 maps,
  * or of 128 or 256 outputs by 128 maps, the widest are chosen that give `wanted_blocks`. */
@@ -1099,6 +1128,15 @@ TEST_P(CudaWgmmaWeights, Sizes) {
     c.C = 16, c.W = 72, c.T = outputs, c.seed = seed++;
     check_wgmma_weights(c);
   }
+  for (int64_t outputs : {44, 76, 140}) { /* where g's channels are contiguous they end behind a run of four */
+    Case c = base();
+    if (!c.tf32) break;
+    set_layouts(c, LayoutKind::kChannelsLast);
+    c.C = 16, c.W = 36, c.T = outputs, c.seed = seed++;
+    check_wgmma_weights(c);
+    c.groups = 2, c.C = 32, c.T = 2 * outputs, c.seed = seed++;
+    check_wgmma_weights(c);
+  }
 }
 
 TEST_P(CudaWgmmaWeights, MixedLayouts) {
@@ -1121,7 +1159,7 @@ TEST_P(CudaWgmmaWeights, MixedLayouts) {
   check_wgmma_weights(c);
 }
 
-TEST_P(CudaWgmmaWeights, AnyLayouts) {
+TEST_P(CudaWgmmaWeightsTwoTypes, AnyLayouts) {
   /* By channels-last copies. */
   uint64_t seed = 5250;
   for (auto [height, width, stride] : {std::tuple<int, int, int>{7, 7, 1}, {2, 14, 1}, {9, 7, 2}})
@@ -1140,7 +1178,7 @@ TEST_P(CudaWgmmaWeights, AnyLayouts) {
   }
 }
 
-TEST_P(CudaWgmmaWeights, EveryScheduleGivesTheSameBits) {
+TEST_P(CudaWgmmaWeightsTwoTypes, EveryScheduleGivesTheSameBits) {
   for (int64_t outputs : kWgmmaOutputs)
     for (LayoutKind kind : {LayoutKind::kContiguous, LayoutKind::kChannelsLast}) {
       Case c = base();
@@ -1153,7 +1191,7 @@ TEST_P(CudaWgmmaWeights, EveryScheduleGivesTheSameBits) {
     }
 }
 
-TEST_P(CudaWgmmaWeights, TheTileDoesNotMatter) {
+TEST_P(CudaWgmmaWeightsTwoTypes, TheTileDoesNotMatter) {
   for (LayoutKind kind : {LayoutKind::kContiguous, LayoutKind::kChannelsLast}) {
     Case c = base();
     set_layouts(c, kind);
@@ -1176,6 +1214,7 @@ TEST_P(CudaWgmmaWeights, BoundedErrors) {
         Case c = base();
         set_layouts(c, kind);
         c.B = 2, c.C = M == 16 ? 3 : 48 / M, c.M = M, c.H = 5, c.W = 16, c.T = kWgmmaOutputs[seed % 3], c.fill = fill;
+        if (c.tf32) c.W = 12; /* a first step that is short here, too */
         if (kind == LayoutKind::kChannelsLast && M > 1) c.C = M == 16 ? 8 : 24;
         c.level = fill == Fill::kSpecial ? 1e5 : 0.25, c.seed = seed++; /* infinite as float16 */
         SCOPED_TRACE(c.describe());
@@ -1190,14 +1229,14 @@ TEST_P(CudaWgmmaWeights, BoundedErrors) {
         ReferenceOutput<long double> out;
         reference.backward(out, in.mean, in.variance);
         const double n = static_cast<double>(c.samples());
-        expect_close(p.grad_weight, out.grad_weight, n + 8, 0, c, "grad_weight", &worst);
+        expect_close(p.grad_weight, out.grad_weight, n + 8, rounded_operands(c), c, "grad_weight", &worst);
         expect_close(p.grad_bias, out.grad_bias, n, 0, c, "grad_bias", &worst);
       }
   std::printf("worst error beyond the last rounding: %.3g u sum|terms|\n", worst);
   host::options = {};
 }
 
-TEST_P(CudaWgmmaWeights, Normalised) {
+TEST_P(CudaWgmmaWeightsTwoTypes, Normalised) {
   /* Maps that end inside a tile, a first step that is short. */
   uint64_t seed = 5350;
   double worst = 0;
@@ -1227,14 +1266,17 @@ TEST_P(CudaWgmmaWeights, OtherLayersAreLeftAlone) {
   cases[0].T = 32;
   cases[1].activation = PNN_ACTIVATION_IDENTITY;
   cases[2].M = 3;
-  cases[3].W = 7, cases[3].C = 12, cases[3].M = 4; /* nor do the channels of x's copy lie in runs of 16 bytes, */
+  cases[3].H = 3, cases[3].W = 7, cases[3].C = 6,
+  cases[3].M = 8; /* nor do the channels of x's copy lie in runs of 16 bytes, */
   cases[4].C = 24;
   cases[5].noise = PNN_NOISE_TENSOR;
+  cases[6].tf32 = cases[7].tf32 = false;
   set_types(cases[6], {PNN_FLOAT32, cases[6].weight_type});
   set_types(cases[7], {PNN_FLOAT32, PNN_FLOAT32});
-  cases[8].grad_output_layout = LayoutKind::kChannelsLast, cases[8].T = 44; /* g's channels end inside 16 bytes */
-  cases[9].W = 7, cases[9].T = 44;                                          /* nor of g's */
-  cases[10].gradients = kGradBias;                                          /* no product at all */
+  cases[8].grad_output_layout = LayoutKind::kChannelsLast; /* g's channels end inside 16 bytes */
+  cases[8].T = 42;
+  cases[9].H = 3, cases[9].W = 7, cases[9].T = 42; /* nor of g's */
+  cases[10].gradients = kGradBias;                 /* no product at all */
   for (const Case &c : cases) {
     SCOPED_TRACE(c.describe());
     host::options.wanted_blocks = 1;
@@ -1258,11 +1300,56 @@ TEST_P(CudaWgmmaWeights, OtherLayersAreLeftAlone) {
   EXPECT_EQ(host::products, 0);
 }
 
-TEST(CudaWgmmaWeightsWavefronts, TheOperandMeetsNoBankConflicts) {
+/* x to 11 bits, ties to even. */
+double to_eleven_bits(double x) {
+  int exponent;
+  const double fraction = std::frexp(x, &exponent);
+  return std::ldexp(std::nearbyint(std::ldexp(fraction, 11)), exponent - 11);
+}
+
+TEST(CudaWgmmaWeightsTf32, RoundsEachOperandOnce) {
+  /* Of one pixel with a gradient, dV is one product of two rounded numbers, and dbias the gradient as it is. */
   for (LayoutKind kind : {LayoutKind::kContiguous, LayoutKind::kChannelsLast})
     for (int64_t outputs : kWgmmaOutputs) {
       Case c;
-      set_type(c, 2);
+      set_type(c, kTf32);
+      c.placement = Placement::kHeap, c.gradients = kGradWeight | kGradBias, c.wgmma = true;
+      set_layouts(c, kind);
+      c.fill = Fill::kRandom, c.level = 0, c.B = c.H = 1, c.C = 32, c.W = 68,
+      c.T = outputs; /* three steps, one short */
+      for (int64_t pixel : {0, 1, 6, 29, 31, 32, 50, 63, 64, 67}) {
+        set_schedule(static_cast<int>(pixel));
+        host::options.wanted_blocks = 1;
+        Problem p(c);
+        for (int64_t i = 0; i < p.grad_output.count(); i++)
+          if (i % c.W != pixel) p.grad_output.set(i, 0);
+        p.grad_output.seal();
+        host::products = 0;
+        ASSERT_EQ(p.backward(), PNN_OK) << p.error.message;
+        EXPECT_GT(host::products, 0);
+        int64_t wrong = 0;
+        for (int64_t t = 0; t < c.T; t++) {
+          const double g = p.grad_output.value(t * c.W + pixel);
+          wrong += p.grad_bias.value(t) != g;
+          for (int64_t k = 0; k < c.C; k++) {
+            const double x = std::max(0.0, p.input.value(k * c.W + pixel));
+            wrong += p.grad_weight.value(t * c.C + k) != to_eleven_bits(g) * to_eleven_bits(x);
+          }
+        }
+        EXPECT_EQ(wrong, 0) << c.describe() << ", pixel " << pixel;
+        host::options = {};
+      }
+    }
+}
+
+class CudaWgmmaWeightsWavefronts : public CudaWgmmaWeights {};
+INSTANTIATE_TEST_SUITE_P(Cuda, CudaWgmmaWeightsWavefronts, testing::Values(2, kTf32), type_name);
+
+TEST_P(CudaWgmmaWeightsWavefronts, TheOperandMeetsNoBankConflicts) {
+  for (LayoutKind kind : {LayoutKind::kContiguous, LayoutKind::kChannelsLast})
+    for (int64_t outputs : kWgmmaOutputs) {
+      Case c;
+      set_type(c, GetParam());
       c.placement = Placement::kHeap, c.gradients = kGradWeight, c.wgmma = true;
       set_layouts(c, kind);
       c.C = 128, c.H = 8, c.W = 16, c.T = outputs;
@@ -1276,6 +1363,7 @@ TEST(CudaWgmmaWeightsWavefronts, TheOperandMeetsNoBankConflicts) {
       EXPECT_GT(host::products, 0);
       EXPECT_EQ(host::wavefronts.actual[host::STORE], host::wavefronts.ideal[host::STORE]);
       EXPECT_EQ(host::wavefronts.actual[host::LOAD], host::wavefronts.ideal[host::LOAD]);
+      EXPECT_EQ(host::wavefronts.actual[host::MATRIX], host::wavefronts.ideal[host::MATRIX]);
       host::options = {};
     }
 }

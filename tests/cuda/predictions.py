@@ -126,27 +126,33 @@ MOMENTS, CENTRED, CENTRED_OPERAND, AFFINE = 26.0, 2.5, 60, 4.5
 # Hopper's asynchronous products (cuda/*_wgmma.cu). The share of FLOPS that they are taken to reach, which is cuBLAS's;
 WGMMA_REACHED = 0.75
 # forward: outputs and pixels of a tile, blocks on a multiprocessor; a thread's instructions in a step of 64 maps of its
-# two pixels, by outputs, with 1, 2, 4, 8 and 16 or more masks, and before and behind the steps;
+# two pixels, by outputs, with 1, 2, 4, 8 and 16 or more masks (of TF32 8 or more), and before and behind the steps;
 WGMMA_TILES = ((256, 128, 1), (128, 64, 3), (64, 64, 4))
 WGMMA_STEP = {
-    "bfloat16": {256: (432, 384, 352, 340, 334), 128: (423, 379, 355, 342, 336), 64: (415, 363, 337, 324, 320)},
+    "bfloat16": {256: (432, 384, 352, 340, 334), 128: (423, 379, 355, 342, 336), 64: (415, 363, 339, 326, 320)},
     "float16": {256: (467, 419, 387, 375, 369), 128: (458, 414, 390, 377, 371), 64: (450, 398, 374, 361, 355)},
+    "tf32": {256: (524, 484, 462, 452), 128: (528, 486, 464, 454), 64: (520, 475, 450, 444)},
 }
 WGMMA_TILE = {256: 870, 128: 570, 64: 440}
-# the input gradient: maps of a tile, warpgroups of a block; a thread's instructions in a step of 64 outputs
-# (contiguous, channels-last), and for a tile of its two pixels, by maps, with 1, 2, 4, 8 and 16 or more masks;
-WGMMA_INPUT_TILES = ((256, 2), (128, 3), (64, 4))
+# the input gradient: maps of a tile, warpgroups of a block, the latter in training or, of TF32, with channels-last
+# gradients, too; a thread's instructions in a step of 64 outputs (contiguous, channels-last), and for a tile of its two
+# pixels, by maps, with 1, 2, 4, 8 and 16 or more masks (of TF32 within 3 % of these);
+WGMMA_INPUT_TILES = {4: ((128, 3), (64, 3)), 2: ((256, 2), (128, 3), (64, 4))}  # by an element's bytes
 WGMMA_AFFINE_TILES = ((128, 2), (64, 3))
-WGMMA_INPUT_STEP = (139, 84)
+WGMMA_INPUT_STEP = {4: (202, 182), 2: (139, 84)}
 WGMMA_INPUT_TILE = {
     256: (2170, 1818, 1646, 1582, 1626),
     128: (1170, 990, 914, 882, 904),
     64: (665, 582, 540, 526, 538),
 }
 # the weight gradient: outputs and maps of a tile, threads of a block, blocks on a multiprocessor; a thread's
-# instructions in a step of 64 pixels, by outputs; the sums of g are not among them.
+# instructions for 64 pixels (of TF32 two steps), by outputs, the mean of contiguous and channels-last gradients; the
+# sums of g are not among them.
 WGMMA_WEIGHT_TILES = ((256, 128, 256, 1), (128, 128, 128, 2), (64, 64, 128, 4))
-WGMMA_WEIGHT_STEP = {256: (534, 481, 458, 437, 434), 128: (872, 755, 706, 661, 692), 64: (470, 418, 395, 375, 372)}
+WGMMA_WEIGHT_STEP = {
+    4: {256: (745, 701, 666, 625, 623), 128: (1142, 1055, 1010, 940, 928), 64: (654, 610, 594, 550, 547)},
+    2: {256: (534, 481, 458, 437, 434), 128: (872, 755, 706, 661, 692), 64: (470, 418, 395, 375, 372)},
+}  # by an element's bytes
 # Warps are taken to wait as those of the other kernels do.
 
 
@@ -273,7 +279,7 @@ def wgmma_kernels(case: Case, dtype: str, direction: str, layout: str, *, norm: 
     if direction == "weight_gradient":
         return [*copies(case, dtype, layout, direction), *wgmma_weight_gradient(case, dtype, norm)]
     read = "channels_last" if copied else layout
-    return wgmma_input_gradient(case, dtype, read, norm) if masks <= 64 and outputs <= 448 * 4 else []
+    return wgmma_input_gradient(case, dtype, read, norm) if masks <= 64 and outputs * SIZE[dtype] <= 3584 else []
 
 
 def wgmma_forward(case: Case, dtype: str, singly: bool, norm: bool) -> list[Kernel]:
@@ -286,13 +292,16 @@ def wgmma_forward(case: Case, dtype: str, singly: bool, norm: bool) -> list[Kern
         if outputs > rows // 2 and math.ceil(outputs / rows) * math.ceil(columns / pixels) >= 128
     ]
     rows, pixels, resident = [*fitting, WGMMA_TILES[-1]][0]
+    if dtype == "tf32" and norm:
+        resident = max(1, resident - 1)
     row_tiles, column_tiles = math.ceil(outputs / rows), math.ceil(columns / pixels)
     x, y, weight = channels * columns * size, outputs * columns * size, outputs * maps * size
     blocks, threads, steps = row_tiles * column_tiles, 2 * pixels, math.ceil(maps / 64)
     copied = row_tiles * rows * steps * 64 * size
     # A step's V is written by cp.async and read by each warpgroup.
     wavefronts = blocks * steps * 64 * rows * size / 128 * (1 + pixels / 64)
-    step = WGMMA_STEP[dtype][rows][min(masks, 16).bit_length() - 1] + (48 // min(masks, 16) if singly else 0)
+    steps_of = WGMMA_STEP[dtype][rows]
+    step = steps_of[min(masks.bit_length(), len(steps_of)) - 1] + (48 // min(masks, 16) if singly else 0)
     step += 32 * CENTRED * norm
     main = Kernel(
         x + y,
@@ -314,19 +323,21 @@ def wgmma_input_gradient(case: Case, dtype: str, layout: str, norm: bool) -> lis
     batch, channels, height, outputs, masks = case
     size, maps, columns = SIZE[dtype], channels * masks, batch * height * height
     steps, pixel_tiles = math.ceil(outputs / 64), math.ceil(columns / 64)
+    fewer = norm or (dtype == "tf32" and layout == "channels_last")
+    tiles_of = WGMMA_AFFINE_TILES if fewer else WGMMA_INPUT_TILES[size]
     fitting = [
         (tile, groups)
-        for tile, groups in (WGMMA_AFFINE_TILES if norm else WGMMA_INPUT_TILES)
+        for tile, groups in tiles_of
         if maps > tile // 2
-        and tile * steps * 128 <= 224 * 1024
+        and tile * steps * 64 * size <= 224 * 1024
         and math.ceil(maps / tile) * math.ceil(pixel_tiles / groups) >= 128
     ]
-    tile, groups = [*fitting, (WGMMA_AFFINE_TILES if norm else WGMMA_INPUT_TILES)[-1]][0]
+    tile, groups = [*fitting, tiles_of[-1]][0]
     map_tiles = math.ceil(maps / tile)
     x, y, weight = channels * columns * size, outputs * columns * size, outputs * maps * size
     copied = map_tiles * tile * steps * 64 * size
     made = WGMMA_INPUT_TILE[tile][min(masks, 16).bit_length() - 1] + tile / 2 * AFFINE * norm
-    step = WGMMA_INPUT_STEP[layout == "channels_last"]
+    step = WGMMA_INPUT_STEP[size][layout == "channels_last"]
     main = Kernel(
         y + 2 * x,
         y * map_tiles + 2 * x + copied * MULTIPROCESSORS / map_tiles,
@@ -363,7 +374,7 @@ def wgmma_weight_gradient(case: Case, dtype: str, norm: bool) -> list[Kernel]:
         x + y + parts,
         x * row_tiles + y * map_tiles + parts,
         2.0 * maps * columns * outputs,
-        threads * steps * WGMMA_WEIGHT_STEP[rows][min(masks, 16).bit_length() - 1]
+        threads * steps * WGMMA_WEIGHT_STEP[size][rows][min(masks, 16).bit_length() - 1]
         + steps * 64 * tile * CENTRED * norm
         + columns * outputs * TOTAL,
         steps * 64 * tile * size / 128 * (1 + threads / 128),

@@ -271,7 +271,8 @@ def test_tables_mark_missed_predictions_and_targets() -> None:
     assert "| 20.0 | 10.0 | 0.50 | 32.0 | 8.0 | 0.25 | 0.40 |" in text  # as a copy, at best: no product's target
     assert "**0.73**" in "\n".join(gpu_report.products([row(**heavy, **slower) | {"forward ours": 5.5}]))
     assert "at least 0.75" in "\n".join(gpu_report.targets([row(**heavy)]))
-    assert "at least 0.75" not in "\n".join(gpu_report.targets([row(**heavy, type="tf32")]))
+    assert "at least 0.75" in "\n".join(gpu_report.targets([row(**heavy, type="tf32")]))
+    assert "at least 0.75" not in "\n".join(gpu_report.targets([row(**heavy, type="float32")]))
     assert len(gpu_report.products([row()])) == 2  # a head alone
     # Nothing measured is nothing judged.
     empty = {"case": [1, 2, 3, 4, 5], "type": "bfloat16", "layout": "l"}
