@@ -139,8 +139,8 @@ typedef struct pnn_params {
   int32_t allow_tf32;
   /* bfloat16, float16 and, with allow_tf32, float32 on CUDA devices of compute capability 9.0 only. 1, as
    * pnn_params_init sets it = where the layer allows it, the products may be the asynchronous ones of that capability
-   * (wgmma), about twice as fast; 0 = never. Exact sums (of TF32: of operands that fit 11 bits) have the same bits,
-   * others are rounded otherwise. Every other call checks it and leaves it alone. */
+   * (wgmma), in 16-bit types about twice as fast; 0 = never. Exact sums (of TF32: of operands that fit 11 bits) have
+   * the same bits, others are rounded otherwise. Every other call checks it and leaves it alone. */
   int32_t allow_wgmma;
   int64_t stride[2]; /* rows, columns; >= 1 */
   int64_t groups;    /* divides C and T */
