@@ -539,6 +539,13 @@ std::vector<uint64_t> forward_bits(const Case &c, int schedule, bool wgmma) {
   return p.output.bits();
 }
 
+/* Under the address sanitizer one run shows what a kernel reads and writes; its values are compared without. */
+#if defined(__SANITIZE_ADDRESS__)
+constexpr bool kValues = false;
+#else
+constexpr bool kValues = true;
+#endif
+
 /* Against the plain loops and against the other kernel, whose sums have another order: exact ones, all the same bits.
  * bits(case, schedule, wgmma): those of what is compared. */
 template <class Bits>
@@ -547,6 +554,7 @@ void check_both(const Case &c, Bits bits) {
   const int schedule = next++;
   SCOPED_TRACE(c.describe());
   const std::vector<uint64_t> ours = bits(c, schedule, true);
+  if (!kValues) return;
   Case other = c;
   other.wgmma = false;
   EXPECT_EQ(ours, bits(other, schedule, false));
@@ -1070,6 +1078,7 @@ void check_wgmma_weights(const Case &c) {
   const int schedule = next++;
   SCOPED_TRACE(c.describe());
   const std::vector<uint64_t> bits = weight_bits(c, schedule, true);
+  if (!kValues) return;
   Case other = c;
   other.wgmma = false;
   EXPECT_EQ(bits, weight_bits(other, schedule, false));

@@ -154,7 +154,9 @@ def test_plain_network_computes_what_ours_does(preset):
 
 @pytest.mark.slow
 def test_network_contestants():
-    found = contestants.networks(batch=2, width=4)
+    # Narrower, oneDNN's 1x1 convolutions of a channels_last input under a stride write past their memory (its issue
+    # 6035): the process crashes, or hangs.
+    found = contestants.networks(batch=2, width=16)
     assert sorted(found) == sorted(
         f"step, {kind}, {layout}" for kind in ("ours", "plain", "3x3") for layout in contestants.LAYOUTS
     )

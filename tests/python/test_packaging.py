@@ -24,11 +24,11 @@ def clean_environment(folder: Path) -> dict[str, str]:
     return {**environment, "PATH": os.pathsep.join(tools), "TMPDIR": str(folder)}
 
 
-def run(command: list[str | Path], folder: Path) -> str:
+def run(command: list[str | Path], folder: Path, more: dict[str, str] | None = None) -> str:
     done = subprocess.run(
         [str(part) for part in command],
         cwd=folder,
-        env=clean_environment(folder),
+        env=clean_environment(folder) | (more or {}),
         check=False,
         capture_output=True,
         text=True,
@@ -45,7 +45,9 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     left_out = shutil.ignore_patterns("build", ".venv*", ".git", "runs", "dist", "__pycache__", ".*_cache")
     shutil.copytree(ROOT, source, ignore=left_out)
     pip = [sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "--no-build-isolation", "-w", str(folder / "dist")]
-    run([*pip, str(source)], folder)
+    # As build/dev has them, below a base of their own: a compiler cache, where there is one, knows most objects.
+    settings = ["--config-settings=build-dir=build/wheel", "--config-settings=cmake.define.PNN_WERROR=ON"]
+    run([*pip, *settings, str(source)], folder, {"CC": "cc", "CXX": "c++", "CCACHE_BASEDIR": str(source)})
     wheels = list((folder / "dist").glob("*.whl"))
     assert len(wheels) == 1
     return wheels[0]

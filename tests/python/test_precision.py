@@ -106,7 +106,8 @@ CHANNELS_LAST = torch.channels_last
     [
         *(lambda o=o: layer_of(**o) for o in OPTIONS),
         lambda: LBConv2d(3, 6, seed=1),
-        lambda: PerturbBasicBlock(3, 6, stride=2, norm=True),
+        # 16 channels before the shortcut's 1x1 convolution: see narrow networks in docs/troubleshooting.md.
+        lambda: nn.Sequential(nn.Conv2d(3, 16, 1), PerturbBasicBlock(16, 20, stride=2, norm=True)),
     ],
 )
 def test_channels_last_models_keep_the_layout(make, dtype):
