@@ -307,7 +307,8 @@ class Machine:
         status = self.run(
             [
                 *(self.python, "-m", "pytest", "-q", "-ra", "--durations=10", f"--junitxml={junit}"),
-                *("-n", str(self.jobs), "--dist=loadfile", *arguments),
+                # A worker that a test ended (by a crash, by hanging) is not started again: it would run the test again.
+                *("-n", str(self.jobs), "--dist=loadfile", "--max-worker-restart=0", *arguments),
             ],
             {
                 "OMP_WAIT_POLICY": "PASSIVE",  # threads that wait leave the cores to the other workers

@@ -135,3 +135,13 @@ def test_versions_of_tools(tmp_path: Path) -> None:
     tool.chmod(0o755)
     assert run.version_of(str(tool)) == (3, 25)
     assert run.version_of(str(tmp_path / "none")) == ()
+
+
+def test_a_test_that_hangs_fails_by_name_and_the_others_run(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "test_hangs.py").write_text("import time\n\ndef test_hangs():\n    time.sleep(100)\n", encoding="utf-8")
+    (tmp_path / "test_other.py").write_text("def test_a():\n    pass\n\ndef test_b():\n    pass\n", encoding="utf-8")
+    machine = run.Machine(tmp_path / "build", jobs=2, verbose=False)
+    config = ["-c", str(run.ROOT / "pyproject.toml"), "-p", "no:cacheprovider", "-o", "faulthandler_timeout=3"]
+    counts = machine.pytest("hangs", [*config, str(tmp_path)])
+    assert (counts.passed, counts.failed) == (2, 1)
+    assert "crashed while running" in (said := capfd.readouterr().out) and "test_hangs.py::test_hangs" in said
