@@ -739,7 +739,7 @@ TEST_P(CudaWgmmaTwoTypes, Normalised) {
     Case c = in_training(base());
     c.B = 1, c.C = 176, c.M = 2, c.H = 1, c.W = 136, c.T = outputs;
     const std::vector<uint64_t> first = forward_bits(c, 0, true);
-    for (int i = 1; i < kSchedules; i++) EXPECT_EQ(forward_bits(c, i, true), first) << "schedule " << i;
+    for (int i = 1; kValues && i < kSchedules; i++) EXPECT_EQ(forward_bits(c, i, true), first) << "schedule " << i;
   }
   std::printf("worst error beyond the last rounding: %.3g u sum|terms|\n", worst);
 }
@@ -992,7 +992,7 @@ TEST_P(CudaWgmmaGradientTwoTypes, Normalised) {
     EXPECT_EQ(host::product_columns, maps > 64 ? 128 : 64);
     EXPECT_EQ(gradient_bits(c, 0, true, 100), first); /* by tiles of 64 */
     EXPECT_EQ(host::product_columns, 64);
-    for (int i = 1; i < kSchedules; i++) EXPECT_EQ(gradient_bits(c, i, true, 2), first) << "schedule " << i;
+    for (int i = 1; kValues && i < kSchedules; i++) EXPECT_EQ(gradient_bits(c, i, true, 2), first) << "schedule " << i;
   }
   std::printf("worst error beyond the last rounding: %.3g u sum|terms|\n", worst);
 }
@@ -1263,7 +1263,7 @@ TEST_P(CudaWgmmaWeightsTwoTypes, Normalised) {
     Case c = in_training(base());
     c.B = 1, c.C = 80, c.M = 2, c.H = 1, c.W = 200, c.T = outputs;
     const std::vector<uint64_t> first = weight_bits(c, 0, true);
-    for (int i = 1; i < kSchedules; i++) EXPECT_EQ(weight_bits(c, i, true), first) << "schedule " << i;
+    for (int i = 1; kValues && i < kSchedules; i++) EXPECT_EQ(weight_bits(c, i, true), first) << "schedule " << i;
     EXPECT_EQ(weight_bits(c, 0, true, 100), first); /* by tiles of 64 outputs */
   }
   std::printf("worst error beyond the last rounding: %.3g u sum|terms|\n", worst);
