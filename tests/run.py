@@ -410,7 +410,7 @@ def tier_asan(machine: Machine) -> tuple[Counts, str]:
     machine.build_tree("asan", tree, options)
     # What compares values over schedules, tiles and bounds goes where other tests go, bfloat16 where float16 does, and
     # normalisation by asynchronous products in float16 where TF32's does: together they would take more than half of
-    # the time.
+    # the time. For the same reason layer_test.cc runs asynchronous products once for a case here (its kValues).
     values = (
         "cuda: .*(EveryScheduleGivesTheSameBits|TheTileDoesNotMatter|BoundedErrors|Wavefronts|LargeTiles|bfloat16$"
         "|Wgmma.*Normalised/float16)"
