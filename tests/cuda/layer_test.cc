@@ -540,7 +540,7 @@ std::vector<uint64_t> forward_bits(const Case &c, int schedule, bool wgmma) {
 }
 
 /* Under the address sanitizer one run shows what a kernel reads and writes; its values are compared without. */
-#if defined(__SANITIZE_ADDRESS__)
+#if defined(PNN_HOST_ASAN)
 constexpr bool kValues = false;
 #else
 constexpr bool kValues = true;
